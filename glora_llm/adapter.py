@@ -1,0 +1,139 @@
+"""The recipe's adapter section -> a PEFT model, and what of it is trained at which rate."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.glora import GLoRAConfig, GLoRALinear
+from glora_llm.glora.learning_rates import lr_factors
+from glora_llm.glora.path import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
+from glora_llm.schema import AdapterSection, SlotSetting
+from glora_llm.training.optim import Trainable
+
+log = logging.getLogger(__name__)
+
+# Methods that are LoRA with one switch.
+LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+def adapter_config(section: AdapterSection, seed: int) -> Any:
+    """Return the PEFT config of the section.
+
+    Raises:
+        UserError: for an unknown method, or an argument that its config does not have.
+    """
+    targets = section.targets
+    shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": section.modules_to_save}
+    if section.method == "glora":
+        slots: dict[str, Any] = PRESETS[section.preset] if section.preset else _plain(section.slots or DEFAULT_SLOTS)  # type: ignore[assignment]
+        return GLoRAConfig(
+            slots=dict(slots),
+            paths={pattern: _plain(path) for pattern, path in (section.paths or {}).items()},
+            rank=section.rank,
+            alpha=section.alpha,
+            rank_stabilized=section.rank_stabilized,
+            composition=PRESET_COMPOSITION.get(section.preset or "", section.composition),
+            dropout=section.dropout,
+            d_without_bias="none" if section.preset else "error",
+            seed=seed,
+            **shared,
+        )
+    return _peft_config(section, shared)
+
+
+def _plain(slots: Any) -> dict[str, Any]:
+    return {
+        slot: given.model_dump(exclude_none=True) if isinstance(given, SlotSetting) else given
+        for slot, given in slots.items()
+    }
+
+
+def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if section.method in LORA_VARIANTS:
+        config_class: Any = LoraConfig
+        wanted = LORA_VARIANTS[section.method]
+    else:
+        known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if section.method not in known:
+            names = sorted({"glora", *LORA_VARIANTS, *known})
+            raise UserError(f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} There is: {', '.join(names)}.")
+        config_class, wanted = known[section.method], {}
+    fields = {item.name for item in dataclasses.fields(config_class)}
+    wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
+    if section.rank_stabilized:
+        wanted["use_rslora"] = True
+    values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        raise UserError(f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}")
+    return config_class(**values)
+
+
+def inject(base: nn.Module, section: AdapterSection, seed: int) -> Any:
+    """Return the base as a PeftModel whose only trainable parameters are the adapter's.
+
+    Raises:
+        UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
+    """
+    from peft import get_peft_model
+
+    config = adapter_config(section, seed)
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise UserError(f"adapter.method {section.method}: {error}") from error
+        raise UserError(f"adapter.targets {section.targets!r} match no module. {candidates(base)}") from error
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"adapter {section.method} with these slots has no trainable parameter.")
+    return model
+
+
+def candidates(base: nn.Module) -> str:
+    """Return a sentence that lists the last name parts of the model's linears."""
+    names = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    return f"Linears of this model: {', '.join(names)}; or all-linear."
+
+
+def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
+    """Return what is trained, by name, with the factor on the learning rate of each."""
+    factors = dict(lr_factors(model, section.lr_factors, loraplus_ratio)) | _loraplus(model, loraplus_ratio)
+    return [
+        Trainable(name, parameter, factors.get(id(parameter), 1.0))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {id(p): ratio for layer in layers for p in layer.lora_B.parameters()}
+
+
+def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name: str) -> None:
+    """Write a PEFT adapter folder from float32 master weights (`master/NAME` -> tensor)."""
+    weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_name
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def adapted_with_bias(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose merged form needs a bias (C or E is active)."""
+    return [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, GLoRALinear) and any(path.touches_bias() for path in module.path.values())
+    ]

@@ -1,0 +1,27 @@
+"""Rows of text -> tokens and targets -> batches, and the order in which ranks see them. Imports no torch by itself.
+
+`prepare` reads, splits, tokenises and caches; `GlobalSampler` says which rows a step takes; `collate` makes tensors.
+"""
+
+from glora_llm.data.batch import Batch, collate, flatten
+from glora_llm.data.formats import FORMATS, Example, Message, Segment
+from glora_llm.data.prepare import Prepared, prepare
+from glora_llm.data.report import Report
+from glora_llm.data.sampler import GlobalSampler
+from glora_llm.data.store import Row, TokenSet
+
+__all__ = [
+    "FORMATS",
+    "Batch",
+    "Example",
+    "GlobalSampler",
+    "Message",
+    "Prepared",
+    "Report",
+    "Row",
+    "Segment",
+    "TokenSet",
+    "collate",
+    "flatten",
+    "prepare",
+]

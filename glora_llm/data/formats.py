@@ -1,0 +1,251 @@
+"""Row -> Example: what a row says, and which parts of it are to be learnt. docs/data_formats.md shows each format.
+
+To add a format, write one function here: `data_format` registers it, and names the columns that it reads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from glora_llm.data.columns import Row, fill, template_fields, text, value
+from glora_llm.errors import UserError, nearest
+from glora_llm.registry import Registry
+from glora_llm.schema import DataSection
+
+CLASSIFICATION_PROMPT = "{text}\nLabel:"
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "system": "system", "developer": "developer", "tool": "tool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; the targets are turns of the assistant."""
+
+    role: str
+    content: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text that stands in the sample as it is."""
+
+    text: str
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: either messages (format chat) or segments (all others; the last of them is a target).
+
+    `origin` says where the row stands, for error messages.
+    """
+
+    messages: tuple[Message, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.messages) == bool(self.segments):
+            raise ValueError("an Example holds either messages or segments")
+        if self.segments and not self.segments[-1].is_target:
+            raise ValueError("the last segment of an Example is a target")
+
+    def text(self) -> str:
+        """Return everything the example says as one text: equal texts are duplicates."""
+        return "".join(s.text for s in self.segments) or "\n".join(f"{m.role}: {m.content}" for m in self.messages)
+
+    def targets(self) -> list[str]:
+        """Return the texts to be learnt."""
+        return [m.content for m in self.messages if m.is_target] + [s.text for s in self.segments if s.is_target]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A function from a row to an Example, and the roles that its columns play.
+
+    Args:
+        roles: the roles; data.columns may rename these and no others.
+        template: the template that is filled when data.prompt is not given; none: `prompt` is a column.
+        takes_template: whether data.prompt may be given; its fields are roles too.
+    """
+
+    function: Callable[[Row, DataSection], Example]
+    roles: tuple[str, ...]
+    template: str | None = None
+    takes_template: bool = False
+
+    def __call__(self, row: Row, settings: DataSection) -> Example:
+        """Return the example that a row is."""
+        return self.function(row, settings)
+
+    def roles_of(self, settings: DataSection) -> list[str]:
+        """Return the roles that this recipe uses, those of its template included."""
+        template = settings.prompt or self.template
+        if not self.takes_template or template is None:
+            return list(self.roles)
+        return list(dict.fromkeys([*template_fields(template), *(r for r in self.roles if r != "prompt")]))
+
+
+FORMATS: Registry[Format] = Registry("data format")
+
+
+def data_format(
+    name: str, roles: tuple[str, ...], template: str | None = None, takes_template: bool = False
+) -> Callable[[Callable[[Row, DataSection], Example]], Callable[[Row, DataSection], Example]]:
+    """Return a decorator that registers a function as the format `name`; the arguments are those of `Format`."""
+
+    def store(function: Callable[[Row, DataSection], Example]) -> Callable[[Row, DataSection], Example]:
+        FORMATS.register(name)(Format(function, roles, template, takes_template))
+        return function
+
+    return store
+
+
+def prompt_and_answer(prompt: str, answer: str) -> Example:
+    """Return prompt and answer as two segments; spaces at the end of the prompt move to the answer.
+
+    Most tokenizers glue a space to the word after it, so a space before the answer has to be part of the answer.
+    """
+    bare = prompt.rstrip(" ")
+    return Example(segments=(Segment(bare, False), Segment(prompt[len(bare) :] + answer, True)))
+
+
+@data_format("alpaca", roles=("instruction", "input", "output"))
+def alpaca(row: Row, settings: DataSection) -> Example:
+    """Stanford Alpaca (Taori et al. 2023): the two published prompts, with and without an input; learns `output`."""
+    given = {role: text(row, role, settings) for role in ("instruction", "input", "output")}
+    template = ALPACA_WITH_INPUT if given["input"] else ALPACA_WITHOUT_INPUT
+    return prompt_and_answer(template.format(**given), given["output"])
+
+
+@data_format("prompt_completion", roles=("prompt", "completion"), takes_template=True)
+def prompt_completion(row: Row, settings: DataSection) -> Example:
+    """The column `prompt`, or data.prompt filled, directly followed by `completion`, which is learnt."""
+    prompt = fill(settings.prompt, row, settings) if settings.prompt else text(row, "prompt", settings)
+    return prompt_and_answer(prompt, text(row, "completion", settings))
+
+
+@data_format("text", roles=("text",))
+def plain_text(row: Row, settings: DataSection) -> Example:
+    """The column `text`; every token is learnt."""
+    return Example(segments=(Segment(text(row, "text", settings), True),))
+
+
+@data_format("classification", roles=("text", "label"), template=CLASSIFICATION_PROMPT, takes_template=True)
+def classification(row: Row, settings: DataSection) -> Example:
+    """data.prompt filled, then a space and the label word, which is learnt (no space after a line break)."""
+    prompt = fill(settings.prompt or CLASSIFICATION_PROMPT, row, settings).rstrip(" ")
+    word = label_word(value(row, "label", settings), settings.labels)
+    return Example(segments=(Segment(prompt, False), Segment(word if prompt.endswith("\n") else f" {word}", True)))
+
+
+@data_format("chat", roles=("messages", "conversations"))
+def chat(row: Row, settings: DataSection) -> Example:
+    """OpenAI `messages` or ShareGPT `conversations`; learns every turn of the assistant whose `weight` is not 0."""
+    named = [role for role in ("messages", "conversations") if role in (settings.columns or {})]
+    present = [role for role in ("messages", "conversations") if role in row]
+    turns = value(row, (named or present or ["messages"])[0], settings)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"A conversation should be a list of turns, and is: {str(turns)[:120]}")
+    return Example(messages=tuple(_message(turn) for turn in turns))
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict) or not ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
+        raise UserError(
+            f"A turn should be {{role, content}} (OpenAI) or {{from, value}} (ShareGPT), and is: {str(turn)[:120]}"
+        )
+    is_openai = {"role", "content"} <= set(turn)
+    name, content = (turn["role"], turn["content"]) if is_openai else (turn["from"], turn["value"])
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if name not in ROLES:
+        raise UserError(f"Unknown role '{name}' in a turn; there is: {', '.join(ROLES)}.{nearest(str(name), ROLES)}")
+    if not isinstance(content, str):
+        raise UserError(f"The content of a turn should be text, and the {name}'s is: {str(content)[:120]}")
+    role = ROLES[name]
+    return Message(role, content, is_target=role == "assistant" and turn.get("weight") != 0)
+
+
+def readable(name: str) -> str:
+    """Return a label such as `card_payment_fee_charged` as words; a label with spaces of its own stays as it is."""
+    return name if " " in name else name.replace("_", " ").strip()
+
+
+def label_word(label: Any, words: list[str] | None) -> str:
+    """Return what stands for `label` in the text.
+
+    Args:
+        label: a class number, a number in digits, or a name.
+        words: the word of each class number; none: only names can be read.
+
+    Raises:
+        UserError: for a number without a word, a number outside `words`, and a name that is not among them.
+    """
+    is_digits = isinstance(label, str) and label.lstrip("-").isdigit()
+    if isinstance(label, str) and label.strip() and (words is None or not is_digits or label in words):
+        known = [w for w in (label, readable(label)) if words is None or w in words]
+        if known:
+            return known[-1] if words is None else known[0]
+        raise UserError(
+            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{nearest(label, words or [])}"
+        )
+    if not is_digits and (not isinstance(label, int | float) or label != int(label)):
+        raise UserError(f"A label should be a class number or a word, and is {label!r}")
+    if words is None:
+        raise UserError(f"Label {label!r} is a number without a word; list the words by number: data.labels=[no,yes]")
+    number = int(label)
+    if not 0 <= number < len(words):
+        hint = " -1 marks rows whose labels are withheld: score on another split." if number == -1 else ""
+        raise UserError(f"Class number {number} has no word: data.labels has numbers 0 to {len(words) - 1}.{hint}")
+    return words[number]
+
+
+def check_settings(settings: DataSection) -> None:
+    """Check what can be checked before any row is read.
+
+    Raises:
+        UserError: for a key that the format has no use for, an unknown role in data.columns, and a bad template.
+    """
+    chosen = FORMATS.get(settings.format)
+    misplaced = [
+        ("prompt", settings.prompt is not None and not chosen.takes_template, "classification and prompt_completion"),
+        ("labels", settings.labels is not None and settings.format != "classification", "classification"),
+        ("overlong=split", settings.overlong == "split" and settings.format != "text", "text; use drop or truncate"),
+        ("chat_template=tokenizer", settings.chat_template == "tokenizer" and settings.format == "text", "the others"),
+    ]
+    for name, is_misplaced, owner in misplaced:
+        if is_misplaced:
+            raise UserError(f"data.{name} does not go with format {settings.format}: it belongs to format {owner}.")
+    if settings.format == "classification" and settings.overlong == "truncate":
+        raise UserError("data.overlong=truncate would cut off the label, which stands at the end: use error or drop.")
+    if settings.labels is not None and len(set(settings.labels)) != len(settings.labels):
+        raise UserError(f"data.labels names a word twice: {', '.join(settings.labels)}")
+    if settings.system is not None and settings.format != "chat" and settings.chat_template != "tokenizer":
+        raise UserError(
+            f"data.system needs a conversation, and format {settings.format} has none: set "
+            "data.chat_template=tokenizer, or write the message into data.prompt."
+        )
+    roles = chosen.roles_of(settings)
+    for role in settings.columns or {}:
+        if role not in roles:
+            raise UserError(
+                f"data.columns names the role '{role}'; format {settings.format} has: {', '.join(roles)}."
+                f"{nearest(role, roles)} Write data.columns as {{ROLE: COLUMN}}."
+            )

@@ -1,0 +1,178 @@
+"""From the data section of a recipe to token sets, once for each content of the data, recipe and tokenizer."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from glora_llm.data.cache import cached
+from glora_llm.data.formats import check_settings, readable
+from glora_llm.data.pack import pack
+from glora_llm.data.report import Report
+from glora_llm.data.sources import Sources, locate_held_out, locate_training
+from glora_llm.data.splits import Role, Split, make_splits, to_split
+from glora_llm.data.store import TokenSet, write_set
+from glora_llm.data.tokenize import Sample, ends_of, fit_length, tokenize
+from glora_llm.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PREVIEWS = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads.
+
+    Attributes:
+        reports: by role: what was read, kept, dropped, and so on.
+        previews: three training samples as text, with the targets between « and ».
+        label_sequences: classification: the token sequences of all label words, each with its end token; else none.
+        folder: where the arrays lie.
+    """
+
+    train: TokenSet
+    validation: TokenSet | None
+    test: TokenSet | None
+    reports: dict[str, Report]
+    previews: list[str]
+    label_sequences: list[list[int]] | None
+    folder: Path
+
+
+def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: Path, seed: int) -> Prepared:
+    """Return the token sets of a recipe, from the cache if they were made before.
+
+    Every rank may call this, before torch.distributed starts: one process works, the others wait.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        cache: folder of prepared data; a subfolder is made for each combination of settings, content and tokenizer.
+        seed: of the choice of held-out rows, data.max_rows and data.max_test_rows.
+
+    Raises:
+        UserError: for settings that do not fit together, and data that do not fit the settings.
+    """
+    check_settings(settings)
+    ends_of(tokenizer, settings)
+    sources = _locate(settings)
+    key = cache_key(settings, {role: s.fingerprint() for role, s in sources.items()}, tokenizer, seed)
+    folder = cached(cache, key, lambda partial: _build(partial, settings, tokenizer, sources, seed))
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    reports = {role: Report(**counts) for role, counts in meta["reports"].items()}
+    return Prepared(
+        train=TokenSet(folder / "train", "train", "train"),
+        validation=TokenSet(folder / "validation", "validation", "validation") if "validation" in reports else None,
+        test=TokenSet(folder / "test", "test", "test") if "test" in reports else None,
+        reports=reports,
+        previews=meta["previews"],
+        label_sequences=meta["label_sequences"],
+        folder=folder,
+    )
+
+
+def _locate(settings: DataSection) -> dict[Role, Sources]:
+    """Return the sources of all roles that have one of their own."""
+    sources: dict[Role, Sources] = {"train": locate_training(settings)}
+    if isinstance(settings.validation, str):
+        sources["validation"] = locate_held_out(settings, "validation", settings.validation)
+    if isinstance(settings.test, str):
+        sources["test"] = locate_held_out(settings, "test", settings.test)
+    return sources
+
+
+def cache_key(
+    settings: DataSection, fingerprints: dict[Role, str], tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> str:
+    """Return a SHA-256 over everything that the token sets depend on, this package's own code included."""
+    code = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(module.read_bytes())
+    parts = {
+        "settings": settings.model_dump(mode="json"),
+        "content": fingerprints,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "seed": seed,
+        "code": code.hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a SHA-256 over what decides how text becomes tokens; padding and truncation of earlier calls do not."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [
+        type(tokenizer).__name__,
+        {name: part for name, part in backend.items() if name not in ("padding", "truncation")},
+        tokenizer.chat_template,
+        [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build(
+    folder: Path,
+    settings: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    sources: dict[Role, Sources],
+    seed: int,
+) -> None:
+    tables = {role: source.read(documents=settings.overlong == "split") for role, source in sources.items()}
+    if settings.format == "classification" and settings.labels is None:
+        column = (settings.columns or {}).get("label", "label")
+        names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
+        settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
+    splits = make_splits(settings, seed, lambda role: to_split(role, tables[role].rows, settings))
+    reports, labels = {}, set()
+    previews: list[str] = []
+    for split in splits:
+        report = _report(split)
+        whole = tokenize(split.examples, tokenizer, settings, report)
+        labels |= {tuple(sample.tokens[sample.targets].tolist()) for sample in whole}
+        samples = fit_length(whole, settings, ends_of(tokenizer, settings).bos, report)
+        is_packed = settings.packing and split.role == "train"
+        lengths = [len(sample.tokens) for sample in samples]
+        rows = pack(lengths, settings.max_tokens) if is_packed else [[n] for n in range(len(samples))]
+        write_set(folder / split.role, samples, rows)
+        report.kept, report.rows, report.tokens = len(samples), len(rows), sum(lengths)
+        report.target_tokens = sum(int(sample.targets.sum()) for sample in samples)
+        report.fill = report.tokens / (len(rows) * settings.max_tokens) if is_packed else 0.0
+        reports[split.role] = asdict(report)
+        previews = previews or [preview(sample, tokenizer) for sample in samples[:PREVIEWS]]
+    meta = {
+        "reports": reports,
+        "previews": previews,
+        "label_sequences": sorted(labels) if settings.format == "classification" else None,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _report(split: Split) -> Report:
+    return Report(
+        split.role,
+        rows_read=split.rows_read,
+        empty=split.empty,
+        duplicates_removed=split.duplicates,
+        also_in_train=split.also_in_train,
+    )
+
+
+def preview(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a sample as text, decoded from its tokens, with every run of targets between « and »."""
+    edges = (np.flatnonzero(np.diff(sample.targets)) + 1).tolist()
+    pieces = []
+    written = ""
+    for start, stop in zip([0, *edges], [*edges, len(sample.tokens)], strict=True):
+        text = _decode(sample.tokens[:stop].tolist(), tokenizer)
+        piece, written = text[len(written) :], text
+        pieces.append(f"«{piece}»" if sample.targets[start] else piece)
+    return "".join(pieces)
+
+
+def _decode(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,266 @@
+"""data.source, data.validation and data.test -> rows: files, folders, hub data sets and the embedded one."""
+
+import hashlib
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from glora_llm.data.readers import READERS, Table, read_file, suffix
+from glora_llm.errors import UserError, nearest
+from glora_llm.schema import DataSection
+
+EMBEDDED = ("banking77",)
+SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
+DATA_FOLDER = "GLORA_DATA"
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Files that are read one after the other."""
+
+    files: tuple[Traversable, ...]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the names and contents, in hexadecimal."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            content = hashlib.sha256()
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 20):
+                    content.update(piece)
+            digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
+        return digest.hexdigest()
+
+    def read(self, documents: bool) -> Table:
+        """Return the rows of all files.
+
+        Raises:
+            UserError: as `read_file`; when there is no row; when two files name their class numbers differently.
+        """
+        return join((str(file), read_file(file, documents)) for file in self.files)
+
+
+@dataclass(frozen=True)
+class EmbeddedSource:
+    """A split of a data set that the package ships, as columns `text` and `label`."""
+
+    name: str
+    split: str
+
+    @cached_property
+    def _folder(self) -> Traversable:
+        return importlib.resources.files("glora_llm.data") / self.name
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the split's file, in hexadecimal."""
+        return FileSource((self._folder / f"{self.split}.csv",)).fingerprint()
+
+    def read(self, documents: bool) -> Table:
+        """Return the rows, with the 77 intents as label names."""
+        rows = read_file(self._folder / f"{self.split}.csv", documents).rows
+        names = json.loads((self._folder / "categories.json").read_text(encoding="utf-8"))
+        return Table([{"text": row["text"], "label": row["category"]} for row in rows], {"label": names})
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a data set on the hub."""
+
+    name: str
+    subset: str | None
+    split: str
+
+    @cached_property
+    def _dataset(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, self.subset, split=self.split)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"'{self.name}' is no file or folder here, and as a hub data set (subset {self.subset}, split "
+                f"'{self.split}') it could not be loaded: {error}. Check the spelling and the network, or give a file; "
+                f"a relative path is also looked up below the folder that the variable {DATA_FOLDER} names."
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint that `datasets` gives the split.
+
+        Raises:
+            UserError: when it cannot be loaded.
+        """
+        return str(self._dataset._fingerprint)
+
+    def read(self, documents: bool) -> Table:
+        """Return the rows of the split.
+
+        Raises:
+            UserError: when it cannot be loaded.
+        """
+        names = {c: list(f.names) for c, f in self._dataset.features.items() if hasattr(f, "names")}
+        return Table(self._dataset.to_list(), names)
+
+
+Source = FileSource | EmbeddedSource | HubSource
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Several sources that are read as one."""
+
+    parts: tuple[Source, ...]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the fingerprints of the parts, in hexadecimal."""
+        return hashlib.sha256("\0".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def read(self, documents: bool) -> Table:
+        """Return the rows of all parts.
+
+        Raises:
+            UserError: when a part cannot be read or holds no row, or two name their class numbers differently.
+        """
+        return join((str(part), part.read(documents)) for part in self.parts)
+
+
+def join(tables: Iterable[tuple[str, Table]]) -> Table:
+    """Return one table of all rows.
+
+    Args:
+        tables: where each table comes from, and the table.
+
+    Raises:
+        UserError: when one is empty, or two name the class numbers of one column differently.
+    """
+    joined = Table([])
+    for origin, table in tables:
+        if not table.rows:
+            raise UserError(f"{origin} holds no rows.")
+        for column, names in table.label_names.items():
+            if joined.label_names.setdefault(column, names) != names:
+                raise UserError(
+                    f"{origin} numbers the classes of column '{column}' differently from the one before it."
+                )
+        joined.rows += table.rows
+    return joined
+
+
+def _candidates(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    folder = os.environ.get(DATA_FOLDER)
+    return [path] if path.is_absolute() or not folder else [path, Path(folder).expanduser() / path]
+
+
+def find_path(name: str) -> Path | None:
+    """Return the file or folder `name`, relative paths also below the folder GLORA_DATA; none when there is none."""
+    return next((candidate for candidate in _candidates(name) if candidate.exists()), None)
+
+
+def _looks_like_file(name: str) -> bool:
+    return suffix(name) in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _folder_files(folder: Path, split: str) -> FileSource:
+    stems = next((names for names in SAME_SPLIT if split in names), (split,))
+    pattern = re.compile(rf"({'|'.join(map(re.escape, stems))})(-\d+(-of-\d+)?)?\.[a-z]+", re.IGNORECASE)
+    there = sorted(f for f in folder.iterdir() if f.is_file() and suffix(f.name) in READERS)
+    files = [f for f in there if pattern.fullmatch(f.name)]
+    if not files:
+        raise UserError(
+            f"Folder {folder} has no file for split '{split}': expected {' or '.join(stems)} with one of the endings "
+            f"{', '.join(READERS)}; there is: {', '.join(f.name for f in there) or 'no such file'}. "
+            "Rename it, or name the file itself."
+        )
+    are_shards = all("-" in f.stem for f in files) and len({suffix(f.name) for f in files}) == 1
+    if len(files) > 1 and not are_shards:
+        raise UserError(
+            f"Folder {folder} has several files for split '{split}': {', '.join(f.name for f in files)}; "
+            "name the ones you want: data.source=[FILE,FILE]"
+        )
+    return FileSource(tuple(files))
+
+
+def locate(name: str, subset: str | None, split: str) -> Source:
+    """Return the source called `name`: `embedded:NAME`, a file, a folder or, if there is none, a hub data set.
+
+    Args:
+        subset: configuration of a hub data set.
+        split: split of a folder, a hub data set or an embedded one; a file has none.
+
+    Raises:
+        UserError: when there is no such file, embedded data set, or file of that split.
+    """
+    if name.startswith("embedded:"):
+        wanted = name.removeprefix("embedded:")
+        if wanted not in EMBEDDED:
+            raise UserError(f"Unknown embedded data set '{wanted}'; there is: {', '.join(EMBEDDED)}."
+                            f"{nearest(wanted, EMBEDDED)}")  # fmt: skip
+        if split not in ("train", "test"):
+            raise UserError(f"embedded:{wanted} has no split '{split}'; there is: train, test."
+                            f"{nearest(split, ('train', 'test'))}")  # fmt: skip
+        return EmbeddedSource(wanted, split)
+    path = find_path(name)
+    if path is None and _looks_like_file(name):
+        raise UserError(_missing(name))
+    if path is None:
+        return HubSource(name, subset, split)
+    if path.is_dir():
+        return _folder_files(path, split)
+    if suffix(path.name) not in READERS:
+        raise UserError(f"Cannot read {path}: its ending should be one of {', '.join(READERS)}")
+    return FileSource((path,))
+
+
+def _missing(name: str) -> str:
+    looked = _candidates(name)
+    beside = [file.name for path in looked if path.parent.is_dir() for file in path.parent.iterdir()]
+    is_alone = len(looked) == 1 and not looked[0].is_absolute()
+    hint = f" Set {DATA_FOLDER} to the folder that relative paths start from." if is_alone else ""
+    return f"There is no file {' or '.join(map(str, looked))}.{nearest(looked[0].name, beside)}{hint}"
+
+
+def names_of(source: str | Sequence[str]) -> list[str]:
+    """Return data.source as a list."""
+    return [source] if isinstance(source, str) else list(source)
+
+
+def locate_training(settings: DataSection) -> Sources:
+    """Return what data.source and data.split name.
+
+    Raises:
+        UserError: as `locate`; when data.source is an empty list.
+    """
+    names = names_of(settings.source)
+    if not names:
+        raise UserError("data.source is an empty list; name at least one file, folder or hub data set.")
+    return Sources(tuple(locate(name, settings.subset, settings.split) for name in names))
+
+
+def locate_held_out(settings: DataSection, role: str, name: str) -> Sources:
+    """Return what data.validation or data.test names: a file or folder, else a split of data.source.
+
+    Args:
+        role: `validation` or `test`; also the split that is read of a folder named here.
+
+    Raises:
+        UserError: when it is neither, or the split that is trained on.
+    """
+    is_file = _looks_like_file(name) or name.startswith("embedded:")
+    plain = [n for n in names_of(settings.source) if (found := find_path(n)) is not None and found.is_file()]
+    if is_file or (("/" in name or plain) and find_path(name) is not None):
+        return Sources((locate(name, settings.subset, role),))
+    if plain:
+        raise UserError(
+            f"data.{role}: '{name}' is no file, and no split either: data.source is the file {plain[0]}, which has no "
+            "splits. Give a file, a share (0.1) or a number of rows (200)."
+        )
+    if name == settings.split:
+        raise UserError(f"data.{role}: split '{name}' is the one that is trained on (data.split); name another.")
+    return Sources(tuple(locate(n, settings.subset, name) for n in names_of(settings.source)))

@@ -1,0 +1,137 @@
+"""Training, validation and test examples: read from their own source, or drawn from the training rows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from glora_llm.data.columns import Row
+from glora_llm.data.formats import FORMATS, Example
+from glora_llm.data.sampler import permutation
+from glora_llm.errors import UserError
+from glora_llm.schema import DataSection
+
+Role = Literal["train", "validation", "test"]
+
+# Streams of the seeded choices, so that changing one leaves the others as they are.
+_DRAW = {"train": 11, "validation": 12, "test": 13}
+_LIMIT = {"train": 21, "validation": 22, "test": 23}
+
+
+@dataclass
+class Split:
+    """The examples of one role.
+
+    Attributes:
+        rows_read: rows of its source, or drawn from the training rows; of train, without those drawn.
+        empty: rows left out because what is to be learnt is blank.
+        duplicates: training rows left out because a held-out row reads the same.
+        also_in_train: held-out rows from a source of their own that read the same as a training row; kept.
+    """
+
+    role: Role
+    examples: list[Example] = field(default_factory=list)
+    rows_read: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    also_in_train: int = 0
+
+
+def to_split(role: Role, rows: list[Row], settings: DataSection) -> Split:
+    """Return the rows as examples; rows whose answer is blank are left out and counted.
+
+    Raises:
+        UserError: for a row that does not fit the format, with its number; when every answer is blank.
+    """
+    to_example = FORMATS.get(settings.format)
+    split = Split(role, rows_read=len(rows))
+    for number, row in enumerate(rows, 1):
+        origin = f"{role} row {number}"
+        try:
+            example = to_example(row, settings)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+        targets = example.targets()
+        if targets and not any(target.strip() for target in targets):
+            split.empty += 1
+        else:
+            split.examples.append(replace(example, origin=origin))
+    if not split.examples:
+        raise UserError(f"The answers of all {len(rows)} {role} rows are blank: there is nothing to learn or to score.")
+    return split
+
+
+def rows_wanted(wish: float | int, total: int, available: int, role: Role) -> int:
+    """Return how many rows a share (0.1) of `total` rows, or a number (200), is.
+
+    Args:
+        total: rows before anything was held out.
+        available: rows that can still be drawn.
+
+    Raises:
+        UserError: when that is none, or leaves none for training.
+    """
+    count = math.floor(wish * total + 0.5) if isinstance(wish, float) else wish
+    if 0 < count < available:
+        return count
+    raise UserError(
+        f"data.{role}={wish} holds out {count} of {available} rows: at least 1 must be held out and 1 stay for "
+        f"training. Give a number from 1 to {available - 1}, a larger or smaller share, or a file."
+    )
+
+
+def draw(pool: Split, count: int, role: Role, seed: int) -> tuple[Split, Split]:
+    """Return (held-out split of `count` rows, what is left of `pool`), by a seeded choice.
+
+    Rows of the pool that read the same as a held-out row are taken out of it and counted.
+
+    Raises:
+        UserError: when only duplicates of held-out rows would be left.
+    """
+    chosen = set(permutation(len(pool.examples), seed, _DRAW[role])[:count].tolist())
+    held = [example for n, example in enumerate(pool.examples) if n in chosen]
+    texts = {example.text() for example in held}
+    rest = [e for n, e in enumerate(pool.examples) if n not in chosen and e.text() not in texts]
+    if not rest:
+        raise UserError(f"data.{role}: every row left for training reads the same as one of the {count} held-out rows.")
+    duplicates = len(pool.examples) - count - len(rest)
+    left = replace(pool, examples=rest, rows_read=pool.rows_read - count, duplicates=pool.duplicates + duplicates)
+    return Split(role, held, rows_read=count), left
+
+
+def limit(split: Split, most: int | None, seed: int) -> None:
+    """Keep at most `most` examples of `split`, by a seeded choice, in their order."""
+    if most is not None and most < len(split.examples):
+        chosen = sorted(permutation(len(split.examples), seed, _LIMIT[split.role])[:most].tolist())
+        split.examples = [split.examples[n] for n in chosen]
+
+
+def make_splits(settings: DataSection, seed: int, read: Callable[[Role], Split]) -> list[Split]:
+    """Return the splits of a recipe, training first.
+
+    The test rows are drawn first, then the validation rows: asking for validation changes no test row.
+
+    Args:
+        seed: of what is drawn.
+        read: returns the split of a role that has a source of its own.
+
+    Raises:
+        UserError: as `read`, `rows_wanted` and `draw`.
+    """
+    train = read("train")
+    total = len(train.examples)
+    wishes: list[tuple[Role, float | int | str | None]] = [("test", settings.test), ("validation", settings.validation)]
+    held = []
+    for role, wish in wishes:
+        if isinstance(wish, str):
+            held.append(read(role))
+        elif wish is not None:
+            drawn, train = draw(train, rows_wanted(wish, total, len(train.examples), role), role, seed)
+            held.append(drawn)
+    limit(train, settings.max_rows, seed)
+    texts = {example.text() for example in train.examples}
+    for split in held:
+        if split.role == "test":
+            limit(split, settings.max_test_rows, seed)
+        split.also_in_train = sum(example.text() in texts for example in split.examples)
+    return [train, *reversed(held)]

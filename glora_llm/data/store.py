@@ -1,0 +1,86 @@
+"""Token sets on disk: flat arrays, memory-mapped when read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glora_llm.data.tokenize import Mask, Sample, Tokens
+
+ARRAYS = ("tokens", "targets", "samples", "rows")
+
+
+class Row(NamedTuple):
+    """One row: a sample, or several with packing.
+
+    Attributes:
+        tokens: (T) int32.
+        targets: (T) bool, True where the token is learnt.
+        starts: index of the first token of each sample.
+    """
+
+    tokens: Tokens
+    targets: Mask
+    starts: list[int]
+
+
+class TokenSet:
+    """The rows of one split, read from disk as they are asked for.
+
+    Args:
+        folder: what `write_set` wrote.
+        role: what the rows are for.
+        name: for messages; `train`, say.
+
+    Attributes:
+        n_samples, n_tokens, n_targets: totals over all rows.
+    """
+
+    def __init__(self, folder: Path, role: Literal["train", "validation", "test"], name: str):
+        self.role = role
+        self.name = name
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._targets = np.load(folder / "targets.npy", mmap_mode="r")
+        self._samples = np.load(folder / "samples.npy")
+        self._rows = np.load(folder / "rows.npy")
+        self.n_samples = len(self._samples) - 1
+        self.n_tokens = len(self._tokens)
+        self.n_targets = int(np.count_nonzero(self._targets))
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def row(self, i: int) -> Row:
+        """Return row `i`, counted from 0.
+
+        Raises:
+            IndexError: when there is no such row.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of '{self.name}', which has rows 0 to {len(self) - 1}")
+        bounds = self._samples[self._rows[i] : self._rows[i + 1] + 1]
+        first, last = int(bounds[0]), int(bounds[-1])
+        starts = [int(start) - first for start in bounds[:-1]]
+        return Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of every row."""
+        lengths: NDArray[np.int64] = np.diff(self._samples[self._rows])
+        return lengths
+
+
+def write_set(folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[int]]) -> None:
+    """Write the samples, in the order of `rows`, as four arrays into the new folder `folder`.
+
+    tokens (N) int32 and targets (N) bool of all samples, end to end; samples (S + 1): where each begins in them;
+    rows (R + 1): the first sample of each row.
+    """
+    folder.mkdir(parents=True)
+    order = [number for row in rows for number in row]
+    lengths = [len(samples[number].tokens) for number in order]
+    np.save(folder / "tokens.npy", np.concatenate([samples[n].tokens for n in order]).astype(np.int32))
+    np.save(folder / "targets.npy", np.concatenate([samples[n].targets for n in order]))
+    np.save(folder / "samples.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(folder / "rows.npy", np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64))

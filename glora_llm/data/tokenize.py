@@ -1,0 +1,220 @@
+"""Example -> tokens and the mask of what is learnt, and what happens to samples that are too long."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glora_llm.data.formats import Example
+from glora_llm.data.render import Rendered, render
+from glora_llm.data.report import Report
+from glora_llm.errors import UserError
+from glora_llm.schema import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+Offsets = NDArray[np.int64]
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample.
+
+    Attributes:
+        tokens: (T) token ids.
+        targets: (T) True where the token is learnt; never at the first token.
+    """
+
+    tokens: Tokens
+    targets: Mask
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that begin and end a sample.
+
+    Attributes:
+        bos: the id every sample begins with; none: nothing is put in front.
+        strip: an id that is taken from the front (data.bos=never, a template that writes it); else none.
+        eos: the id that ends an answer.
+        closing: ids that may end an answer: eos, and every special token that a template may end a turn with.
+    """
+
+    bos: int | None
+    strip: int | None
+    eos: int
+    closing: frozenset[int]
+
+
+def ends_of(tokenizer: "PreTrainedTokenizerBase", settings: DataSection) -> Ends:
+    """Return how samples begin and end with this tokenizer.
+
+    `auto` begins with BOS where the tokenizer itself does, and for LLaMA's sentencepiece tokenizers, whose models were
+    trained with `<s>` although transformers 5 no longer adds it.
+
+    Raises:
+        UserError: when the tokenizer is not a fast one, has no end token, or no BOS although data.bos=always.
+    """
+    name = type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name} is a slow tokenizer and knows no character offsets; load one that has a tokenizer.json "
+            "(use_fast=True)."
+        )
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if eos is None:
+        raise UserError(
+            f"{name} has no eos_token, so the model would never learn to stop: set tokenizer.eos_token to the token "
+            "that ends an answer."
+        )
+    if settings.bos == "always" and bos is None:
+        raise UserError(f"data.bos=always, but {name} has no bos_token: use data.bos=auto, or set tokenizer.bos_token.")
+    is_llama = name.startswith("LlamaTokenizer") and tokenizer.bos_token == "<s>"
+    uses_bos = bos is not None and (settings.bos == "always" or is_llama or tokenizer("x")["input_ids"][:1] == [bos])
+    special = (int(n) for n, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return Ends(
+        bos=bos if uses_bos and settings.bos != "never" else None,
+        strip=bos if settings.bos == "never" and bos != eos else None,
+        eos=eos,
+        closing=frozenset({*special} - {bos} | {eos}),
+    )
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", settings: DataSection, report: Report
+) -> list[Sample]:
+    """Return one sample for each example, whatever its length; tokens on a boundary are counted in `report`.
+
+    Raises:
+        UserError: as `render` and `ends_of`; when a sample has no target, or its last target is not an end token.
+    """
+    from tqdm import tqdm
+
+    ends = ends_of(tokenizer, settings)
+    samples = []
+    with tqdm(total=len(examples), desc=f"tokenise {report.role}", disable=not sys.stderr.isatty()) as bar:
+        for first in range(0, len(examples), CHUNK):
+            chunk = examples[first : first + CHUNK]
+            rendered = [render(example, tokenizer, settings) for example in chunk]
+            encoded: Any = tokenizer(
+                [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            for n, example in enumerate(chunk):
+                spots = np.asarray(offsets[n], dtype=np.int64).reshape(-1, 2)
+                targets, straddling = mark(spots, rendered[n])
+                sample = close(np.asarray(ids[n], dtype=np.int32), targets, ends, rendered[n].add_end)
+                _check(sample, example, rendered[n], ends, tokenizer)
+                samples.append(sample)
+                report.boundary_tokens += straddling
+            bar.update(len(chunk))
+    return samples
+
+
+def mark(offsets: Offsets, rendered: Rendered) -> tuple[Mask, int]:
+    """Return which tokens are targets, and how many hold a boundary and are therefore not.
+
+    A token is a target when it begins at or after the start of a span and ends inside it. `offsets` (T, 2) are
+    characters; a tokenizer that trims spaces from them gives a lone space the empty range at its end, which counts too.
+    """
+    begin, end = offsets[:, 0], offsets[:, 1]
+    targets = np.zeros(len(offsets), dtype=np.bool_)
+    straddling = 0
+    for start, stop in rendered.spans:
+        targets |= (begin >= start) & (end > start) & (end <= stop)
+        straddling += int(((begin < start) & (end > start)).sum())
+    return targets, straddling
+
+
+def close(tokens: Tokens, targets: Mask, ends: Ends, add_end: bool) -> Sample:
+    """Return the sample with exactly one BOS in front, where the family uses one, and its end token."""
+    if ends.strip is not None and tokens[:1].tolist() == [ends.strip]:
+        tokens, targets = tokens[1:], targets[1:]
+    if ends.bos is not None and tokens[:1].tolist() != [ends.bos]:
+        tokens, targets = np.insert(tokens, 0, ends.bos), np.insert(targets, 0, False)
+    if add_end and tokens[-1:].tolist() != [ends.eos]:
+        tokens, targets = np.append(tokens, np.int32(ends.eos)), np.append(targets, True)
+    targets[:1] = False
+    return Sample(tokens, targets)
+
+
+def _check(
+    sample: Sample, example: Example, rendered: Rendered, ends: Ends, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    places = np.flatnonzero(sample.targets)
+    if not len(places):
+        raise UserError(
+            f"{example.origin} has no token to learn: {rendered.text[:300]!r}. A conversation needs a turn of the "
+            "assistant, a text at least two tokens."
+        )
+    last = int(sample.tokens[places[-1]])
+    if last not in ends.closing:
+        raise UserError(
+            f"{example.origin}: the answer ends with {tokenizer.convert_ids_to_tokens(last)!r} instead of an end token "
+            f"({tokenizer.convert_ids_to_tokens(sorted(ends.closing)[:8])}), so the model would never learn to stop: "
+            f"{rendered.text[-200:]!r}. Let the chat template end a turn with one, or set data.chat_template=none."
+        )
+
+
+def fit_length(samples: list[Sample], settings: DataSection, bos: int | None, report: Report) -> list[Sample]:
+    """Return the samples with none longer than data.max_tokens, by data.overlong; count in `report` what was done.
+
+    Args:
+        bos: the id that a piece of a split sample begins with too.
+
+    Raises:
+        UserError: when there are longer samples and data.overlong=error; when no sample is left.
+    """
+    most = settings.max_tokens
+    lengths = [len(sample.tokens) for sample in samples]
+    report.longest = max(lengths, default=0)
+    overlong = sum(length > most for length in lengths)
+    if overlong and settings.overlong == "error":
+        raise UserError(
+            f"{overlong} of {len(samples)} {report.role} samples are longer than data.max_tokens={most}; the longest "
+            f"has {report.longest} tokens. Set data.max_tokens={report.longest}, or data.overlong to drop, truncate "
+            "or, for format text, split."
+        )
+    kept: list[Sample] = []
+    for sample in samples:
+        kept += [sample] if len(sample.tokens) <= most else _shorten(sample, settings, bos, report)
+    if not kept:
+        raise UserError(
+            f"No {report.role} sample is left: all {len(samples)} are longer than data.max_tokens={most} (the longest: "
+            f"{report.longest}) and data.overlong={settings.overlong}. Raise data.max_tokens."
+        )
+    return kept
+
+
+def _shorten(sample: Sample, settings: DataSection, bos: int | None, report: Report) -> list[Sample]:
+    most = settings.max_tokens
+    if settings.overlong == "split":
+        report.split += 1
+        return cut(sample, most, bos)
+    if settings.overlong == "truncate" and sample.targets[:most].any():
+        report.truncated += 1
+        return [Sample(sample.tokens[:most], sample.targets[:most])]
+    report.dropped += 1
+    return []
+
+
+def cut(sample: Sample, most: int, bos: int | None) -> list[Sample]:
+    """Return consecutive pieces of at most `most` tokens, in which every token but the sample's first is learnt once.
+
+    The first token of a piece is never learnt, so it is BOS, or else the last token of the piece before.
+    """
+    pieces = []
+    for start in range(1, len(sample.tokens), most - 1):
+        body = sample.tokens[start : start + most - 1]
+        context = sample.tokens[start - 1] if bos is None or start == 1 else bos
+        targets = np.insert(sample.targets[start : start + most - 1], 0, False)
+        pieces.append(Sample(np.insert(body, 0, context), targets))
+    return pieces

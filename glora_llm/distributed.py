@@ -1,0 +1,92 @@
+"""Ranks of one launch: the process group, this rank's device, and whose failure came first."""
+
+import contextlib
+import json
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+
+def planned_world() -> int:
+    """Return the number of ranks of this launch, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def planned_rank() -> int:
+    """Return this process's rank, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> Ranks:
+    """Join the process group (of one, when started without a launcher) and take this rank's device."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:  # ranks that share a machine share its cores: more threads than cores make every step slower
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def first_failure(folder: Path, rank: int, advice: str) -> Iterator[None]:
+    """Let only the rank that failed first print its traceback; the launcher then stops the others.
+
+    The first to fail creates `failure.json` in the run folder; a rank that fails after it (its peer is gone) says so
+    in one line.
+    """
+    note = folder / "failure.json"
+    try:
+        yield
+    except Exception as error:
+        report = {"rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        try:
+            with note.open("x") as file:
+                json.dump(report, file, indent=1)
+        except FileExistsError:
+            raise SystemExit(f"rank {rank} stopped, because another rank failed first (see {note})") from None
+        print(f"rank {rank} failed first. {advice}", flush=True)
+        raise
+
+
+def forget_failure(folder: Path) -> None:
+    """Remove the note of an earlier launch."""
+    (folder / "failure.json").unlink(missing_ok=True)

@@ -1,0 +1,9 @@
+"""Generalized LoRA (GLoRA, arXiv 2306.07967): f(x) = (W0 + W0 A + B) x + W0 C + D b0 + E + b0.
+
+Importing this package registers the tuner with PEFT, so `peft.get_peft_model(model, GLoRAConfig(...))` works.
+"""
+
+from glora_llm.glora.path import PRESETS, Genome, Path, SlotSpec
+from glora_llm.glora.tuner import GLoRAConfig, GLoRALinear, GLoRAModel
+
+__all__ = ["PRESETS", "GLoRAConfig", "GLoRALinear", "GLoRAModel", "Genome", "Path", "SlotSpec"]

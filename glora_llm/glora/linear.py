@@ -1,0 +1,264 @@
+"""The GLoRA linear, f(x) = (W0 + W0 A + B) x + W0 C + D b0 + E + b0, in one pass over a frozen W0.
+
+Source: arXiv 2306.07967, equation 3. Letters: T rows of x (tokens), O out_features, I in_features, r rank.
+`effective` is the formula as written; the two autograd functions compute the same without keeping anything of the
+size of W0 for the backward pass (a quantised W0 is dequantised once in forward and once in backward).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ReadWeight = Callable[[], Tensor]
+
+
+class Slots(NamedTuple):
+    """The values of one layer's slots; None is mode none. Scales (alpha / r) are plain numbers."""
+
+    a_down: Tensor | None = None  # (I, r) product, (O, r) hadamard
+    a_up: Tensor | None = None  # (r, I)
+    a_scale: float = 1.0
+    a_gain: Tensor | None = None  # (O) vector, (1) scalar
+    b_down: Tensor | None = None  # (O, r)
+    b_up: Tensor | None = None  # (r, I)
+    b_scale: float = 1.0
+    b_shift: Tensor | None = None  # (O) vector, (1) scalar
+    c: Tensor | None = None  # (I), of either mode
+    d: Tensor | None = None  # (O) vector, (1) scalar
+    e: Tensor | None = None  # (O) vector, (1) scalar
+
+
+def effective(w0: Tensor, b0: Tensor | None, s: Slots, composition: str) -> tuple[Tensor, Tensor | None]:
+    """Return the weight (O, I) and bias (O) that the layer computes with: the formula itself. Merging uses this.
+
+    Args:
+        w0: the frozen weight, (O, I). W0 C is of this original weight, whatever A does.
+        b0: the frozen bias (O), or None; D acts on it alone.
+        composition: `product` (W0 A with A = A_d A_u, a matrix product) or `hadamard` (W0 * (A_d A_u)).
+    """
+    weight = w0.clone()
+    if s.a_down is not None and s.a_up is not None:
+        if composition == "product":
+            weight += s.a_scale * (w0 @ s.a_down) @ s.a_up
+        else:
+            weight += s.a_scale * w0 * (s.a_down @ s.a_up)
+    if s.a_gain is not None:
+        weight += s.a_gain[:, None] * w0
+    if s.b_down is not None and s.b_up is not None:
+        weight += s.b_scale * (s.b_down @ s.b_up)
+    if s.b_shift is not None:
+        weight += s.b_shift[:, None]
+    bias = frozen_and_shifted_bias(b0, s, w0.shape[0])
+    if s.c is not None:
+        prompt = w0 @ s.c
+        bias = prompt if bias is None else bias + prompt
+    return weight, bias
+
+
+def frozen_and_shifted_bias(b0: Tensor | None, s: Slots, out_features: int) -> Tensor | None:
+    """Return D b0 + E + b0, (O), or None where nothing is there."""
+    bias = b0
+    if b0 is not None and s.d is not None:
+        bias = b0 + s.d * b0
+    if s.e is not None:
+        bias = s.e.expand(out_features) if bias is None else bias + s.e
+    return bias
+
+
+def glora_linear(
+    x: Tensor,
+    read_weight: ReadWeight,
+    out_features: int,
+    b0: Tensor | None,
+    s: Slots,
+    composition: str,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """Compute f(x) without forming anything of W0's size that outlives the call.
+
+    Args:
+        x: (..., I).
+        read_weight: returns W0 (O, I) in x's dtype; called once in forward and once in backward.
+        b0: the frozen bias (O), or None.
+        dropped: x after dropout, (..., I): the input of the low-rank factors of A and B. None: x itself.
+
+    Returns:
+        (..., O), in x's dtype.
+    """
+    s = _in_dtype(s, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    thin_rows = None if dropped is None else dropped.reshape(rows.shape)
+    bias = frozen_and_shifted_bias(None if b0 is None else b0.to(x.dtype), s, out_features)
+    function = _Hadamard if composition == "hadamard" and s.a_down is not None else _OnePass
+    y = function.apply(
+        rows, thin_rows, read_weight, s.a_down, s.a_up, s.a_scale, s.b_down, s.b_up, s.b_scale, s.a_gain, s.b_shift,
+        s.c, bias,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+class _OnePass(torch.autograd.Function):
+    """y = (1 + a) * ((x + U_a A_d') W0') + U_b B_d' + sum(x) b' + W0 c + bias, with U = x [A_u; B_u]'.
+
+    A in mode lora is the matrix product; its gain a is zero then. Thin products only; what is kept is x and U (and
+    x' W0' where a gain needs it).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dropped: Tensor | None, read_weight: ReadWeight,
+        a_down: Tensor | None, a_up: Tensor | None, a_scale: float,
+        b_down: Tensor | None, b_up: Tensor | None, b_scale: float,
+        gain: Tensor | None, shift: Tensor | None, c: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weight = read_weight()
+        thin = _thin(x if dropped is None else dropped, a_up, b_up)
+        r = 0 if a_up is None else a_up.shape[0]
+        full_bias = _add_prompt(bias, weight, c)
+        inner = x if a_down is None else torch.addmm(x, thin[:, :r], a_down.t(), alpha=a_scale)
+        if gain is None:
+            y, plain = torch.nn.functional.linear(inner, weight, full_bias), None
+        else:
+            plain = inner @ weight.t()
+            y = plain * (1 + gain)
+            if full_bias is not None:
+                y += full_bias
+        if b_down is not None:
+            y.addmm_(thin[:, r:], b_down.t(), alpha=b_scale)
+        if shift is not None:
+            y += x.sum(1, keepdim=True) * shift
+        ctx.save_for_backward(x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift)
+        ctx.read_weight, ctx.scales, ctx.r = read_weight, (a_scale, b_scale), r
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift = ctx.saved_tensors
+        (a_scale, b_scale), r = ctx.scales, ctx.r
+        weight = ctx.read_weight()
+        dc, dbias = _bias_gradients(ctx, dy, weight)
+        dgain = None if gain is None else _reduce_like(gain, dy * plain)
+        dx = (dy if gain is None else dy * (1 + gain)) @ weight
+        parts, da_down, db_down = [], None, None
+        if a_down is not None:
+            da_down = a_scale * (dx.t() @ thin[:, :r])
+            parts.append(a_scale * (dx @ a_down))
+        if b_down is not None:
+            db_down = b_scale * (dy.t() @ thin[:, r:])
+            parts.append(b_scale * (dy @ b_down))
+        dshift = None
+        if shift is not None:
+            dshift = _reduce_like(shift, dy * x.sum(1, keepdim=True))
+            dx = dx + (dy * shift).sum(1, keepdim=True)
+        da_up = db_up = ddropped = None
+        if parts:
+            dthin = torch.cat(parts, 1)
+            up = _stack(a_up, b_up)
+            dup = dthin.t() @ (x if dropped is None else dropped)
+            da_up, db_up = (dup[:r] if a_up is not None else None), (dup[r:] if b_up is not None else None)
+            if dropped is None:
+                dx = dx.addmm_(dthin, up)
+            else:
+                ddropped = dthin @ up
+        return dx, ddropped, None, da_down, da_up, None, db_down, db_up, None, dgain, dshift, dc, dbias
+
+
+class _Hadamard(torch.autograd.Function):
+    """y = x W_eff' + W0 c + bias with W_eff = W0 + W0 * (A_d A_u) + B, formed once in forward, once in backward.
+
+    There is no thin form: the factor gradients need dW = dy' x, a third product of full size.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dropped: Tensor | None, read_weight: ReadWeight,
+        a_down: Tensor, a_up: Tensor, a_scale: float,
+        b_down: Tensor | None, b_up: Tensor | None, b_scale: float,
+        gain: Tensor | None, shift: Tensor | None, c: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weight = read_weight()
+        delta = _hadamard_delta(weight, a_down, a_up, a_scale, b_down, b_up, b_scale, shift)
+        full_bias = _add_prompt(bias, weight, c)
+        if dropped is None:
+            y = torch.nn.functional.linear(x, delta.add_(weight), full_bias)
+        else:
+            y = torch.nn.functional.linear(x, weight, full_bias).addmm_(dropped, delta.t())
+        ctx.save_for_backward(x, dropped, a_down, a_up, b_down, b_up, shift)
+        ctx.read_weight, ctx.scales = read_weight, (a_scale, b_scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, dropped, a_down, a_up, b_down, b_up, shift = ctx.saved_tensors
+        a_scale, b_scale = ctx.scales
+        weight = ctx.read_weight()
+        dc, dbias = _bias_gradients(ctx, dy, weight)
+        delta = _hadamard_delta(weight, a_down, a_up, a_scale, b_down, b_up, b_scale, shift)
+        if dropped is None:
+            dx, ddropped = dy @ delta.add_(weight), None
+        else:
+            dx, ddropped = dy @ weight, dy @ delta
+        dweight = dy.t() @ (x if dropped is None else dropped)
+        dshift = None if shift is None else _reduce_like(shift, dweight.sum(1)[None])
+        db_down = db_up = None
+        if b_down is not None:
+            db_down, db_up = b_scale * (dweight @ b_up.t()), b_scale * (b_down.t() @ dweight)
+        dproduct = dweight.mul_(weight)
+        da_down, da_up = a_scale * (dproduct @ a_up.t()), a_scale * (a_down.t() @ dproduct)
+        return dx, ddropped, None, da_down, da_up, None, db_down, db_up, None, None, dshift, dc, dbias
+
+
+def _hadamard_delta(
+    weight: Tensor, a_down: Tensor, a_up: Tensor, a_scale: float,
+    b_down: Tensor | None, b_up: Tensor | None, b_scale: float, shift: Tensor | None,
+) -> Tensor:  # fmt: skip
+    delta = torch.mm(a_down, a_up).mul_(weight)
+    if a_scale != 1:
+        delta.mul_(a_scale)
+    if b_down is not None and b_up is not None:
+        delta.addmm_(b_down, b_up, alpha=b_scale)
+    return delta if shift is None else delta.add_(shift[:, None])
+
+
+def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
+    """Return U = x [A_u; B_u]', (T, r_A + r_B); (T, 0) where neither slot is low-rank."""
+    if a_up is None and b_up is None:
+        return x.new_empty(x.shape[0], 0)
+    return x @ _stack(a_up, b_up).t()
+
+
+def _stack(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
+    present = [up for up in (a_up, b_up) if up is not None]
+    return present[0] if len(present) == 1 else torch.cat(present)
+
+
+def _add_prompt(bias: Tensor | None, weight: Tensor, c: Tensor | None) -> Tensor | None:
+    """Return bias + W0 c: what W0 makes of a constant input is itself a bias."""
+    if c is None:
+        return bias
+    prompt = torch.mv(weight, c)
+    return prompt if bias is None else bias + prompt
+
+
+def _bias_gradients(ctx: Any, dy: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return (dc, dbias): the bias sees the sum over rows, c the same through W0."""
+    wants_c, wants_bias = ctx.needs_input_grad[11], ctx.needs_input_grad[12]
+    if not (wants_c or wants_bias):
+        return None, None
+    total = dy.sum(0)
+    return (torch.mv(weight.t(), total) if wants_c else None), (total if wants_bias else None)
+
+
+def _reduce_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Sum a (rows, O) gradient to the parameter's shape: (O) for a vector, (1) for a scalar."""
+    return gradient.sum(0) if parameter.numel() > 1 else gradient.sum().reshape(1)
+
+
+def _in_dtype(s: Slots, dtype: torch.dtype) -> Slots:
+    return Slots(*(value.to(dtype) if isinstance(value, Tensor) else value for value in s))
+

@@ -1,0 +1,157 @@
+"""Slots, modes and paths: which mode each slot of each layer has. Words as in the GLoRA paper (arXiv 2306.07967).
+
+*slot*: one of A B C D E. *mode*: how a slot is parameterised. *path*: one mode (and rank) for each slot of one
+layer. *genome*: layer name -> path, for the whole model.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from glora_llm.errors import UserError, nearest
+
+# The slot table: what each slot may be. A search draws from it; parameters are allocated by it.
+SLOT_MODES: dict[str, tuple[str, ...]] = {
+    "A": ("lora", "vector", "scalar", "none"),
+    "B": ("lora", "vector", "scalar", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "scalar", "none"),
+    "E": ("vector", "scalar", "none"),
+}
+SLOTS = tuple(SLOT_MODES)
+
+# The systems that GLoRA generalises. A preset sets the composition too where the system depends on it.
+PRESETS: dict[str, dict[str, str]] = {
+    "lora": {"B": "lora"},
+    "bitfit": {"E": "vector"},
+    "ssf": {"A": "vector", "D": "vector", "E": "vector"},
+    "repadapter": {"A": "lora", "C": "vector"},
+    "ia3_like": {"A": "vector"},
+    "hira": {"A": "lora"},
+}
+PRESET_COMPOSITION = {"repadapter": "product", "hira": "hadamard"}
+DEFAULT_SLOTS: dict[str, str] = {"A": "lora", "B": "lora", "C": "vector", "D": "none", "E": "vector"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotSpec:
+    """One slot of one layer.
+
+    Args:
+        mode: an entry of `SLOT_MODES[slot]`.
+        rank: r of mode lora (ignored by the others).
+        scale: factor on the slot in mode lora: alpha / r, or alpha / sqrt(r) with rank stabilisation.
+    """
+
+    mode: str
+    rank: int = 0
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One mode for each slot of one layer; a slot that is not given has mode none."""
+
+    slots: tuple[tuple[str, SlotSpec], ...]
+
+    def __getitem__(self, slot: str) -> SlotSpec:
+        return dict(self.slots).get(slot, SlotSpec("none"))
+
+    def active(self) -> Iterator[tuple[str, SlotSpec]]:
+        """Yield (slot, spec) of all slots whose mode is not none."""
+        return ((slot, spec) for slot, spec in self.slots if spec.mode != "none")
+
+    def without(self, slot: str) -> "Path":
+        """Return the path with `slot` in mode none."""
+        return Path(tuple(pair for pair in self.slots if pair[0] != slot))
+
+    def touches_bias(self) -> bool:
+        """Tell whether the merged layer needs a bias: C or E is active."""
+        return self["C"].mode != "none" or self["E"].mode != "none"
+
+
+Genome = dict[str, Path]
+
+
+def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized: bool = False) -> Path:
+    """Build a path from a recipe's or a config's slots.
+
+    Args:
+        slots: slot -> mode, or slot -> {mode, rank, alpha}.
+        rank: r where a slot names none.
+        alpha: where a slot names none; the scale is alpha / r (or alpha / sqrt(r) if `rank_stabilized`).
+
+    Raises:
+        UserError: for an unknown slot, or a mode that the slot does not have.
+    """
+    unknown = [slot for slot in slots if slot not in SLOT_MODES]
+    if unknown:
+        raise UserError(f"Unknown GLoRA slot '{unknown[0]}'; there are A, B, C, D and E.")
+    specs = []
+    for slot in SLOTS:
+        given = slots.get(slot, "none")
+        given = {"mode": given} if isinstance(given, str) else dict(given)
+        mode = given["mode"]
+        if mode not in SLOT_MODES[slot]:
+            known = ", ".join(SLOT_MODES[slot])
+            raise UserError(f"Slot {slot} has no mode '{mode}'; it has: {known}.{nearest(mode, SLOT_MODES[slot])}")
+        if mode == "lora":
+            slot_rank, slot_alpha = given.get("rank") or rank, given.get("alpha") or alpha
+            scale = slot_alpha / (slot_rank**0.5 if rank_stabilized else slot_rank)
+            specs.append((slot, SlotSpec(mode, slot_rank, scale)))
+        elif mode != "none":
+            specs.append((slot, SlotSpec(mode)))
+    return Path(tuple(specs))
+
+
+def all_paths(rank: int, scale: float = 1.0, has_bias: bool = True) -> list[Path]:
+    """Return every path of one layer: 4*4*3*3*3 = 432, or 4*4*3*3 = 144 where there is no bias (D does nothing)."""
+    choices = [SLOT_MODES[slot] if slot != "D" or has_bias else ("none",) for slot in SLOTS]
+    return [
+        Path(
+            tuple(
+                (slot, SlotSpec(mode, rank, scale) if mode == "lora" else SlotSpec(mode))
+                for slot, mode in zip(SLOTS, modes, strict=True)
+                if mode != "none"
+            )
+        )
+        for modes in itertools.product(*choices)
+    ]
+
+
+def path_for(name: str, default: Path, patterns: Mapping[str, Path]) -> Path:
+    """Return the path of the layer `name`: the last of `patterns` (regular expressions) that matches, else `default`."""
+    chosen = default
+    for pattern, path in patterns.items():
+        if re.search(pattern, name):
+            chosen = path
+    return chosen
+
+
+def genome_to_json(genome: Genome) -> str:
+    """Return a genome as JSON, a layer a line, readable and editable by hand."""
+    layers = {
+        name: {slot: dataclasses.asdict(spec) if spec.mode == "lora" else spec.mode for slot, spec in path.active()}
+        for name, path in genome.items()
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(slots)}" for name, slots in layers.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def genome_from_json(text: str) -> Genome:
+    """Read what `genome_to_json` wrote.
+
+    Raises:
+        UserError: for an unknown slot or mode.
+    """
+    genome = {}
+    for name, slots in json.loads(text).items():
+        scales = {slot: given["scale"] for slot, given in slots.items() if isinstance(given, dict)}
+        path = make_path(slots, rank=1, alpha=1.0)
+        genome[name] = Path(
+            tuple((slot, dataclasses.replace(spec, scale=scales.get(slot, spec.scale))) for slot, spec in path.slots)
+        )
+    return genome

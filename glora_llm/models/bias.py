@@ -1,0 +1,66 @@
+"""Whether a family of stock transformers can carry a bias on a linear: found by building one layer, not by a list."""
+
+import copy
+from typing import TYPE_CHECKING, Literal
+
+from glora_llm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BiasSupport = Literal["has", "switch", "never"]
+
+
+def bias_support(config: "PretrainedConfig", suffix: str) -> BiasSupport:
+    """Say whether linears whose name ends in `suffix` (`q_proj`, `down_proj`) can have a bias in this family.
+
+    `has`: always; `switch`: when a key of config.json says so (see `bias_switch`); `never`.
+
+    Raises:
+        UserError: when the family has no such linear.
+    """
+    without, with_all = _biases(config, {}), _biases(config, dict.fromkeys(_switches(config), True))
+    if suffix not in without:
+        raise UserError(
+            f"Model type '{config.model_type}' has no linear '{suffix}'; there is: {', '.join(sorted(without))}."
+            f"{nearest(suffix, without)}"
+        )
+    if not with_all[suffix]:
+        return "never"
+    return "has" if without[suffix] else "switch"
+
+
+def bias_switch(config: "PretrainedConfig", suffix: str) -> str | None:
+    """Return the key of config.json that alone gives `suffix` a bias, or None where no single key does."""
+    if bias_support(config, suffix) != "switch":
+        return None
+    return next((key for key in _switches(config) if _biases(config, {key: True})[suffix]), None)
+
+
+def _switches(config: "PretrainedConfig") -> list[str]:
+    """Return the boolean keys of the configuration that speak of a bias (attention_bias, mlp_bias, use_bias ...)."""
+    text = config.get_text_config(decoder=True)
+    return sorted(key for key, value in text.to_dict().items() if isinstance(value, bool) and "bias" in key)
+
+
+def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
+    """Build one layer on the meta device with the switches in `on`, all others off: last part of the name -> bias."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    twin = copy.deepcopy(config)
+    text = twin.get_text_config(decoder=True)
+    for key in _switches(config):
+        setattr(text, key, on.get(key, False))
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(twin).get_decoder()
+    found: dict[str, bool] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            last = name.rpartition(".")[2]
+            found[last] = found.get(last, True) and module.bias is not None
+    return found

@@ -1,0 +1,199 @@
+"""The frozen base model: dense or quantised by bitsandbytes, on one device, or as a shape without weights."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glora_llm.errors import UserError
+from glora_llm.models.kernels import apply_liger, uses_liger
+from glora_llm.schema import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+# attribute of transformers' model classes that says whether the family has a backend; all have eager
+ATTENTION_FLAGS = {
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+
+
+def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3: bool) -> "PreTrainedModel":
+    """Load the weights of `folder` (see `resolve`) frozen, in eval mode, without a cache of keys and values.
+
+    Args:
+        device: where the weights go. With `zero3`, unquantised weights stay on the CPU until DeepSpeed shards them
+            (or go straight into its shards while a `transformers.integrations.HfDeepSpeedConfig` is alive).
+        zero3: DeepSpeed's stage 3 will shard the model.
+
+    Raises:
+        UserError: an attention backend, kernel or quantisation that cannot work here, or weights that do not fit
+            the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = compute_dtype(section, device)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    liger = uses_liger(section.kernels, config.model_type, device)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization_config(section, dtype),
+        device_map=_device_map(section, device, zero3),
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        **_attention(section, config, device, dtype),
+    )
+    _check_complete(report, folder)
+    _keep_quantized_weights(model)
+    _freeze(model)
+    if section.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if liger:
+        apply_liger(model)
+    return model
+
+
+def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
+    """Return the model on the meta device: names and shapes (O, I) as in float, no memory. For dry runs."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device("meta")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(section, device))
+    _freeze(model)
+    return model.eval()
+
+
+def compute_dtype(section: ModelSection, device: "torch.device") -> "torch.dtype":
+    """Return model.dtype; auto is bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if section.dtype != "auto":
+        return getattr(torch, section.dtype)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def quantization_config(section: ModelSection, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
+    """Return bitsandbytes' settings. 4-bit blocks are stored in `dtype`, else ZeRO 3 would not shard them.
+
+    The output head, and what is tied to it, is left out by transformers; embeddings are no linears.
+
+    Raises:
+        UserError: when bitsandbytes is not installed.
+    """
+    if section.quantization == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"model.quantization {section.quantization} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if section.quantization == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=section.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def linear_names(model: "PreTrainedModel") -> list[str]:
+    """Return the full names of all linears of the decoder (dense, 4-bit or 8-bit), without the output head."""
+    from torch import nn
+
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in decoder and module is not head
+    ]
+
+
+def _device_map(section: ModelSection, device: "torch.device", zero3: bool) -> dict[str, Any] | None:
+    """Return where transformers puts the weights; None leaves it to DeepSpeed's own loading."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():  # transformers refuses a map then; bitsandbytes takes the current device
+        return None
+    return {"": "cpu" if zero3 and section.quantization == "none" else device}
+
+
+def _attention(
+    section: ModelSection, config: "PretrainedConfig", device: "torch.device", dtype: "torch.dtype"
+) -> dict[str, str]:
+    """Return the argument for transformers; auto leaves it the choice, which is sdpa where the family has it.
+
+    Raises:
+        UserError: a backend that the family, the device or the dtype does not have.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = section.attention
+    if wanted == "auto":
+        return {}
+    advice = "Set model.attention to auto."
+    family = AutoModelForCausalLM._model_mapping[type(config)]
+    flag = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        "flex_attention": "_supports_flex_attn",
+    }
+    if wanted in flag and not getattr(family, flag[wanted], False):
+        raise UserError(f"model.attention is {wanted}, which {family.__name__} does not have. {advice}")
+    if wanted == "flash_attention_2":
+        if device.type != "cuda":
+            raise UserError(f"model.attention is flash_attention_2, which needs a GPU; this is the {device}. {advice}")
+        if find_spec("flash_attn") is None:
+            raise UserError(f"model.attention is flash_attention_2, but flash-attn is not installed. {advice}")
+        if dtype == torch.float32:
+            raise UserError("flash_attention_2 computes in bfloat16 or float16, not in float32: set model.dtype")
+    return {"attn_implementation": wanted}
+
+
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
+    """Drop what bitsandbytes says at every int8 layer of every forward pass: that it computes in float16."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def _check_complete(report: dict[str, Any], folder: Path) -> None:
+    """Refuse weights that transformers would replace by random ones with no more than a warning.
+
+    Raises:
+        UserError: tensors that are missing or of another shape.
+    """
+    wrong = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in sorted(report.get(kind) or [])]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensors that config.json asks for are missing in {folder} or have another shape, the first: "
+            f"{wrong[0]}. The folder does not hold the whole model: download or copy it again."
+        )
+
+
+def _keep_quantized_weights(model: "PreTrainedModel") -> None:
+    """Stop bitsandbytes from changing the frozen weight at the first evaluation on a CPU with AVX512-BF16.
+
+    There Linear4bit repacks its weight for good and rounds the block scales to bfloat16 (0.50: nn/modules.py,
+    Linear4bit.forward): the base would no longer be the one that was trained on, and every later backward pass would
+    lose the gradient through these layers without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _freeze(model: "PreTrainedModel") -> None:
+    """No parameter learns, and no keys and values are kept in training; generate() still keeps them."""
+    model.requires_grad_(False)
+    model.config.use_cache = False

@@ -1,0 +1,119 @@
+"""What a base model is, in 64 hex digits: its configuration and the beginning of every tensor."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from glora_llm.errors import UserError
+
+HEAD_BYTES = 4096
+# what says nothing about the function that the model computes; everything else in config.json counts
+NOT_ARCHITECTURE = {
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "initializer_range",
+}
+
+
+def fingerprint(folder: Path) -> str:
+    """Return sha256 over the architecture keys of config.json and, by tensor, name, dtype, shape and first 4 KiB.
+
+    It does not depend on how the tensors are spread over files, and reads a few MB even of a 70B model.
+
+    Raises:
+        UserError: when the folder holds no complete safetensors model.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(_canonical({k: v for k, v in config.items() if k not in NOT_ARCHITECTURE}))
+    where = {name: file for file in weight_files(folder) for name in _header(file)[0]}
+    by_file: dict[Path, dict[str, bytes]] = {file: _tensor_digests(file) for file in set(where.values())}
+    for name in sorted(where):
+        digest.update(by_file[where[name]][name])
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers would load: model.safetensors, else those of the index.
+
+    Raises:
+        UserError: when there are none, or one that the index names is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(_no_weights(folder))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} is incomplete: its index names {len(names)} weight files, {len(missing)} are missing "
+            f"({', '.join(missing[:3])}). Download or copy the model again."
+        )
+    return [folder / name for name in names]
+
+
+def _no_weights(folder: Path) -> str:
+    """Return why there is nothing to load: pickles only, or nothing at all."""
+    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+    if pickles:
+        return (
+            f"{folder} holds {pickles[0]} but no safetensors, and pickles are not read. Convert it once: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors; "
+            "copy the tokenizer files beside them."
+        )
+    return f"{folder} holds no weights: expected model.safetensors or model.safetensors.index.json"
+
+
+def _tensor_digests(file: Path) -> dict[str, bytes]:
+    """Return tensor name -> digest of its name, dtype, shape and first bytes."""
+    header, start = _header(file)
+    digests = {}
+    with file.open("rb") as stream:
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            stream.seek(start + begin)
+            head = stream.read(min(HEAD_BYTES, end - begin))
+            digests[name] = hashlib.sha256(_canonical([name, entry["dtype"], entry["shape"]]) + head).digest()
+    return digests
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the table of a safetensors file (8 bytes of length, then JSON) and where its data begins.
+
+    Raises:
+        UserError: when the file is cut off or is no safetensors file.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = stream.seek(0, 2)
+        table = _table(stream, length) if 2 <= length <= size - 8 else None
+    if table is None or 8 + length + max((t["data_offsets"][1] for t in table.values()), default=0) != size:
+        raise UserError(f"{file} ({size} bytes) is damaged or cut off. Download or copy the model again.")
+    return table, 8 + length
+
+
+def _table(stream: BinaryIO, length: int) -> dict[str, Any] | None:
+    """Return the JSON table without its metadata, or None when it is no JSON."""
+    stream.seek(8)
+    try:
+        table = json.loads(stream.read(length))
+    except ValueError:
+        return None
+    table.pop("__metadata__", None)
+    return table
+
+
+def _canonical(value: Any) -> bytes:
+    """Return JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,154 @@
+"""`model.name_or_path` -> a local folder of config.json, safetensors and tokenizer; nothing later needs the hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glora_llm.errors import UserError
+from glora_llm.models.embedded import embedded_folder
+from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.schema import ModelSection
+
+EMBEDDED_PREFIX = "embedded:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A base model on this machine.
+
+    Attributes:
+        folder: config.json, safetensors, tokenizer.
+        name: what the recipe called it; another machine finds it by this name.
+        revision: commit of a hub model, else None.
+        fingerprint: identity of the weights; adapters and checkpoints record it and refuse another.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    fingerprint: str
+
+
+def resolve(section: ModelSection) -> ResolvedModel:
+    """Find, download or convert the base model that the recipe names.
+
+    Raises:
+        UserError: missing folder or file, no network, no config.json, pickles only, weights that are quantised
+            already, not a causal language model.
+    """
+    name = section.name_or_path
+    folder, revision = _locate(name, section.revision)
+    _check_causal_lm(folder, name)
+    return ResolvedModel(folder, name, revision, fingerprint(folder))
+
+
+def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the folder and, of a hub model, its commit."""
+    path = Path(name).expanduser()
+    local = name.startswith(EMBEDDED_PREFIX) or path.exists()
+    if local and revision is not None:
+        raise UserError(f"model.revision '{revision}' belongs to hub ids, and '{name}' is local: remove one of them")
+    if name.startswith(EMBEDDED_PREFIX):
+        return embedded_folder(name.removeprefix(EMBEDDED_PREFIX)), None
+    if path.is_dir():
+        return path.resolve(), None
+    if path.is_file():
+        return _from_file(path), None
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "
+            "Give a folder, a .gguf file, a hub id such as meta-llama/Llama-2-7b-hf, or embedded:NAME."
+        )
+    return _download(name, revision)
+
+
+def _from_file(path: Path) -> Path:
+    """Return the folder that a .gguf file was converted to."""
+    from glora_llm.models.gguf import converted
+
+    if path.suffix != ".gguf":
+        raise UserError(f"model.name_or_path {path} is a file but no .gguf: give the folder that it is in")
+    return converted(path.resolve())
+
+
+def _download(name: str, revision: str | None) -> tuple[Path, str]:
+    """Return the snapshot folder of a hub model (from the hub's cache when it is complete there) and its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    except GatedRepoError as error:
+        raise UserError(
+            f"The hub model '{name}' is gated: accept its licence on its page, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"The hub model '{name}' has no revision '{revision}': check model.revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"'{name}' is neither a folder here nor a model on the hub: check model.name_or_path "
+            "(a private model needs `hf auth login`)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise UserError(
+            f"'{name}' is no folder here, is not in the hub's cache, and the hub cannot be reached (no network, or "
+            f"HF_HUB_OFFLINE is set). Download it where there is a network: `hf download {name}`; copy its folder "
+            "here and give that as model.name_or_path; or use embedded:NAME."
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def _check_causal_lm(folder: Path, name: str) -> None:
+    """Refuse a folder that AutoModelForCausalLM would not load as it was trained.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _read_config(folder, name)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise UserError(
+            f"The weights of '{name}' are already quantised ({method}). Give the unquantised model and let "
+            "model.quantization (nf4, fp4, int8) store it in fewer bits."
+        )
+    weight_files(folder)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
+    if known is None:
+        raise UserError(
+            f"'{name}' has model_type '{config.get('model_type')}', which is no causal language model of the installed "
+            "transformers (code that comes with a model is not run). Give a causal language model such as a LLaMA."
+        )
+    allowed = {known} if isinstance(known, str) else set(known)
+    built = config.get("architectures") or []
+    if built and not allowed & set(built):
+        raise UserError(f"'{name}' is a {built[0]}, expected a causal language model ({', '.join(sorted(allowed))})")
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    """Return config.json."""
+    file = folder / "config.json"
+    if not file.is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = " It holds an adapter: give the base model that the adapter was trained on."
+        elif len(files := sorted(folder.glob("*.gguf"))) > 0:
+            hint = f" It holds {files[0].name}: give that file."
+        raise UserError(f"'{name}' has no config.json in {folder}: expected a Hugging Face model folder.{hint}")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}. Download or copy the model again.") from error

@@ -1,0 +1,94 @@
+"""The tokenizer of a model folder: always a fast one with character offsets, which the loss masks are made from."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glora_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = "Two  spaces,\nthe year 1984 and a caf\u00e9."
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Return the fast tokenizer of `folder`. Nothing is added to its vocabulary, no pad token either.
+
+    Raises:
+        UserError: no tokenizer in the folder, a damaged one, or one without offsets.
+    """
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        # not AutoTokenizer: of this file alone transformers 5.23 makes one that orders merges by id instead of by
+        # score, adds no <s>, and (without config.json) no leading space: other ids than the model was trained on
+        from glora_llm.models.sentencepiece_bpe import load_sentencepiece
+
+        tokenizer = load_sentencepiece(folder)
+    else:
+        tokenizer = _load_auto(folder)
+    _check_offsets(tokenizer, folder)
+    return tokenizer
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the id that fills up rows: pad, else eos, else 0. Masks go by length, so any id will do."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> list[int]:
+    """Return the ids that end a generated answer: the tokenizer's eos first, then those of generation_config.json.
+
+    Raises:
+        UserError: when there is none at all.
+    """
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    file = folder / "generation_config.json"
+    if file.is_file():
+        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        found += [listed] if isinstance(listed, int) else (listed or [])
+    if not found:
+        raise UserError(
+            f"No end token: the tokenizer in {folder} has no eos_token and generation_config.json names no "
+            "eos_token_id. Add one of them, else a trained model would never stop."
+        )
+    return list(dict.fromkeys(found))
+
+
+def _load_auto(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    for file in folder.glob("tokenizer*.json"):
+        _read_json(file)  # the Rust reader would raise a bare Exception
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"No usable tokenizer in {folder} ({error}). Expected tokenizer.json, or LLaMA's tokenizer.model: "
+            "copy the tokenizer files of the base model there."
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}. Download or copy the model again.") from error
+
+
+def _check_offsets(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Refuse a tokenizer whose offsets do not reach over a probe text.
+
+    Raises:
+        UserError: slow (Python) tokenizer, or offsets with holes.
+    """
+    advice = "Save it with tokenizer.json (a Rust tokenizer of the `tokenizers` library) and try again."
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer in {folder} ({type(tokenizer).__name__}) has no character offsets. {advice}")
+    spans = tokenizer(PROBE, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    covered = {place for begin, end in spans for place in range(begin, end)}
+    lost = [place for place in range(len(PROBE)) if place not in covered and not PROBE[place].isspace()]
+    if lost:
+        raise UserError(f"The tokenizer in {folder} loses '{PROBE[lost[0]]}' in its character offsets. {advice}")

@@ -1,0 +1,151 @@
+"""What a recipe comes to before any weight is loaded: base model, tokenizer, data, targets, batch arithmetic.
+
+Train, dry run, evaluate and merge all start from a `Plan`. Everything that a user may have got wrong is found here.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glora_llm.adapter import adapted_with_bias, inject
+from glora_llm.data.batch import collate, flatten
+from glora_llm.data.prepare import Prepared, prepare
+from glora_llm.data.sampler import GlobalSampler
+from glora_llm.data.store import TokenSet
+from glora_llm.errors import UserError
+from glora_llm.models import causal_lm
+from glora_llm.models.bias import bias_support
+from glora_llm.models.cache import cache_root
+from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.models.tokenizer import load_tokenizer, pad_id
+from glora_llm.schema import Recipe
+from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
+
+Batch = dict[str, torch.Tensor]
+ANSWER_FORMATS = ("classification", "alpaca", "prompt_completion", "chat")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe."""
+
+    recipe: Recipe
+    base: ResolvedModel
+    tokenizer: Any
+    data: Prepared
+    sampler: GlobalSampler
+    steps: int
+
+    def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
+        """Return rows as the tensors of one forward pass."""
+        made = collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
+        return {"input_ids": made.input_ids, "position_ids": made.position_ids, "labels": made.labels}
+
+    def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
+        """Return one rank's micro batches of one optimizer step."""
+        training = self.recipe.training
+        parts = self.sampler.rank_rows(step, rank, world, training.micro_batch)
+        batches = [self.batch(self.data.train, indices) for indices in parts]
+        if self.recipe.model.attention == "flash_attention_2":
+            return [{name: tensor.reshape(1, -1) for name, tensor in batch.items()} for batch in batches]
+        return batches
+
+    def rows(self, split: str) -> TokenSet | None:
+        """Return the rows of `validation` or `test`, or None where the recipe has none."""
+        return self.data.validation if split == "validation" else self.data.test
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the samples are answers, so that exact match means something."""
+        return self.recipe.data.format in ANSWER_FORMATS
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolve everything that needs no weights and no process group; every rank may call this at once.
+
+    Raises:
+        UserError: for anything in the recipe that cannot work.
+    """
+    check_combination(recipe)
+    base = resolve(recipe.model)
+    tokenizer = load_tokenizer(base.folder)
+    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
+    training = recipe.training
+    sampler = GlobalSampler(len(data.train), training.global_batch, training.seed)
+    steps = training.steps or sampler.steps_for(training.epochs or 1)
+    return Plan(recipe, base, tokenizer, data, sampler, steps)
+
+
+def check_combination(recipe: Recipe) -> None:
+    """Check settings that exclude each other.
+
+    Raises:
+        UserError: naming both, and what to change.
+    """
+    config = read_deepspeed_config(recipe.training.deepspeed)
+    if zero_stage(config) == 3 and recipe.model.quantization == "int8":
+        raise UserError(
+            f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: DeepSpeed "
+            "cannot shard int8 weights. Use nf4, or ZeRO 2."
+        )
+    if recipe.evaluation.test_before and recipe.data.test is None:
+        raise UserError("evaluation.test_before needs test rows: set data.test.")
+    if recipe.evaluation.every and recipe.data.validation is None:
+        raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def batch_identity(recipe: Recipe, world: int) -> str:
+    """Return the arithmetic of a step in words.
+
+    Raises:
+        UserError: when the batch does not divide.
+    """
+    t = recipe.training
+    parts = accumulation(t, world)
+    return f"global batch {t.global_batch} = micro batch {t.micro_batch} x accumulation {parts} x ranks {world}"
+
+
+def merge_obstacle(config: Any, model: Any) -> str | None:
+    """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
+    names = adapted_with_bias(model)
+    never = sorted({name.rpartition(".")[2] for name in names if _support(config, name) == "never"})
+    if not never:
+        return None
+    return (
+        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} model of "
+        "plain transformers has none there. Training works; to merge, set C and E to none (or by adapter.paths for "
+        f"'{never[0]}'); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
+    )
+
+
+def _support(config: Any, name: str) -> str:
+    return bias_support(config, name.rpartition(".")[2])
+
+
+def describe(plan: Plan, world: int) -> str:
+    """Return what a run would do, as text; builds the model without weights to count and to match targets.
+
+    Raises:
+        UserError: when targets match nothing, or the DeepSpeed configuration contradicts the recipe.
+    """
+    recipe = plan.recipe
+    dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    resolve_deepspeed_config(recipe.training, dtype, world)
+    model = inject(causal_lm.meta_model(recipe.model, plan.base.folder), recipe.adapter, recipe.training.seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    obstacle = merge_obstacle(model.get_base_model().config, model)
+    lines = [
+        f"model      {recipe.model.name_or_path}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
+        f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
+        *[f"data       {report.describe()}" for report in plan.data.reports.values()],
+        f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
+        f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
+        f"deepspeed  {recipe.training.deepspeed}; checkpoints need {2 * 16 * trained / 1e6:.0f} MB for two",
+        f"merge      {obstacle or 'possible into a plain transformers model'}",
+    ]
+    return "\n".join(lines)

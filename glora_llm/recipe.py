@@ -1,0 +1,252 @@
+"""YAML file + `section.key=value` overrides -> a checked `Recipe`, with errors that name key, file and line."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.schema import Recipe
+
+Location = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `3e-4` is a number, `no` and `on` are words, `010` and `1:30` are no numbers."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_REPLACED = {_TAG + kind for kind in ("bool", "int", "float", "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?(?:0|[1-9]\d*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _TAG + "float",
+    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.nan$"),
+    list("-+0123456789."),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or YAML 1.2 would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+@dataclasses.dataclass
+class Source:
+    """Where each key of a recipe was written, for error messages."""
+
+    file: str
+    lines: dict[Location, int]
+    overrides: dict[Location, str]
+
+    def where(self, location: Location) -> str:
+        """Return `FILE, line N` or `command line, KEY=VALUE` for the deepest known part of `location`."""
+        if location not in self.lines:
+            below = [text for at, text in self.overrides.items() if at[: len(location)] == location]
+            if below and location:
+                return f"command line, {below[0]}"
+        for end in range(len(location), 0, -1):
+            if location[:end] in self.overrides:
+                return f"command line, {self.overrides[location[:end]]}"
+            if location[:end] in self.lines:
+                return f"{self.file}, line {self.lines[location[:end]]}"
+        return self.file
+
+
+def recipe_folders() -> list[Path]:
+    """Return where named recipes are looked for: the working folder's `recipes/`, then the package's own."""
+    return [Path("recipes"), Path(str(resources.files("glora_llm"))) / "recipes", Path(__file__).parents[1] / "recipes"]
+
+
+def named_recipes() -> dict[str, Path]:
+    """Return name -> file of all recipes; the working folder's win over the package's."""
+    found: dict[str, Path] = {}
+    for folder in recipe_folders():
+        for file in sorted(folder.glob("*.yaml")):
+            found.setdefault(file.stem, file)
+    return found
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by name or by path.
+
+    Raises:
+        UserError: when there is no such recipe; the message lists the known ones.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_dir() or not path.exists():
+            raise UserError(f"No recipe file '{name}' (looked in {Path.cwd()}).")
+        return path
+    known = named_recipes()
+    if name not in known:
+        raise UserError(f"No recipe '{name}'; there is: {', '.join(sorted(known))}.{nearest(name, known)}")
+    return known[name]
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path, apply overrides and check it.
+
+    Args:
+        name: a recipe's name, or the path of a YAML file.
+        overrides: strings `section.key=value`, the value in YAML (`training.lr=1e-4`).
+
+    Raises:
+        UserError: for a missing file, broken YAML, an unknown key (with the nearest name) or a wrong value.
+    """
+    file = find_recipe(name)
+    try:
+        text = file.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as text: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected sections (model, adapter, data, ...), got {_kind(values)}.")
+    source = Source(str(file), _lines(root, str(file)), {})
+    for override in overrides:
+        _apply(values, override, source)
+    return validate(values, source)
+
+
+def validate(values: dict[str, Any], source: Source) -> Recipe:
+    """Check plain values against the schema; all errors are listed at once, each with its place."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(error.errors(), values, source))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML from which the run can be started again."""
+    values = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _lines(root: yaml.Node | None, file: str) -> dict[Location, int]:
+    """Return the line of every key and list entry, and refuse a key that stands twice in one mapping."""
+    found: dict[Location, int] = {}
+    todo: list[tuple[Location, yaml.Node | None]] = [((), root)]
+    while todo:
+        at, node = todo.pop()
+        inside: list[tuple[Location, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [((*at, name.value), name, value) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [((*at, index), value, value) for index, value in enumerate(node.value)]
+        for location, mark, value in inside:
+            line = mark.start_mark.line + 1
+            if location in found:
+                dotted = ".".join(map(str, location))
+                raise UserError(f"{file}, line {line}: '{dotted}' stands on line {found[location]} already.")
+            found[location] = line
+            todo.append((location, value))
+    return found
+
+
+def _apply(values: dict[str, Any], override: str, source: Source) -> None:
+    name, equals, text = override.partition("=")
+    parts = name.split(".")
+    if not equals or not all(parts) or len(parts) < 2:
+        raise UserError(f"'{override}' is not an override: expected section.key=value, such as training.lr=1e-4.")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    spot: Any = values
+    for part in parts[:-1]:
+        spot = spot.setdefault(part, {}) if isinstance(spot, dict) else None
+        if spot is None:
+            raise UserError(f"'{override}': '{part}' holds a value, not a section of keys.")
+    if not isinstance(spot, dict):
+        raise UserError(f"'{override}': '{parts[-2]}' holds a value, not a section of keys.")
+    spot[parts[-1]] = value
+    source.overrides[tuple(parts)] = override
+
+
+def _explain(found: Sequence[Any], values: dict[str, Any], source: Source) -> list[str]:
+    """Return one message for each wrong place, however many branches of a union failed there."""
+    places: dict[Location, list[Any]] = {}
+    for item in found:
+        places.setdefault(_place(item, values), []).append(item)
+    deepest = [at for at in places if not any(other[: len(at)] == at for other in places if len(other) > len(at))]
+    return [_message(at, places[at], source) for at in deepest]
+
+
+def _place(item: Any, values: Any) -> Location:
+    """Return the location without the names of union branches, which pydantic writes into it."""
+    location: list[str | int] = []
+    for index, part in enumerate(item["loc"]):
+        missing = item["type"] == "missing" and index == len(item["loc"]) - 1
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        elif not missing:
+            continue
+        location.append(part)
+    return tuple(location)
+
+
+def _message(location: Location, items: Sequence[Any], source: Source) -> str:
+    dotted = ".".join(str(part) for part in location)
+    where, item = source.where(location), items[0]
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"{where}: unknown key '{dotted}'.{nearest(str(location[-1]), known)} Known here: {', '.join(known)}."
+    if item["type"] == "missing":
+        return f"{source.where(location[:-1])}: '{dotted}' is required."
+    if item["type"] == "value_error":
+        return f"{where}: {dotted}: {item['msg'].removeprefix('Value error, ')}."
+    expected = " or ".join(dict.fromkeys(_expected(other["msg"]) for other in items))
+    choices = re.findall(r"'([^']*)'", " ".join(str(other.get("ctx", {}).get("expected", "")) for other in items))
+    hint = nearest(str(item["input"]), choices)
+    return f"{where}: {dotted}: got {item['input']!r} ({_kind(item['input'])}), expected {expected}.{hint}"
+
+
+def _expected(message: str) -> str:
+    """Return pydantic's `Input should be ...` in a recipe's words."""
+    text = re.sub(r"^(Input|Keys) should be ", "", message)
+    text = re.sub(r"a valid dictionary or instance of \w+", "a section of keys", text)
+    words = {"dictionary": "a mapping", "tuple": "a list", "list": "a list", "string": "text", "strings": "text"}
+    words |= {"number": "a number", "integer": "an integer", "boolean": "true or false"}
+    return re.sub(r"^(?:a valid )?(\w+)$", lambda match: words.get(match[1], match[0]), text)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "mapping", list: "list", str: "text", bool: "true or false", int: "integer", float: "number"}
+    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _fields_at(location: Location) -> list[str]:
+    """Return the known keys of the section at `location`."""
+    model: Any = Recipe
+    for part in location:
+        model = _model_in(model.model_fields[part].annotation) if part in getattr(model, "model_fields", {}) else model
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_model_in(argument) for argument in typing.get_args(annotation))
+    return next((model for model in inner if model is not None), None)

@@ -1,0 +1,270 @@
+"""Composition root: recipe -> plan -> model -> adapter -> engine -> fit -> save -> merge. Read this first."""
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from glora_llm import distributed, recipe as recipes
+from glora_llm.adapter import inject, save_adapter, trainables
+from glora_llm.distributed import Ranks
+from glora_llm.errors import UserError
+from glora_llm.evaluation.scoring import means, score_rows
+from glora_llm.models import causal_lm
+from glora_llm.plan import Batch, Plan, batch_identity, describe, make_plan, merge_obstacle
+from glora_llm.run_folder import RunFolder, digest
+from glora_llm.schema import Recipe
+from glora_llm.training import checkpoint
+from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
+from glora_llm.training.flops import measure_cost
+from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
+from glora_llm.training.metric_log import MetricLog
+from glora_llm.training.objectives import CausalLMObjective, LabelTrie
+
+
+def train(recipe: Recipe, dry_run: bool = False) -> None:
+    """Run a recipe on this launch's ranks: train (or go on training), score, save, and merge if asked.
+
+    Args:
+        dry_run: check everything that needs no weights, print it, and stop.
+
+    Raises:
+        UserError: for anything that the user can mend; nothing is lost then.
+    """
+    quiet_libraries()
+    folder = RunFolder(Path(recipe.output.dir))
+    folder.require_same_run(recipe)
+    batch_identity(recipe, distributed.planned_world())
+    plan = make_plan(recipe)
+    if dry_run:
+        print(describe(plan, distributed.planned_world()))
+        return
+    ranks = distributed.start()
+    if ranks.first:
+        folder.write("recipe.yaml", recipes.dump(recipe))
+        distributed.forget_failure(folder.path)
+    dist.barrier()
+    advice = f"The last complete checkpoint is in {folder.checkpoints}; the same command goes on from there."
+    with distributed.first_failure(folder.path, ranks.rank, advice):
+        Run(plan, folder, ranks).go()
+    distributed.stop()
+    if ranks.first and recipe.merge.after_training and not (folder.path / "merged").exists():
+        from glora_llm.merge.command import merge_run
+
+        merge_run(folder.path, folder.path / "merged")
+    if ranks.first:
+        from glora_llm.evaluation.command import print_summary
+
+        print_summary(folder)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' chatter off the terminal; warnings and errors stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("glora_llm").setLevel(logging.INFO)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+@dataclass
+class Run:
+    """One launch of a run on one rank."""
+
+    plan: Plan
+    folder: RunFolder
+    ranks: Ranks
+
+    def go(self) -> None:
+        """Build, resume, train, score and save."""
+        recipe, began = self.plan.recipe, time.time()
+        self._build()
+        start = self._resume()
+        log = MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)
+        self._announce(log, start)
+        if recipe.evaluation.test_before and start == 0:
+            self._record({"test_before": self._score("test", None)})
+        schedule = Schedule(
+            self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
+        )
+        hooks = Hooks(
+            batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
+            validate=self._validate if self.plan.data.validation else None,
+            save=self._save,
+            diagnose=self._first_bad_module,
+        )
+        last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
+        self._finish(log, last, start, time.time() - began)
+        log.close()
+
+    def _build(self) -> None:
+        recipe, device = self.plan.recipe, self.ranks.device
+        zero3 = zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 3
+        base = causal_lm.load_base(recipe.model, self.plan.base.folder, device, zero3)
+        self.model = inject(base, recipe.adapter, recipe.training.seed)
+        self.trainables = trainables(self.model, recipe.adapter, recipe.training.loraplus_ratio)
+        self.trained = sum(item.parameter.numel() for item in self.trainables)
+        checkpoint.require_space(self.folder.checkpoints, self.trained, recipe.output.keep)
+        dtype = causal_lm.compute_dtype(recipe.model, device)
+        self.cost = measure_cost(self.model.get_base_model(), base.config, dtype, device)
+        self.obstacle = merge_obstacle(base.config, self.model)
+        if self.obstacle and recipe.merge.after_training:
+            raise UserError(f"merge.after_training: {self.obstacle}")
+        self.loaded = self._find_checkpoint()
+        if self.loaded:
+            for item in self.trainables:
+                item.parameter.data.copy_(self.loaded[0][f"master/{item.name}"])
+        labels = self.plan.data.label_sequences
+        objective = CausalLMObjective(self.model.get_base_model(), LabelTrie.build(labels) if labels else None)
+        self.engine = Engine(objective, self.trainables, recipe.training, dtype, device)
+
+    def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""
+        resume = self.plan.recipe.output.resume
+        chosen = [checkpoint.newest(self.folder.checkpoints) if self.ranks.first else None]
+        dist.broadcast_object_list(chosen, src=0, device=self.ranks.device)
+        found = chosen[0]
+        if found is None and resume == "must":
+            raise UserError(f"output.resume is must, and {self.folder.checkpoints} has no complete checkpoint.")
+        if found is not None and resume == "never":
+            raise UserError(f"output.resume is never, and {found} is there. Choose another output.dir, or resume: auto.")
+        if found is None:
+            return None
+        tensors, trainer = checkpoint.read(found, [item.name for item in self.trainables])
+        if trainer["base_fingerprint"] != self.plan.base.fingerprint:
+            raise UserError(
+                f"{found} was trained on another base model ({trainer['base_name']}, fingerprint "
+                f"{trainer['base_fingerprint'][:12]}) than {self.plan.base.name} ({self.plan.base.fingerprint[:12]})."
+            )
+        return tensors, trainer
+
+    def _resume(self) -> int:
+        if self.loaded is None:
+            return 0
+        tensors, trainer = self.loaded
+        self.engine.restore(tensors, trainer["applied"])
+        self.loaded = None
+        return int(trainer["step"])
+
+    def _announce(self, log: MetricLog, start: int) -> None:
+        recipe = self.plan.recipe
+        for report in self.plan.data.reports.values():
+            log.say(report.describe())
+        for number, text in enumerate(self.plan.data.previews, 1):
+            log.say(f"sample {number}, targets marked: {text}")
+        log.say(batch_identity(recipe, self.ranks.world))
+        held = self.engine.bytes_per_rank() / 1e6
+        log.say(f"{self.trained:,} trained parameters; {held:.1f} MB of parameters on each rank")
+        if self.obstacle:
+            log.say(self.obstacle)
+        if start:
+            log.say(f"resumed after step {start} of {self.plan.steps} from {self.folder.checkpoints / f'step-{start}'}")
+        log.text("recipe", recipes.dump(recipe))
+
+    def _score(self, split: str, limit: int | None) -> dict[str, float]:
+        rows = self.plan.rows(split)
+        if rows is None:
+            return {}
+        lengths = rows.lengths().tolist()[:limit]
+        table = score_rows(
+            lengths,
+            lambda indices: self.plan.batch(rows, indices),
+            self.engine.score,
+            self.engine.gather_rows,
+            self.plan.recipe.evaluation.batch,
+            self.ranks.rank,
+            self.ranks.world,
+            title=split,
+        )
+        return means(table, split, self.plan.has_answers, self.plan.data.label_sequences is not None)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        last = step == self.plan.steps
+        return self._score("validation", None if last else self.plan.recipe.evaluation.max_rows)
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; a failed write is reported and training goes on with the older ones."""
+        tensors = dict(self.engine.state())
+        if not self.ranks.first:
+            return
+        trainer = {
+            "step": step,
+            "applied": self.engine.applied,
+            "samples": step * self.plan.recipe.training.global_batch,
+            "seed": self.plan.recipe.training.seed,
+            "recipe_digest": digest(self.plan.recipe),
+            "base_name": self.plan.base.name,
+            "base_fingerprint": self.plan.base.fingerprint,
+        }
+        try:
+            checkpoint.write(self.folder.checkpoints, step, tensors, trainer, lambda path: self._write_adapter(tensors, path))
+            checkpoint.rotate(self.folder.checkpoints, self.plan.recipe.output.keep)
+        except OSError as error:
+            print(f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.", flush=True)
+
+    def _write_adapter(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        base = self.plan.base
+        save_adapter(self.model, tensors, path, str(base.folder) if base.name.startswith("embedded:") else base.name)
+
+    def _finish(self, log: MetricLog, validation: dict[str, float], start: int, seconds: float) -> None:
+        summary = self.folder.summary()
+        if start >= self.plan.steps and "test" in summary and self.folder.adapter.is_dir():
+            log.say(f"training had ended already, after step {self.plan.steps}")
+            return
+        tensors = dict(self.engine.state())
+        scores = self._score("test", None)
+        if not self.ranks.first:
+            return
+        self._write_adapter(tensors, self.folder.adapter)
+        seconds += summary.get("seconds", 0.0) if start else 0.0
+        log.hyperparameters(_flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
+        self._record(
+            {
+                "steps": self.plan.steps,
+                "validation": validation or summary.get("validation", {}),
+                "test": scores,
+                "trained_parameters": self.trained,
+                "seconds": seconds,
+                "peak_memory_gb": peak_memory_gb(self.ranks.device),
+                "skipped_steps": self.plan.steps - self.engine.applied,
+            }
+        )
+
+    def _record(self, values: dict[str, Any]) -> None:
+        if self.ranks.first:
+            self.folder.update_summary(values)
+
+    def _first_bad_module(self, batches: Sequence[Batch]) -> str:
+        """Run the step's batches again with a hook on every module; all ranks do the same forward passes."""
+        bad: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                    bad.append(name)
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
+        try:
+            for batch in batches:
+                self.engine.score(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return bad[0] if bad else "none: the forward pass is finite, the gradient is not"
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json", exclude={"description"})
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}

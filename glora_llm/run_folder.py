@@ -1,0 +1,96 @@
+"""The run folder: whose it is, where things are, and what a later command needs to know."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glora_llm import recipe as recipes
+from glora_llm.errors import UserError
+from glora_llm.schema import Recipe
+
+# A run may go on with these changed; all else makes it another run.
+FREE_KEYS = {
+    "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps"},
+    "model": {"attention", "kernels", "gradient_checkpointing"},
+}
+FREE_SECTIONS = {"description", "evaluation", "merge", "output"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where `step-N` folders are."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as PEFT saves it."""
+        return self.path / "adapter"
+
+    def recipe(self) -> Recipe:
+        """Return the run's recipe.
+
+        Raises:
+            UserError: when this is no run folder.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no recipe.yaml. Give the output.dir of a training run.")
+        return recipes.load(str(file))
+
+    def summary(self) -> dict[str, Any]:
+        """Return summary.json, or nothing where training has not ended."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file atomically."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+    def update_summary(self, values: dict[str, Any]) -> None:
+        """Add values to summary.json."""
+        self.write("summary.json", json.dumps(self.summary() | values, indent=1) + "\n")
+
+    def require_same_run(self, recipe: Recipe) -> None:
+        """Check that the folder is new or belongs to this recipe.
+
+        Raises:
+            UserError: naming the keys that differ.
+        """
+        if not (self.path / "recipe.yaml").is_file():
+            if self.checkpoints.is_dir():
+                raise UserError(f"{self.path} has checkpoints but no recipe.yaml; choose another output.dir.")
+            return
+        there, here = _binding(self.recipe()), _binding(recipe)
+        differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        if differing:
+            shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])
+            raise UserError(f"{self.path} holds a run of another recipe ({shown}). Choose another output.dir, or delete it.")
+
+
+def _binding(recipe: Recipe) -> dict[str, Any]:
+    """Return the dotted keys that a run is bound to."""
+    flat = {}
+    for section, values in recipe.model_dump(mode="json").items():
+        if section in FREE_SECTIONS:
+            continue
+        for key, value in values.items():
+            if key not in FREE_KEYS.get(section, ()):
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def digest(recipe: Recipe) -> str:
+    """Return a hash of what the run is bound to."""
+    return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The training loop on DeepSpeed: engine, loop, optimizer, checkpoints, metrics."""

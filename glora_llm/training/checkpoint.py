@@ -1,0 +1,158 @@
+"""Checkpoints that cannot be half written, hold no pickle and know no ranks.
+
+`checkpoints/step-N/` holds state.safetensors (float32 master weights and Adam moments by parameter name), adapter/
+(ready for PEFT), trainer.json (step, samples, seeds, identity of recipe and base) and manifest.json (size and sha256
+of every file, written last). A checkpoint is written as `.writing-step-N`, synced, then renamed: it is there whole or
+not at all. The newest complete one wins; a broken one is named and passed over.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glora_llm.errors import UserError
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def step_of(folder: Path) -> int:
+    """Return N of `step-N`, or -1 for another name."""
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoint folders below `root`, newest first, whether complete or not."""
+    found = [folder for folder in root.glob("step-*") if folder.is_dir() and step_of(folder) >= 0]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def write(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], save_adapter: Callable[[Path], None]) -> Path:
+    """Write `root/step-N` atomically (one process calls this).
+
+    Args:
+        tensors: what `Engine.state` yielded.
+        trainer: plain values for trainer.json.
+        save_adapter: writes the adapter into the folder it is given.
+
+    Raises:
+        OSError: when the disk is full or not writable; older checkpoints are untouched.
+    """
+    final, temporary = root / f"step-{step}", root / f".writing-step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        save_adapter(temporary / "adapter")
+        (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*files, temporary / MANIFEST, *{path.parent for path in files}):
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None when it is whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, json.JSONDecodeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, wanted in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, {wanted['bytes']} were written"
+        if _sha256(path) != wanted["sha256"]:
+            return f"{name} differs from what was written (sha256)"
+    return None
+
+
+def newest(root: Path) -> Path | None:
+    """Return the newest complete checkpoint, naming every broken one that is passed over."""
+    for folder in checkpoints(root):
+        problem = fault(folder)
+        if problem is None:
+            return folder
+        log.warning("passed over broken checkpoint %s: %s", folder, problem)
+    return None
+
+
+def read(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, trainer values) of a checkpoint.
+
+    Raises:
+        UserError: when its parameters are not those of this run.
+    """
+    tensors = load_file(folder / "state.safetensors")
+    stored = {name.partition("/")[2] for name in tensors}
+    if stored != set(names):
+        absent, extra = sorted(set(names) - stored)[:3], sorted(stored - set(names))[:3]
+        raise UserError(
+            f"{folder} does not belong to this adapter: it lacks {absent or 'nothing'} and has {extra or 'nothing'} "
+            "more. Use the recipe it was written with, or another output.dir."
+        )
+    return tensors, json.loads((folder / "trainer.json").read_text())
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and what an interrupted write left."""
+    for leftover in root.glob(".writing-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    complete = [folder for folder in checkpoints(root) if (folder / MANIFEST).is_file()]
+    for folder in complete[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_space(root: Path, trained_numbers: int, keep: int) -> None:
+    """Check that two checkpoints fit on the disk.
+
+    Args:
+        trained_numbers: count of trained parameters; a checkpoint holds 4 float32 of each.
+
+    Raises:
+        UserError: when fewer bytes are free.
+    """
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, 2 * 16 * trained_numbers
+    if free < needed:
+        raise UserError(
+            f"{existing} has {free / 1e9:.2f} GB free; two checkpoints need {needed / 1e9:.2f} GB (and output.keep "
+            f"{keep} keeps {keep}). Free some space or choose another output.dir."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

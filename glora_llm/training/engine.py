@@ -1,0 +1,236 @@
+"""DeepSpeed behind four calls: `train_step`, `score`, `state` and `restore`."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.schema import TrainingSection
+from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
+
+Batch = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Args:
+        loss: mean -log p over the step's targets on all ranks, nats/token.
+        targets: their number.
+        grad_norm: global norm before clipping; inf when it was not finite.
+        skipped: the step was not applied, because loss or gradient was not finite.
+    """
+
+    loss: float
+    targets: int
+    grad_norm: float
+    skipped: bool
+
+
+def deepspeed_config_files() -> dict[str, Path]:
+    """Return name -> file of the shipped DeepSpeed configurations."""
+    folders = [Path(__file__).parents[2] / "ds_configs", Path(str(resources.files("glora_llm"))) / "ds_configs"]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration by name or path.
+
+    Raises:
+        UserError: when there is none, or it is not JSON.
+    """
+    known = deepspeed_config_files()
+    path = Path(name) if name.endswith(".json") else known.get(name)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"No DeepSpeed configuration '{name}'; there is: {', '.join(known)}, or a .json file.{nearest(name, known)}"
+        )
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return config
+
+
+def resolve_deepspeed_config(settings: TrainingSection, dtype: torch.dtype, world: int) -> dict[str, Any]:
+    """Fill the configuration's "auto" values from the recipe.
+
+    Raises:
+        UserError: when the batch does not divide, or the file fixes a number that the recipe owns to another value.
+    """
+    config = read_deepspeed_config(settings.deepspeed)
+    stage = zero_stage(config)
+    owned = {
+        "train_batch_size": settings.global_batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation(settings, world),
+        "gradient_clipping": settings.max_grad_norm,
+    }
+    for key, value in owned.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"DeepSpeed configuration '{settings.deepspeed}' sets {key} to {config[key]}, the recipe to {value}. "
+                'Write "auto" there: the recipe owns this number.'
+            )
+        config[key] = value
+    # Stage 0 keeps float32 adapters beside a bfloat16 base; the other stages keep float32 masters of bfloat16 ones.
+    half = stage > 0
+    for key, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        section = dict(config.get(key, {}))
+        if section.get("enabled", "auto") == "auto":
+            section["enabled"] = half and dtype == wanted
+        config[key] = section
+    if config["bf16"]["enabled"]:
+        config["bf16"].setdefault("check_grad_overflow", True)
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Tell whether a DeepSpeed configuration keeps the optimizer's states on the CPU."""
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return device not in ("none", None)
+
+
+def accumulation(settings: TrainingSection, world: int) -> int:
+    """Return the gradient accumulation that follows: global_batch / (micro_batch x ranks).
+
+    Raises:
+        UserError: when it is not a whole number; the message names batches that fit.
+    """
+    unit = settings.micro_batch * world
+    if settings.global_batch % unit:
+        low = settings.global_batch // unit * unit
+        fits = " or ".join(str(n) for n in (low, low + unit) if n)
+        raise UserError(
+            f"training.global_batch {settings.global_batch} = micro_batch {settings.micro_batch} x accumulation x "
+            f"{world} ranks has no whole accumulation. Use global_batch {fits}, or another micro_batch."
+        )
+    return settings.global_batch // unit
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        objective: module whose forward returns the summed loss of a batch's targets.
+        trainables: what is trained, in the same order on all ranks.
+        settings: the recipe's training section.
+        dtype: what the frozen weights are computed in.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        trainables: Sequence[Trainable],
+        settings: TrainingSection,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        import deepspeed
+
+        from glora_llm.training.adam_state import AdamState
+
+        self.world, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
+        self.trainables, self.settings = list(trainables), settings
+        config = resolve_deepspeed_config(settings, dtype, self.world)
+        self.stage = zero_stage(config)
+        groups = parameter_groups(self.trainables, settings.weight_decay)
+        optimizer = make_optimizer(settings, groups, offloads(config))
+        self.ds, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
+        self.adam = AdamState(self.ds, self.stage)
+        self.applied = 0  # optimizer steps that were applied: Adam's own count
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """Run one optimizer step over this rank's micro batches.
+
+        The loss is the sum over targets divided by the number of targets of the whole step on all ranks, so it does
+        not depend on how the step is cut into micro batches and ranks.
+        """
+        targets = self._total(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        set_lr(self.adam.optimizer, lr)
+        self.ds.train()
+        loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+        for index, batch in enumerate(batches):
+            loss = self.ds(**self._to_device(batch))
+            self.ds.backward(loss * (self.world / targets), scale_wrt_gas=False)
+            loss_sum += loss.detach().double().cpu()
+            if index + 1 < len(batches):
+                self.ds.step()
+        skipped, norm = self._apply()
+        self.applied += not skipped
+        return StepResult(self._total(loss_sum) / targets, int(targets), norm, skipped)
+
+    def _apply(self) -> tuple[bool, float]:
+        """Let DeepSpeed step unless a gradient is not finite; return (skipped, gradient norm)."""
+        skipped_before = self.ds.skipped_steps
+        norm = None
+        if self.stage == 0:  # the other stages check the norm themselves
+            grads = [item.parameter.grad for item in self.trainables if item.parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if not torch.isfinite(torch.tensor(norm)):
+                for item in self.trainables:
+                    item.parameter.grad = None
+                self.ds.skipped_steps += 1
+        self.ds.step()
+        if norm is None:
+            norm = float(self.ds.get_global_grad_norm() or 0.0)
+        return self.ds.skipped_steps > skipped_before, norm
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Any:
+        """Return the objective's scores of one batch, in evaluation mode; all ranks must call it equally often."""
+        self.ds.eval()
+        try:
+            return self.ds(**self._to_device(batch), score=True)
+        finally:
+            self.ds.train()
+
+    def _total(self, value: Any) -> Any:
+        """Return the sum of a number over all ranks."""
+        tensor = torch.tensor([float(value)], dtype=torch.float64, device=self._reduce_device())
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def _reduce_device(self) -> torch.device:
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield master weights and Adam moments by name, on the CPU; all ranks must iterate together."""
+        return self.adam.gather(self.trainables)
+
+    def restore(self, tensors: dict[str, Tensor], applied: int) -> None:
+        """Set what `state` yielded, after `applied` applied optimizer steps."""
+        self.adam.restore(self.trainables, tensors, applied)
+        self.applied = applied
+
+    def bytes_per_rank(self) -> int:
+        """Return the bytes of parameters that this rank holds at rest (under ZeRO 3: its partitions)."""
+        return sum(_held(p).numel() * _held(p).element_size() for p in self.ds.module.parameters())
+
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """Sum a float64 table over ranks: each rank fills its own rows, the others are zero."""
+        table = values.to(self._reduce_device())
+        dist.all_reduce(table)
+        return table.cpu()
+
+
+def _held(parameter: Any) -> Tensor:
+    partition = getattr(parameter, "ds_tensor", None)
+    return parameter.data if partition is None else partition

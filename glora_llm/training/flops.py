@@ -1,0 +1,77 @@
+"""Floating-point operations of a step, and what the device could do at most: model FLOP utilisation."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Dense peak in FLOP/s by name of the GPU, bfloat16 (vendors' data sheets); other devices are measured.
+BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a step costs.
+
+    Args:
+        frozen: elements of the frozen matrices of the decoder (embeddings left out).
+        trained: elements of the trained parameters.
+        head: elements of the output head.
+        layers: decoder layers.
+        hidden: width of the attention (heads x head size).
+        peak_flops: of one device, FLOP/s.
+    """
+
+    frozen: int
+    trained: int
+    head: int
+    layers: int
+    hidden: int
+    peak_flops: float
+
+    def step_flops(self, tokens: int, targets: int, width: int) -> float:
+        """Return the FLOPs of forward and backward over `tokens` tokens in rows of `width`.
+
+        A frozen matrix costs 2 forward and 2 backward a token and element, a trained one 6. The head is computed for
+        targets only. Attention's two products cost 4 x width x hidden a layer and token forward (half of it masked),
+        twice that backward. Recomputation is not counted.
+        """
+        attention = 0.5 * 12 * width * self.hidden * self.layers
+        return tokens * (4 * self.frozen + 6 * self.trained + attention) + targets * 4 * self.head
+
+
+def measure_cost(model: nn.Module, config: object, dtype: torch.dtype, device: torch.device) -> ModelCost:
+    """Count the model's parameters (also those of 4-bit and partitioned ones) and find the device's peak."""
+    trained = sum(_elements(p) for p in model.parameters() if p.requires_grad)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    frozen = sum(
+        module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    )
+    layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+    peak = peak_flops(dtype, device)
+    return ModelCost(frozen, trained, head.in_features * head.out_features, layers, heads * size, peak)
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the FLOP/s that the device reaches at most: by data sheet, or by a matrix product measured here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = [peak for part, peak in BF16_PEAKS.items() if part in name]
+        if known:
+            return known[0]
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = max(best, 2 * n**3 / (time.perf_counter() - began))
+    return best
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,139 @@
+"""`fit`: the training loop. Everything random in it is a function of (seed, step, rank), so a resumed run repeats it."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+
+from glora_llm.schema import OutputSection, TrainingSection
+from glora_llm.training.engine import Batch, Engine, StepResult
+from glora_llm.training.flops import ModelCost
+from glora_llm.training.metric_log import MetricLog
+from glora_llm.training.optim import lr_at
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+@dataclass
+class Hooks:
+    """What the loop calls, so that it needs to know neither data, nor model, nor evaluation.
+
+    Args:
+        batches: step -> this rank's micro batches.
+        validate: step -> validation metrics, or None where there is no validation data.
+        save: (step) writes a checkpoint.
+        diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
+        before_step: called before the step's forward passes (the supernet draws its paths here).
+    """
+
+    batches: Callable[[int], Sequence[Batch]]
+    validate: Callable[[int], dict[str, float]] | None
+    save: Callable[[int], None]
+    diagnose: Callable[[Sequence[Batch]], str]
+    before_step: Sequence[Callable[[int], None]] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in optimizer steps."""
+
+    total: int
+    validate_every: int | None
+    save_every: int
+    log_every: int
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Tell whether something that happens every so many steps, and at the end, happens after `step` steps."""
+        return step == self.total or (every is not None and step % every == 0)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step of one rank: no random state needs to be carried over a restart."""
+    mixed = (seed * 1_000_003 + step) * 65_537 + rank
+    random.seed(mixed)
+    numpy.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed % 2**63)
+
+
+def fit(
+    engine: Engine,
+    start: int,
+    schedule: Schedule,
+    settings: TrainingSection,
+    output: OutputSection,
+    hooks: Hooks,
+    log: MetricLog,
+    cost: ModelCost,
+) -> dict[str, float]:
+    """Train from step `start` to `schedule.total`; return the last validation metrics.
+
+    Raises:
+        NonFinite: after `settings.max_bad_steps` skipped steps in a row.
+    """
+    bad, last_validation = 0, {}
+    for step in range(start, schedule.total):
+        began = time.perf_counter()
+        seed_step(settings.seed, step, engine.rank)
+        for call in hooks.before_step:
+            call(step)
+        batches = hooks.batches(step)
+        lr = lr_at(step, schedule.total, settings)
+        result = engine.train_step(batches, lr)
+        bad = bad + 1 if result.skipped else 0
+        done = step + 1
+        if bad >= settings.max_bad_steps:
+            raise NonFinite(_stop_message(engine, batches, hooks, bad, done))
+        if result.skipped:
+            log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
+        if done % schedule.log_every == 0 or done == schedule.total:
+            values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, settings, done)
+            log.scalars(done, values)
+            log.progress(done, values)
+        if hooks.validate is not None and schedule.due(done, schedule.validate_every):
+            last_validation = hooks.validate(done)
+            log.scalars(done, last_validation)
+        if schedule.due(done, output.save_every) and not bad:
+            hooks.save(done)
+    return last_validation
+
+
+def _stop_message(engine: Engine, batches: Sequence[Batch], hooks: Hooks, bad: int, step: int) -> str:
+    return (
+        f"{bad} steps in a row up to step {step} had a loss or gradient that is not finite. First bad module: "
+        f"{hooks.diagnose(batches)}. Lower training.lr, or adapter.lr_factors of the slot named here."
+    )
+
+
+def _metrics(
+    result: StepResult, lr: float, batches: Sequence[Batch], engine: Engine, cost: ModelCost, seconds: float,
+    settings: TrainingSection, done: int,
+) -> dict[str, float]:  # fmt: skip
+    """The numbers of one step; tokens are counted on this rank and taken to be alike on the others."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches) * engine.world
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    flops = cost.step_flops(tokens, result.targets, width)
+    return {
+        "train/loss": result.loss,
+        "train/lr": lr,
+        "train/grad_norm": result.grad_norm,
+        "train/targets": result.targets,
+        "train/samples": done * settings.global_batch,
+        "speed/seconds_per_step": seconds,
+        "speed/tokens_per_second": tokens / seconds,
+        "speed/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world),
+        "memory/peak_gb": peak_memory_gb(engine.device),
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory in use so far, in GB: allocated on a GPU, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

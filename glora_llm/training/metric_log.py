@@ -1,0 +1,101 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, and a progress bar or plain lines. One process writes."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricLog:
+    """Writes the metrics of a run.
+
+    Args:
+        folder: the run folder.
+        start: first step of this launch; what an earlier launch logged from here on is dropped, so nothing is twice.
+        total: optimizer steps of the run.
+        enabled: False on all ranks but one: nothing is written.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, enabled: bool):
+        self.enabled, self.total, self.start = enabled, total, start
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = folder / "metrics.jsonl"
+        self._forget_from(start)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not self.terminal, smoothing=0.1)
+        self.last_line = 0.0
+
+    def _forget_from(self, start: int) -> None:
+        """Keep the lines of steps up to `start`, and drop a last line that was cut off."""
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry["step"] <= start:
+                kept.append(line)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.file)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Log numbers under names such as `train/loss` after `step` optimizer steps."""
+        if not self.enabled:
+            return
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def text(self, name: str, text: str) -> None:
+        """Show a text in TensorBoard."""
+        if self.enabled:
+            self.tensorboard.add_text(name, "```\n" + text + "\n```")
+
+    def hyperparameters(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Show the run in TensorBoard's HParams tab with its final metrics."""
+        if self.enabled:
+            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+            self.tensorboard.add_hparams(plain, metrics, run_name=".")
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Move the bar, or print a line at most every five seconds (always the first and the last)."""
+        if not self.enabled:
+            return
+        brief = f"loss {values['train/loss']:.4f}, {values['speed/tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(brief, refresh=False)
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if not self.terminal and (now - self.last_line >= 5 or step in (self.start + 1, self.total)):
+            left = (self.total - step) * values["speed/seconds_per_step"]
+            print(f"step {step}/{self.total}: {brief}, {_clock(left)} left", flush=True)
+            self.last_line = now
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.enabled:
+            self.bar.close()
+            self.tensorboard.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,127 @@
+"""Write docs/recipe_reference.md from glora_llm/schema.py; with --check, only tell whether it is up to date."""
+
+import argparse
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from glora_llm.schema import Recipe, SlotSetting
+
+TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
+OPENING = """\
+# Recipe reference
+
+Every key of a recipe. Generated from `glora_llm/schema.py` by `make docs`; change it there.
+
+A recipe is a YAML file with the sections below. A key that is not listed here is an error, and so is a value of
+another type. On the command line, a key is written `section.key=value`, the value as in YAML: `training.lr=1e-4`,
+`'adapter.targets=[q_proj, v_proj]'`, `adapter.slots.A=none`. Text that would read as a number or as true or false wants
+quotes. `null` is the same as leaving the key out; where a meaning says "none:", it tells what happens then.
+`glora-llm recipes NAME` prints a recipe with every default filled in.
+"""
+LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
+PLURAL = {"text": "texts", "anything": "values"}
+
+
+def main() -> int:
+    """Write the reference, or check it; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 when the file is stale; write nothing")
+    arguments = parser.parse_args()
+    text = reference()
+    if not arguments.check:
+        TARGET.write_text(text, encoding="utf-8")
+        return 0
+    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
+        return 0
+    print(f"{TARGET.name} is stale: run `make docs`", file=sys.stderr)
+    return 1
+
+
+def reference() -> str:
+    """Return the whole page."""
+    parts = [OPENING]
+    top = [(name, field) for name, field in Recipe.model_fields.items() if not _is_section(field)]
+    parts.append("## Top level\n\n" + _table(top))
+    for name, field in Recipe.model_fields.items():
+        if _is_section(field):
+            section = typing.cast(type[BaseModel], field.annotation)
+            needed = " Required." if field.is_required() else " May be left out."
+            parts.append(f"## {name}\n\n{section.__doc__}{needed}\n\n{_table(section.model_fields.items())}")
+            if name == "adapter":
+                parts.append(
+                    f"### A slot's setting\n\n{SlotSetting.__doc__}\n\n{_table(SlotSetting.model_fields.items())}"
+                )
+    return "\n".join(parts)
+
+
+def _table(fields: typing.Iterable[tuple[str, FieldInfo]]) -> str:
+    rows = ["| key | type | unit | default | meaning |", "|---|---|---|---|---|"]
+    for name, field in fields:
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        cells = [f"`{name}`", describe(field.annotation, field.metadata), str(extra.get("unit", ""))]
+        cells += [_default(field), field.description or ""]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def describe(kind: Any, metadata: typing.Sequence[Any] = ()) -> str:
+    """Return a type in words: `integer > 0 or text or none`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return describe(arguments[0], [*metadata, *_unfolded(arguments[1:])])
+    if origin is Literal:
+        words = ", ".join(f"`{value}`" for value in arguments)
+    elif origin in (typing.Union, types.UnionType):
+        words = " or ".join(describe(argument) for argument in arguments)
+    elif origin is list:
+        words = f"list of {_plural(describe(arguments[0]))}"
+    elif origin is tuple:
+        words = f"list of {len(arguments)} {_plural(describe(arguments[0]))}"
+    elif origin is dict:
+        inner = describe(arguments[1])
+        words = f"mapping of {_plural(describe(arguments[0]))} to {f'({inner})' if ' ' in inner else inner}"
+    elif kind is SlotSetting:
+        words = "a slot's setting"
+    else:
+        words = WORDS[kind]
+    limits = [
+        f"{sign} {getattr(item, name)}" for item in metadata for name, sign in LIMITS.items() if hasattr(item, name)
+    ]
+    return words + (f" {' and '.join(limits)}" if limits else "")
+
+
+def _unfolded(metadata: typing.Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for item in metadata:
+        found += item.metadata if isinstance(item, FieldInfo) else [item]
+    return found
+
+
+def _plural(words: str) -> str:
+    return PLURAL.get(words, f"{words}s" if words.isalpha() else words)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, tuple):
+        return f"`{list(field.default)}`"
+    words = {True: "true", False: "false", None: "null"}
+    is_word = field.default is None or isinstance(field.default, bool)
+    return "`" + (words[field.default] if is_word else str(field.default) or '""') + "`"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One run on the nodes that Slurm gives:  sbatch --nodes 2 --gpus-per-node 8 scripts/slurm_train.sh --recipe NAME [section.key=value ...]
+# Options of your cluster (account, partition, time) go on sbatch's command line.
+#SBATCH --job-name=glora-llm
+#SBATCH --exclusive
+#SBATCH --signal=TERM@300
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
+
+gpus="${SLURM_GPUS_ON_NODE:?say how many GPUs a node has: sbatch --gpus-per-node N}"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+[ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+
+# Slurm itself starts the ranks, so its signals reach them with no launcher between.
+srun --ntasks=$((SLURM_NNODES * gpus)) --ntasks-per-node="$gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / gpus)) \
+  --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    exec python -u train.py "$@"' train "$@"

@@ -1,0 +1,113 @@
+"""Packing, collating, and the test that packed samples do not see each other."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glora_llm.data.batch import IGNORED, collate, flatten
+from glora_llm.data.pack import pack
+from glora_llm.data.store import Row
+from glora_llm.errors import UserError
+
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 65, 500)]
+
+
+def test_every_sample_stands_in_one_row_and_no_row_is_too_long() -> None:
+    rows = pack(LENGTHS, 64)
+    assert sorted(n for row in rows for n in row) == list(range(500))
+    assert max(sum(LENGTHS[n] for n in row) for row in rows) <= 64
+    assert sum(LENGTHS) / (len(rows) * 64) > 0.94
+    assert rows == pack(LENGTHS, 64)
+
+
+def test_packing_is_as_good_as_the_plain_rule() -> None:
+    """Best-fit decreasing, written down naively."""
+    naive: list[list[int]] = []
+    for n in sorted(range(500), key=lambda n: -LENGTHS[n]):
+        fitting = [row for row in naive if sum(LENGTHS[m] for m in row) + LENGTHS[n] <= 64]
+        if fitting:
+            max(fitting, key=lambda row: sum(LENGTHS[m] for m in row)).append(n)
+        else:
+            naive.append([n])
+    assert len(pack(LENGTHS, 64)) == len(naive)
+
+
+def test_packing_corner_cases() -> None:
+    assert pack([], 8) == []
+    assert pack([8, 8], 8) == [[0], [1]]
+    assert pack([5, 3, 4, 4], 8) == [[0, 1], [2, 3]]
+    with pytest.raises(UserError, match="9 tokens does not fit"):
+        pack([9], 8)
+
+
+def row(*lengths: int, first: int = 5) -> Row:
+    """A row of samples whose targets are all but the first token."""
+    tokens = np.arange(first, first + sum(lengths), dtype=np.int32)
+    starts = [0, *np.cumsum(lengths)[:-1].tolist()]
+    targets = np.ones(len(tokens), dtype=np.bool_)
+    targets[starts] = False
+    return Row(tokens, targets, starts)
+
+
+def test_collate_restarts_positions_and_pads_by_length() -> None:
+    batch = collate([row(3, 2), row(4, 1, 2)], pad_id=6)  # 6 is also a token of the first row
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 6, 6], [5, 6, 7, 8, 9, 10, 11]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 0, 1]]
+    assert batch.labels.tolist() == [
+        [IGNORED, 6, 7, IGNORED, 9, IGNORED, IGNORED],
+        [IGNORED, 6, 7, 8, IGNORED, IGNORED, 11],
+    ]
+    assert (batch.n_targets, batch.n_tokens) == (7, 12)
+    assert flatten(batch).position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0, 1, 2, 3, 0, 0, 1]]
+
+
+def test_the_first_token_of_a_sample_is_never_a_label() -> None:
+    careless = Row(np.arange(4, dtype=np.int32), np.ones(4, dtype=np.bool_), [0, 2])
+    assert collate([careless], 0).labels.tolist() == [[IGNORED, 1, IGNORED, 3]]
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=request.param,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_packed_samples_do_not_see_each_other(model: Any, flat: bool) -> None:
+    """Packed logits are those of each sample alone: rows of several samples, padding, a sample of one token."""
+    import torch
+
+    rows = [row(7, 5, 9), row(1, 12, first=30), row(6, first=40), row(3, 1, 4, first=20)]
+    batch = collate(rows, pad_id=2)
+    given = flatten(batch) if flat else batch
+    with torch.no_grad():
+        packed = model(**given.model_inputs()).logits
+        packed = packed.reshape(*batch.input_ids.shape, -1)
+        compared = 0
+        for n, r in enumerate(rows):
+            for start, stop in zip(r.starts, [*r.starts[1:], len(r.tokens)], strict=True):
+                alone = torch.from_numpy(r.tokens[start:stop].astype(np.int64))[None]
+                logits = model(input_ids=alone, use_cache=False).logits[0]
+                torch.testing.assert_close(packed[n, start:stop], logits, atol=1e-5, rtol=0)
+                compared += 1
+    assert compared == 9
+
+
+def test_the_leak_would_be_seen(model: Any) -> None:
+    """Without restarting positions the logits differ: the test above can fail."""
+    import torch
+
+    r = row(7, 5)
+    tokens = torch.from_numpy(r.tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        leaking = model(input_ids=tokens, use_cache=False).logits[0, 7:]
+        alone = model(input_ids=tokens[:, 7:], use_cache=False).logits[0]
+    assert (leaking - alone).abs().max() > 1e-3

@@ -1,0 +1,142 @@
+"""Who may import whom, and how long things may be: read from the source, nothing is imported."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "glora_llm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [*MODULES, *sorted((ROOT / "scripts").glob("*.py")), ROOT / "train.py"]
+
+# Unit (a folder or a module of the package) -> the units that it may import. `everything`: any of them.
+BASE = {"errors", "registry", "schema"}
+EVERYTHING = {"everything"}
+ALLOWED = {
+    "errors": set(),
+    "schema": set(),
+    "registry": {"errors"},
+    "recipe": {"errors", "schema"},
+    "run_folder": BASE | {"recipe"},
+    "distributed": BASE,
+    "glora": BASE,
+    "vlora": BASE,
+    "data": BASE,
+    "training": BASE,
+    "models": BASE | {"vlora"},
+    "search": BASE | {"glora"},
+    "adapter": BASE | {"glora", "training"},
+    "plan": BASE | {"adapter", "data", "models", "training"},
+    "merge": BASE | {"glora", "models", "run_folder"},
+    "evaluation": BASE | {"glora", "models", "run_folder"},
+    "report": BASE | {"run_folder"},
+    "run": EVERYTHING,
+    "cli": EVERYTHING,
+}
+# merge/command.py and evaluation/command.py are commands of their own: like run, they put the parts together.
+COMMAND = {"plan", "training"}
+LIGHT = {"recipe": {"yaml", "pydantic"}, "schema": {"pydantic"}, "errors": set(), "registry": set()}
+NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
+LONGEST_FILE, LONGEST_FUNCTION = 300, 80
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Yield every module that a file imports, wherever in the file, as an absolute dotted name."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = file.relative_to(ROOT).parent.parts
+            package = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (package, node.module or "") if part)
+            # `from glora_llm import run` imports a unit; `from glora_llm.errors import UserError` a name.
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module == "glora_llm" else [module]
+
+
+def unit_of(file: Path) -> str:
+    """Return the folder or module of the package that a file belongs to; empty for the package's own __init__."""
+    part = file.relative_to(PACKAGE).parts[0]
+    return part.removesuffix(".py").removeprefix("__init__")
+
+
+def units_imported(file: Path) -> set[str]:
+    units = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    names = {name.split(".")[1] for name in imported(file) if name.startswith("glora_llm.")}
+    return (names & units) - {unit_of(file)}
+
+
+def edges() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for file in MODULES:
+        found.setdefault(unit_of(file), set()).update(units_imported(file))
+    return found
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_the_walk_found_the_package() -> None:
+    assert len(MODULES) > 10
+    assert "errors" in edges()["recipe"]
+    assert {"glora_llm.recipe", "glora_llm.__version__"} <= set(imported(PACKAGE / "cli.py"))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_module_imports_only_what_its_unit_may(file: Path) -> None:
+    unit = unit_of(file)
+    if not unit:
+        assert not units_imported(file), "importing glora_llm imports nothing"
+        return
+    assert unit in ALLOWED, f"new unit '{unit}': say in ALLOWED what it may import"
+    if ALLOWED[unit] is not EVERYTHING:
+        allowed = ALLOWED[unit] | (COMMAND if file.name == "command.py" else set())
+        forbidden = units_imported(file) - allowed
+        assert not forbidden, f"{unit} may import {sorted(allowed)}, not {sorted(forbidden)}"
+
+
+def test_no_two_units_import_each_other() -> None:
+    graph = edges()
+    for start in graph:
+        seen: set[str] = set()
+        todo = list(graph[start])
+        while todo:
+            unit = todo.pop()
+            if unit not in seen:
+                seen.add(unit)
+                todo += graph.get(unit, set())
+        assert start not in seen, f"{start} reaches itself through its imports"
+
+
+@pytest.mark.parametrize(("unit", "third_party"), LIGHT.items(), ids=LIGHT)
+def test_what_every_command_loads_is_light(unit: str, third_party: set[str]) -> None:
+    roots = {name.split(".")[0] for name in imported(PACKAGE / f"{unit}.py")}
+    assert roots - set(sys.stdlib_module_names) - {"glora_llm"} <= third_party
+
+
+def test_scripts_and_tests_are_never_imported_by_the_package() -> None:
+    for file in MODULES:
+        roots = {name.split(".")[0] for name in imported(file)}
+        assert not roots & {"scripts", "tests", "train"}, file
+
+
+def test_train_imports_the_command_line_alone() -> None:
+    assert set(imported(ROOT / "train.py")) == {"glora_llm.cli"}
+
+
+def test_no_module_is_a_drawer() -> None:
+    for file in SOURCES:
+        assert not NO_NAMES & {*file.relative_to(ROOT).parent.parts, file.stem}, f"{file}: name it after what it does"
+
+
+@pytest.mark.parametrize("file", [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))], ids=name_of)
+def test_files_and_functions_are_short(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_FILE, f"{file.name}: {len(text.splitlines())} lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+            length = node.end_lineno - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name}: {length} lines"
