@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from glora_llm.adapter import adapted_with_bias, inject
-from glora_llm.data.batch import collate, flatten
+from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.sampler import GlobalSampler
 from glora_llm.data.store import TokenSet
@@ -41,17 +41,14 @@ class Plan:
 
     def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
-        made = collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
-        return {"input_ids": made.input_ids, "position_ids": made.position_ids, "labels": made.labels}
+        return collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
 
     def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
         """Return one rank's micro batches of one optimizer step."""
-        training = self.recipe.training
-        parts = self.sampler.rank_rows(step, rank, world, training.micro_batch)
-        batches = [self.batch(self.data.train, indices) for indices in parts]
-        if self.recipe.model.attention == "flash_attention_2":
-            return [{name: tensor.reshape(1, -1) for name, tensor in batch.items()} for batch in batches]
-        return batches
+        always = self.recipe.model.attention == "flash_attention_2"
+        train, pad = self.data.train, pad_id(self.tokenizer)
+        parts = self.sampler.rank_rows(step, rank, world, self.recipe.training.micro_batch)
+        return [collate_joined([train.row(index) for index in indices], pad, always) for indices in parts]
 
     def rows(self, split: str) -> TokenSet | None:
         """Return the rows of `validation` or `test`, or None where the recipe has none."""

@@ -3,7 +3,7 @@
 `prepare` reads, splits, tokenises and caches; `GlobalSampler` says which rows a step takes; `collate` makes tensors.
 """
 
-from glora_llm.data.batch import Batch, collate, flatten
+from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.formats import FORMATS, Example, Message, Segment
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
@@ -12,7 +12,6 @@ from glora_llm.data.store import Row, TokenSet
 
 __all__ = [
     "FORMATS",
-    "Batch",
     "Example",
     "GlobalSampler",
     "Message",
@@ -22,6 +21,6 @@ __all__ = [
     "Segment",
     "TokenSet",
     "collate",
-    "flatten",
+    "collate_joined",
     "prepare",
 ]

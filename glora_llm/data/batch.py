@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,36 +13,23 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100
+MOST_PADDING = 0.1  # share of a batch
+LONGEST_JOINED = 4096  # tokens: attention within one row costs its square
 
 
-class Batch(NamedTuple):
-    """One micro batch. Call the model with `model_inputs()`: positions that start again at 0 tell transformers where a
-    sample begins, but only when it gets no attention mask and keeps no cache.
-
-    Attributes:
-        input_ids: (B, T) int64.
-        position_ids: (B, T) int64; 0 at the first token of every sample and of the padding.
-        labels: (B, T) int64, aligned with `input_ids` (not shifted); -100 where nothing is learnt.
-        n_targets: labels that are not -100.
-        n_tokens: tokens that are not padding.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    labels: torch.Tensor
-    n_targets: int
-    n_tokens: int
-
-    def model_inputs(self) -> dict[str, Any]:
-        """Return the arguments of the model's call with which no sample of a row sees another."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
-
-
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, torch.Tensor]:
     """Return the rows as one batch, as wide as its longest row; the rest is padding, told apart by length alone.
+
+    The model gets `input_ids` and `position_ids` and no attention mask: positions that start again at 0 tell
+    transformers where a sample begins, but only when it keeps no cache (`use_cache=False`). Padding comes after all
+    that is read, so the causal mask hides it.
 
     Args:
         pad_id: any id of the vocabulary, that of an end token too.
+
+    Returns:
+        `input_ids` (B, T) int64; `position_ids` (B, T) int64, 0 at the first token of every sample; `labels` (B, T)
+        int64, aligned with `input_ids` (not shifted), -100 where nothing is learnt.
     """
     import torch
 
@@ -55,25 +42,28 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         input_ids[n, :length] = row.tokens
         labels[n, :length] = np.where(row.targets, row.tokens, IGNORED)
         labels[n, row.starts] = IGNORED
-        for start, stop in zip([*row.starts, length], [*row.starts[1:], length, shape[1]], strict=True):
+        for start, stop in zip(row.starts, [*row.starts[1:], shape[1]], strict=True):
             positions[n, start:stop] = np.arange(stop - start)
-    return Batch(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(labels),
-        n_targets=int((labels != IGNORED).sum()),
-        n_tokens=sum(len(row.tokens) for row in rows),
-    )
+    arrays = {"input_ids": input_ids, "position_ids": positions, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def flatten(batch: Batch) -> Batch:
-    """Return the batch as one row (1, B T), the same samples: for flash_attention_2.
+def collate_joined(rows: Sequence[Row], pad_id: int, always: bool = False) -> dict[str, torch.Tensor]:
+    """Return the same samples as `collate`, end to end in one row without padding, where that saves work.
 
-    There, transformers sees where samples begin only in a batch of one row; with more rows, samples packed in one row
-    would attend to each other.
+    Args:
+        always: join whatever it saves. flash_attention_2 needs it: there, transformers sees where samples begin only
+            in a batch of one row.
     """
-    return batch._replace(
-        input_ids=batch.input_ids.reshape(1, -1),
-        position_ids=batch.position_ids.reshape(1, -1),
-        labels=batch.labels.reshape(1, -1),
-    )
+    lengths = [len(row.tokens) for row in rows]
+    padding = 1 - sum(lengths) / (len(rows) * max(lengths))
+    if always or (padding > MOST_PADDING and sum(lengths) <= LONGEST_JOINED):
+        rows = [join(rows)]
+    return collate(rows, pad_id)
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """Return several rows as one; its samples begin where theirs did."""
+    offsets = np.cumsum([0, *(len(row.tokens) for row in rows[:-1])]).tolist()
+    starts = [offset + start for offset, row in zip(offsets, rows, strict=True) for start in row.starts]
+    return Row(np.concatenate([row.tokens for row in rows]), np.concatenate([row.targets for row in rows]), starts)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glora_llm.data.batch import IGNORED, collate, flatten
+from glora_llm.data.batch import IGNORED, collate, collate_joined, join
 from glora_llm.data.pack import pack
 from glora_llm.data.store import Row
 from glora_llm.errors import UserError
@@ -52,19 +52,27 @@ def row(*lengths: int, first: int = 5) -> Row:
 
 def test_collate_restarts_positions_and_pads_by_length() -> None:
     batch = collate([row(3, 2), row(4, 1, 2)], pad_id=6)  # 6 is also a token of the first row
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 6, 6], [5, 6, 7, 8, 9, 10, 11]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 0, 1]]
-    assert batch.labels.tolist() == [
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 6, 6], [5, 6, 7, 8, 9, 10, 11]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 1]]
+    assert batch["labels"].tolist() == [
         [IGNORED, 6, 7, IGNORED, 9, IGNORED, IGNORED],
         [IGNORED, 6, 7, 8, IGNORED, IGNORED, 11],
     ]
-    assert (batch.n_targets, batch.n_tokens) == (7, 12)
-    assert flatten(batch).position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 0, 1, 2, 3, 0, 0, 1]]
+
+
+def test_joined_rows_have_no_padding_and_the_same_samples() -> None:
+    wasteful, snug = [row(2), row(9, 3)], [row(12), row(9, 3)]
+    joined = collate_joined(wasteful, pad_id=0)
+    assert joined["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
+    assert joined["labels"].ne(IGNORED).sum() == collate(wasteful, pad_id=0)["labels"].ne(IGNORED).sum()
+    assert collate_joined(snug, pad_id=0)["input_ids"].shape == (2, 12)  # nothing to save
+    assert collate_joined(snug, pad_id=0, always=True)["input_ids"].shape == (1, 24)
+    assert join(wasteful).starts == [0, 2, 11]
 
 
 def test_the_first_token_of_a_sample_is_never_a_label() -> None:
     careless = Row(np.arange(4, dtype=np.int32), np.ones(4, dtype=np.bool_), [0, 2])
-    assert collate([careless], 0).labels.tolist() == [[IGNORED, 1, IGNORED, 3]]
+    assert collate([careless], 0)["labels"].tolist() == [[IGNORED, 1, IGNORED, 3]]
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -86,17 +94,18 @@ def test_packed_samples_do_not_see_each_other(model: Any, flat: bool) -> None:
     import torch
 
     rows = [row(7, 5, 9), row(1, 12, first=30), row(6, first=40), row(3, 1, 4, first=20)]
-    batch = collate(rows, pad_id=2)
-    given = flatten(batch) if flat else batch
+    batch = collate_joined(rows, pad_id=2, always=True) if flat else collate(rows, pad_id=2)
+    ends = np.cumsum([len(r.tokens) for r in rows])
     with torch.no_grad():
-        packed = model(**given.model_inputs()).logits
-        packed = packed.reshape(*batch.input_ids.shape, -1)
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        if flat:
+            packed = [packed[0, end - len(r.tokens) : end] for end, r in zip(ends, rows, strict=True)]
         compared = 0
         for n, r in enumerate(rows):
             for start, stop in zip(r.starts, [*r.starts[1:], len(r.tokens)], strict=True):
                 alone = torch.from_numpy(r.tokens[start:stop].astype(np.int64))[None]
                 logits = model(input_ids=alone, use_cache=False).logits[0]
-                torch.testing.assert_close(packed[n, start:stop], logits, atol=1e-5, rtol=0)
+                torch.testing.assert_close(packed[n][start:stop], logits, atol=1e-5, rtol=0)
                 compared += 1
     assert compared == 9
 
