@@ -158,6 +158,9 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Run `glora-llm train`."""
     checked = recipe.load(arguments.recipe, arguments.overrides)  # before the slow imports: a typo answers at once
+    from glora_llm.quiet import quiet_libraries
+
+    quiet_libraries()
     from glora_llm import run
 
     run.train(checked, dry_run=arguments.dry_run)
@@ -167,6 +170,9 @@ def train(arguments: argparse.Namespace) -> int:
 def merge(arguments: argparse.Namespace) -> int:
     """Run `glora-llm merge`."""
     RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    from glora_llm.quiet import quiet_libraries
+
+    quiet_libraries()
     from glora_llm.merge.command import merge_run
 
     merge_run(arguments.run, arguments.out, arguments.dtype, arguments.to, arguments.quantize, arguments.step)
@@ -176,6 +182,9 @@ def merge(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run `glora-llm evaluate`."""
     RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    from glora_llm.quiet import quiet_libraries
+
+    quiet_libraries()
     from glora_llm.evaluation.command import evaluate_run
 
     evaluate_run(arguments.run, arguments.split, arguments.merged)

@@ -1,8 +1,7 @@
 """Composition root: recipe -> plan -> model -> adapter -> engine -> fit -> save -> merge. Read this first."""
 
-import logging
+import json
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     Raises:
         UserError: for anything that the user can mend; nothing is lost then.
     """
-    quiet_libraries()
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     batch_identity(recipe, distributed.planned_world())
@@ -48,6 +46,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     ranks = distributed.start()
     if ranks.first:
         folder.write("recipe.yaml", recipes.dump(recipe))
+        folder.write("base.json", json.dumps(base_identity(plan, ranks.device), indent=1) + "\n")
         distributed.forget_failure(folder.path)
     dist.barrier()
     advice = f"The last complete checkpoint is in {folder.checkpoints}; the same command goes on from there."
@@ -64,17 +63,11 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         print_summary(folder)
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' chatter off the terminal; warnings and errors stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("glora_llm").setLevel(logging.INFO)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    import deepspeed.utils
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
+def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Return what a later merge must find again: which base, computed in which dtype."""
+    dtype = str(causal_lm.compute_dtype(plan.recipe.model, device)).removeprefix("torch.")
+    base = plan.base
+    return {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
 
 
 @dataclass

@@ -1,0 +1,138 @@
+"""`glora-llm merge RUN --out DIR`: write, reload with plain transformers, compare, report."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glora_llm.errors import UserError
+from glora_llm.evaluation.command import load_adapted, load_merged, score_model
+from glora_llm.merge.lora_export import write_lora
+from glora_llm.merge.model_merge import write_merged
+from glora_llm.merge.verify import Answers, answers, compare, comparison_batches, require_within
+from glora_llm.models.causal_lm import load_base
+from glora_llm.plan import Plan, make_plan, merge_obstacle
+from glora_llm.run_folder import RunFolder
+from glora_llm.training import checkpoint
+
+
+def merge_run(
+    run: Path,
+    out: Path,
+    dtype: str | None = None,
+    to: str = "model",
+    quantize: str | None = None,
+    step: int | None = None,
+) -> None:
+    """Merge or export a run's adapter, compare the result with the unmerged model, and write merge_report.json.
+
+    Args:
+        run: the run folder.
+        out: the folder to make.
+        dtype: of the written weights; None: the recipe's merge.dtype.
+        to: `model`, or `lora` for a plain LoRA adapter.
+        quantize: `nf4` quantises the merged model again; None: the recipe's merge.quantize.
+        step: a kept checkpoint; None: the end of the run.
+
+    Raises:
+        UserError: when something does not fit; nothing is written then.
+        CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
+    """
+    folder = RunFolder(run)
+    plan = make_plan(folder.recipe())
+    base_dtype = require_same_base(folder, plan)
+    adapter = folder.adapter if step is None else _checkpoint_adapter(folder, step)
+    quantize = quantize or plan.recipe.merge.quantize
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder, or delete it.")
+    if to == "lora":
+        write_lora(plan, adapter, out, base_dtype)
+    else:
+        _require_mergeable(plan, adapter)
+        write_merged(plan, adapter, out, base_dtype, dtype or plan.recipe.merge.dtype)
+    batches, text = comparison_batches(plan)
+    before = answers(lambda: load_adapted(plan, adapter), batches)
+    after = answers(lambda: _load_lora(plan, out) if to == "lora" else load_merged(out), batches)
+    report = compare(before, after, text)
+    values = report.as_dict()
+    if to == "model" and quantize == "nf4":
+        values["requantised"] = _requantise(plan, out, batches, before)
+    (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
+    _print(values, out)
+    require_within(report, plan.recipe.merge)
+    if to == "model" and plan.data.test is not None and step is None and quantize == "none":
+        folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
+
+
+def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
+    """Return the dtype that the base was trained in, after checking that this is that base.
+
+    Raises:
+        UserError: when the base is another one, or the run never started.
+    """
+    file = folder.path / "base.json"
+    if not file.is_file():
+        raise UserError(f"{folder.path} has no base.json: its training never started.")
+    trained = json.loads(file.read_text())
+    if trained["fingerprint"] != plan.base.fingerprint:
+        raise UserError(
+            f"The adapter was trained on {trained['name']} with fingerprint {trained['fingerprint'][:12]}; "
+            f"{plan.base.folder} has {plan.base.fingerprint[:12]}. Put the original base back: W0 is part of the result."
+        )
+    dtype: torch.dtype = getattr(torch, trained["dtype"])
+    return dtype
+
+
+def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:
+    found = folder.checkpoints / f"step-{step}"
+    if not found.is_dir():
+        kept = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.checkpoints))
+        raise UserError(f"{folder.path} has no checkpoint of step {step}; kept: {kept or 'none'}.")
+    problem = checkpoint.fault(found)
+    if problem:
+        raise UserError(f"{found} is broken: {problem}.")
+    return found / "adapter"
+
+
+def _require_mergeable(plan: Plan, adapter: Path) -> None:
+    from glora_llm.merge.layers import AdapterLayers
+
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    obstacle = merge_obstacle(layers.model.get_base_model().config, layers.model)
+    if obstacle:
+        raise UserError(obstacle)
+
+
+def _load_lora(plan: Plan, adapter: Path) -> Any:
+    return load_adapted(plan, adapter)
+
+
+def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:
+    """Replace the merged folder by its nf4 twin; return what that costs against the unmerged model."""
+    section = plan.recipe.model.model_copy(update={"quantization": "nf4"})
+    quantised = out.with_name(f".quantised-{out.name}")
+    shutil.rmtree(quantised, ignore_errors=True)
+
+    def load() -> Any:
+        model = load_base(section, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), zero3=False)
+        model.config.use_cache = True
+        model.save_pretrained(quantised)
+        return model.eval()
+
+    cost = compare(before, answers(load, batches), "the same").as_dict()
+    plan.tokenizer.save_pretrained(quantised)
+    shutil.rmtree(out)
+    quantised.rename(out)
+    return cost
+
+
+def _print(values: dict[str, Any], out: Path) -> None:
+    print(f"{out}: compared with the unmerged model on {values['tokens']} tokens of {values['text']}")
+    for title, part in (("merged", values), ("nf4 again", values.get("requantised"))):
+        if part:
+            print(
+                f"  {title:10s} max_abs_logit_diff {part['max_abs_logit_diff']:.2e}  top1_agreement "
+                f"{part['top1_agreement']:.4f}  loss_before {part['loss_before']:.4f}  loss_after {part['loss_after']:.4f}"
+            )

@@ -1,0 +1,77 @@
+"""The frozen weights exactly as training saw them, tensor by tensor from the base's files: never the whole model.
+
+A quantised base was quantised from these files on loading; doing the same to one tensor and unpacking it again gives
+the W0 that was trained, bit for bit on the same kind of device.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from glora_llm.glora.frozen_weight import dense_weight
+from glora_llm.models.fingerprint import weight_files
+from glora_llm.schema import ModelSection
+
+
+class StoredTensors:
+    """The weights of a model folder, read one at a time."""
+
+    def __init__(self, folder: Path):
+        self._files: dict[str, Any] = {}
+        for file in weight_files(folder):
+            opened = safe_open(file, framework="pt")
+            self._files |= dict.fromkeys(opened.keys(), opened)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._files)
+
+    def get(self, name: str) -> Tensor:
+        """Return one tensor."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def numbers(self) -> int:
+        """Return the count of numbers in all tensors, without reading them."""
+        return sum(math.prod(file.get_slice(name).get_shape()) for name, file in self._files.items())
+
+
+def trained_weight(weight: Tensor, section: ModelSection, dtype: torch.dtype) -> Tensor:
+    """Return what a linear with this stored weight (O, I) computed with in training, in float32.
+
+    Args:
+        section: how the base was loaded; its quantisation counts.
+        dtype: what the base was computed in.
+    """
+    weight = weight.to(dtype)
+    if section.quantization == "none":
+        return weight.float()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return dense_weight(quantised_linear(weight, section, dtype, device)).float().cpu()
+
+
+def quantised_linear(weight: Tensor, section: ModelSection, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return bitsandbytes' linear holding `weight` (O, I), with the settings that the model was loaded by."""
+    from bitsandbytes import nn as bnb
+
+    shape = (weight.shape[1], weight.shape[0])
+    if section.quantization == "int8":
+        layer = bnb.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        return layer.to(device)
+    layer = bnb.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type=section.quantization)
+    layer.weight = bnb.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=section.double_quantization,
+        quant_type=section.quantization,
+        quant_storage=dtype,
+    )
+    return layer.to(device)

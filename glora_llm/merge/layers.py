@@ -1,0 +1,86 @@
+"""The adapter's layers on a model without weights, so that each can be merged by itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from glora_llm.adapter import inject
+from glora_llm.errors import UserError
+from glora_llm.glora.dense_model import dense_linear
+from glora_llm.models.causal_lm import meta_model
+from glora_llm.schema import Recipe
+
+ROOT = "base_model.model."
+
+
+class AdapterLayers:
+    """The layers of a trained adapter, by the name of the linear that they adapt.
+
+    Args:
+        recipe: of the run.
+        base: folder of the base model.
+        adapter: folder that PEFT saved.
+
+    Raises:
+        UserError: when the folder has no adapter, or it does not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, adapter: Path):
+        from peft import set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        file = adapter / "adapter_model.safetensors"
+        if not file.is_file():
+            raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
+        self.weights = load_file(file)
+        hollow = _hollow(meta_model(recipe.model, base))
+        self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed)
+        result = set_peft_model_state_dict(self.model, dict(self.weights))
+        if result.unexpected_keys:
+            raise UserError(f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not.")
+        self.layers: dict[str, Any] = {
+            name.removeprefix(ROOT): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        lacking = sorted(trained & set(result.missing_keys))
+        if lacking:
+            raise UserError(f"{adapter} does not fit the recipe: it lacks {lacking[0]}.")
+
+    def replaced(self, name: str) -> Tensor | None:
+        """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
+        return self.weights.get(ROOT + name)
+
+    @torch.no_grad()
+    def merged(self, name: str, w0: Tensor, b0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return weight (O, I) and bias (O) of the linear `name` with the adapter in it, in float32.
+
+        Raises:
+            UserError: when a value is not finite.
+        """
+        layer = self.layers[name]
+        empty = layer.base_layer
+        layer.base_layer = dense_linear(w0.float(), None if b0 is None else b0.float(), torch.float32)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
+        linear: nn.Linear = layer.get_base_layer()
+        weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        layer.base_layer, layer.merged_adapters = empty, []
+        if hasattr(layer, "_unmerged"):
+            layer._unmerged = None
+        return weight, bias
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """Give every linear of a model on meta a weight of its shape that takes no memory, so that adapters are real."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            zeros = torch.zeros(1).expand(module.out_features, module.in_features)
+            module.weight = nn.Parameter(zeros, requires_grad=False)
+    return model

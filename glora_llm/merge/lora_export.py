@@ -1,0 +1,113 @@
+"""An exact plain LoRA: no merge, no requantisation, runs wherever LoRA runs.
+
+With A as a product (or none) and B low-rank (or none), W0 A_d A_u + B_d B_u = [W0 A_d | B_d] [A_u ; B_u]: a LoRA of
+rank r_A + r_B. W0 C + E is its bias (PEFT's `lora_bias`).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from glora_llm.errors import UserError
+from glora_llm.glora.linear import Slots
+from glora_llm.glora.tuner import GLoRALinear
+from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.merge.layers import ROOT, AdapterLayers
+from glora_llm.plan import Plan
+
+
+def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) -> None:
+    """Write a GLoRA adapter as a LoRA adapter of PEFT, in float32.
+
+    Raises:
+        UserError: when the adapter is no GLoRA, or a layer's path has no LoRA form (layers are named).
+    """
+    if plan.recipe.adapter.method != "glora":
+        raise UserError(f"--to lora exports GLoRA adapters; this one is {plan.recipe.adapter.method} and is in {adapter}.")
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new folder, or delete it.")
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    _require_lora_form(layers.layers)
+    stored, tensors, ranks = StoredTensors(plan.base.folder), {}, {}
+    with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
+    for name, layer in tqdm(layers.layers.items(), desc="export", disable=None, unit="layer"):
+        w0 = trained_weight(stored.get(f"{name}.weight"), plan.recipe.model, base_dtype)
+        b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
+        up, down, bias = as_lora(w0, b0, layer.slots("default"))
+        tensors[f"{ROOT}{name}.lora_A.weight"], tensors[f"{ROOT}{name}.lora_B.weight"] = up, down
+        if with_bias:
+            tensors[f"{ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
+        ranks[name] = len(up)
+    temporary = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "adapter_model.safetensors")
+    _write_config(temporary, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text()))
+    temporary.rename(out)
+
+
+@torch.no_grad()
+def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return up (r, I), down (O, r) and bias (O) or None of the LoRA that equals the slots.
+
+    Args:
+        w0: the frozen weight (O, I).
+        b0: the frozen bias (O); D b0 is part of the LoRA's bias.
+    """
+    ups, downs = [], []
+    if s.a_down is not None and s.a_up is not None:
+        ups.append(s.a_up)
+        downs.append(s.a_scale * (w0 @ s.a_down))
+    if s.b_down is not None and s.b_up is not None:
+        ups.append(s.b_up)
+        downs.append(s.b_scale * s.b_down)
+    up = torch.cat(ups) if ups else w0.new_zeros(1, w0.shape[1])
+    down = torch.cat(downs, 1) if downs else w0.new_zeros(len(w0), 1)
+    bias = None if s.c is None else w0 @ s.c
+    for part in (s.e, None if s.d is None or b0 is None else s.d * b0):
+        if part is not None:
+            bias = part.expand(len(w0)) if bias is None else bias + part
+    return up, down, bias
+
+
+def _paths(layers: dict[str, GLoRALinear]) -> dict[str, object]:
+    return {name: layer.path["default"] for name, layer in layers.items()}
+
+
+def _require_lora_form(layers: dict[str, GLoRALinear]) -> None:
+    wrong = []
+    for name, layer in layers.items():
+        path = layer.path["default"]
+        hadamard = layer.composition["default"] == "hadamard" and path["A"].mode == "lora"
+        if hadamard or path["A"].mode in ("vector", "scalar") or path["B"].mode in ("vector", "scalar"):
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} layers have no plain LoRA form (A or B as vector or scalar, or a hadamard A), the first: "
+            f"{wrong[0]}. Merge them instead: glora-llm merge RUN --out DIR."
+        )
+
+
+def _write_config(folder: Path, ranks: dict[str, int], with_bias: bool, glora: dict[str, object]) -> None:
+    """Scaling is 1 in every layer: alpha = rank."""
+    from peft import LoraConfig
+
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    other = {name: r for name, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=other,
+        alpha_pattern=other,
+        lora_bias=with_bias,
+        target_modules=sorted(ranks),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=glora.get("base_model_name_or_path"),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))

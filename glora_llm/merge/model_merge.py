@@ -1,0 +1,95 @@
+"""base files + adapter -> a plain Hugging Face folder, computed in float32 from the weights that were trained."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glora_llm.glora.dense_model import BIAS_SWITCHES, switches_for
+from glora_llm.merge.folder_writer import FolderWriter
+from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.merge.layers import AdapterLayers
+from glora_llm.models.causal_lm import linear_names
+from glora_llm.plan import Plan
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, dtype: str) -> None:
+    """Merge an adapter into its base and write the model as plain transformers loads it.
+
+    Args:
+        adapter: folder that PEFT saved.
+        out: folder to make.
+        base_dtype: what the frozen weights were computed in when the adapter was trained.
+        dtype: of the written weights.
+
+    Raises:
+        UserError: when `out` exists, the disk is too small, or the adapter does not fit.
+    """
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    config = layers.model.get_base_model().config
+    linears = set(linear_names(layers.model.get_base_model()))
+    linears = {name.replace(".base_layer", "") for name in linears} | set(layers.layers)
+    stored = StoredTensors(plan.base.folder)
+    size = stored.numbers() * SIZES[dtype]
+    with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
+        biased: set[str] = set()
+        for name in tqdm(stored.names(), desc="merge", disable=None, unit="tensor"):
+            for written, value in _merged(name, stored, layers, linears, plan, base_dtype):
+                writer.add(written, value)
+                if written.endswith(".bias"):
+                    biased.add(written.removesuffix(".bias"))
+        _zero_biases(config, layers, linears, biased, writer)
+        if config.tie_word_embeddings and layers.replaced("lm_head.weight") is not None:
+            config.tie_word_embeddings = False
+            writer.add("lm_head.weight", layers.replaced("lm_head.weight"))
+        _write_settings(plan, config, writer.folder, dtype)
+
+
+def _merged(
+    name: str, stored: StoredTensors, layers: AdapterLayers, linears: set[str], plan: Plan, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the merged model stores for one tensor of the base (a weight may bring a bias along)."""
+    owner, _, kind = name.rpartition(".")
+    replaced = layers.replaced(name)
+    if replaced is not None:  # modules_to_save
+        yield name, replaced
+    elif owner in layers.layers:
+        if kind != "weight":
+            return  # the bias is written with its weight
+        b0 = stored.get(f"{owner}.bias").to(dtype) if f"{owner}.bias" in stored else None
+        weight, bias = layers.merged(owner, trained_weight(stored.get(name), plan.recipe.model, dtype), b0)
+        yield name, weight
+        if bias is not None:
+            yield f"{owner}.bias", bias
+    elif owner in linears and kind == "weight":
+        yield name, trained_weight(stored.get(name), plan.recipe.model, dtype)
+    else:
+        yield name, stored.get(name)
+
+
+def _zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: set[str], writer: FolderWriter) -> None:
+    """Turn on the config's bias switches that the merged layers need, with zeros where a layer has no bias."""
+    for switch in switches_for(biased & linears):
+        if not hasattr(config, switch):
+            continue
+        setattr(config, switch, True)
+        for name in sorted(linears - biased):
+            if name.rpartition(".")[2] in BIAS_SWITCHES[switch]:
+                module = layers.model.get_base_model().get_submodule(name)
+                writer.add(f"{name}.bias", torch.zeros(module.out_features))
+
+
+def _write_settings(plan: Plan, config: Any, folder: Path, dtype: str) -> None:
+    config.dtype = getattr(torch, dtype)
+    config.use_cache = True
+    config.save_pretrained(folder)
+    plan.tokenizer.save_pretrained(folder)
+    generation = plan.base.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copy(generation, folder)
