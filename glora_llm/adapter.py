@@ -28,11 +28,15 @@ def adapter_config(section: AdapterSection, seed: int) -> Any:
         UserError: for an unknown method, or an argument that its config does not have.
     """
     targets = section.targets
-    shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": section.modules_to_save}
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "modules_to_save": section.modules_to_save,
+    }
     if section.method == "glora":
-        slots: dict[str, Any] = PRESETS[section.preset] if section.preset else _plain(section.slots or DEFAULT_SLOTS)  # type: ignore[assignment]
+        slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
         return GLoRAConfig(
-            slots=dict(slots),
+            slots=slots,
             paths={pattern: _plain(path) for pattern, path in (section.paths or {}).items()},
             rank=section.rank,
             alpha=section.alpha,
@@ -64,7 +68,10 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if section.method not in known:
             names = sorted({"glora", *LORA_VARIANTS, *known})
-            raise UserError(f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} There is: {', '.join(names)}.")
+            raise UserError(
+                f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} "
+                f"There is: {', '.join(names)}."
+            )
         config_class, wanted = known[section.method], {}
     fields = {item.name for item in dataclasses.fields(config_class)}
     wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
@@ -73,7 +80,9 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})
     unknown = [name for name in values if name not in fields]
     if unknown:
-        raise UserError(f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}")
+        raise UserError(
+            f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}"
+        )
     return config_class(**values)
 
 
@@ -106,7 +115,7 @@ def candidates(base: nn.Module) -> str:
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
     """Return what is trained, by name, with the factor on the learning rate of each."""
-    factors = dict(lr_factors(model, section.lr_factors, loraplus_ratio)) | _loraplus(model, loraplus_ratio)
+    factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio)) | _loraplus(model, loraplus_ratio)
     return [
         Trainable(name, parameter, factors.get(id(parameter), 1.0))
         for name, parameter in model.named_parameters()

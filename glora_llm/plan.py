@@ -5,7 +5,6 @@ Train, dry run, evaluate and merge all start from a `Plan`. Everything that a us
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,8 +85,8 @@ def check_combination(recipe: Recipe) -> None:
     config = read_deepspeed_config(recipe.training.deepspeed)
     if zero_stage(config) == 3 and recipe.model.quantization == "int8":
         raise UserError(
-            f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: DeepSpeed "
-            "cannot shard int8 weights. Use nf4, or ZeRO 2."
+            f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
+            "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
         )
     if recipe.evaluation.test_before and recipe.data.test is None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
@@ -113,8 +112,8 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
     if not never:
         return None
     return (
-        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} model of "
-        "plain transformers has none there. Training works; to merge, set C and E to none (or by adapter.paths for "
+        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
+        "model of plain transformers has none there. Training works; to merge, set C and E to none (or by adapter.paths for "
         f"'{never[0]}'); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from glora_llm import distributed, recipe as recipes
+from glora_llm import distributed
+from glora_llm import recipe as recipes
 from glora_llm.adapter import inject, save_adapter, trainables
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
@@ -130,7 +131,9 @@ class Run:
         if found is None and resume == "must":
             raise UserError(f"output.resume is must, and {self.folder.checkpoints} has no complete checkpoint.")
         if found is not None and resume == "never":
-            raise UserError(f"output.resume is never, and {found} is there. Choose another output.dir, or resume: auto.")
+            raise UserError(
+                f"output.resume is never, and {found} is there. Choose another output.dir, or resume: auto."
+            )
         if found is None:
             return None
         tensors, trainer = checkpoint.read(found, [item.name for item in self.trainables])
@@ -200,10 +203,15 @@ class Run:
             "base_fingerprint": self.plan.base.fingerprint,
         }
         try:
-            checkpoint.write(self.folder.checkpoints, step, tensors, trainer, lambda path: self._write_adapter(tensors, path))
+            checkpoint.write(
+                self.folder.checkpoints, step, tensors, trainer, lambda path: self._write_adapter(tensors, path)
+            )
             checkpoint.rotate(self.folder.checkpoints, self.plan.recipe.output.keep)
         except OSError as error:
-            print(f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.", flush=True)
+            print(
+                f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.",
+                flush=True,
+            )
 
     def _write_adapter(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
         base = self.plan.base

@@ -43,7 +43,9 @@ class RunFolder:
         """
         file = self.path / "recipe.yaml"
         if not file.is_file():
-            raise UserError(f"{self.path} is no run folder: it has no recipe.yaml. Give the output.dir of a training run.")
+            raise UserError(
+                f"{self.path} is no run folder: it has no recipe.yaml. Give the output.dir of a training run."
+            )
         return recipes.load(str(file))
 
     def summary(self) -> dict[str, Any]:
@@ -76,7 +78,9 @@ class RunFolder:
         differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
         if differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])
-            raise UserError(f"{self.path} holds a run of another recipe ({shown}). Choose another output.dir, or delete it.")
+            raise UserError(
+                f"{self.path} holds a run of another recipe ({shown}). Choose another output.dir, or delete it."
+            )
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:

@@ -181,11 +181,14 @@ class MergeSection(Section):
 class OutputSection(Section):
     """The run folder."""
 
-    dir: str = key(..., "the run folder: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/, adapter/")
+    dir: str = key(
+        ..., "the run folder: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/, adapter/"
+    )
     save_every: PositiveInt = key(100, "steps between checkpoints", "steps")
     keep: PositiveInt = key(2, "newest checkpoints that are kept")
     resume: Literal["auto", "never", "must"] = key(
-        "auto", "auto: go on from the newest complete checkpoint; never: refuse a folder with checkpoints; must: need one"
+        "auto",
+        "auto: go on from the newest complete checkpoint; never: refuse a folder with checkpoints; must: need one",
     )
 
 

@@ -58,7 +58,9 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`.")
+        raise UserError(
+            f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
+        )
     chosen: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
 

@@ -1,4 +1,4 @@
-"""What a merged model must be so that plain transformers accepts it: dense linears, and biases that its config knows."""
+"""What a merged model must be for plain transformers: dense linears, and biases that its config knows."""
 
 import warnings
 from collections.abc import Iterable
@@ -59,8 +59,8 @@ def _fill_with_zeros(linears: dict[str, nn.Linear], group: tuple[str, ...]) -> N
 def _warn_unless_native(config: Any, switch: str) -> None:
     if config.model_type != "qwen2":
         warnings.warn(
-            f"The merged model has biases, and a {config.model_type} config has no '{switch}': plain transformers would "
-            "drop them on loading. Use slots A and B only (C and E none) for a mergeable adapter.",
+            f"The merged model has biases, and a {config.model_type} config has no '{switch}': plain transformers "
+            "would drop them on loading. Use slots A and B only (C and E none) for a mergeable adapter.",
             stacklevel=3,
         )
 

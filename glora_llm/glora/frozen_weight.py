@@ -1,5 +1,7 @@
 """One accessor of W0: a dense view of the frozen weight of any linear, from fp, 4-bit or 8-bit, also under ZeRO 3."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,14 +31,15 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return dense if dtype is None else dense.to(dtype)
 
 
-def _dequantize_4bit(weight: Tensor) -> Tensor:
+def _dequantize_4bit(weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.detach(), weight.quant_state)
+    dense: Tensor = dequantize_4bit(weight.detach(), weight.quant_state)
+    return dense
 
 
-def _dequantize_8bit(layer: nn.Module) -> Tensor:
-    """CB is (O, I) int8, SCB (O) holds the largest magnitude of each row; bitsandbytes moves them to `state` on use."""
+def _dequantize_8bit(layer: Any) -> Tensor:
+    """CB (O, I) is int8, SCB (O) the largest magnitude of each row; bitsandbytes moves them to `state` on first use."""
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     weight, state = layer.weight, getattr(layer, "state", None)
@@ -45,12 +48,13 @@ def _dequantize_8bit(layer: nn.Module) -> Tensor:
         scales = state.SCB
     if scales is None:
         raise TypeError(f"{type(layer).__name__} holds int8 values without their scales (SCB): load it by bitsandbytes")
-    return int8_vectorwise_dequant(weight.detach(), scales)
+    dense: Tensor = int8_vectorwise_dequant(weight.detach(), scales)
+    return dense
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """Return the dtype in which the layer computes: of a dense weight its own, of a quantised one what it unpacks to."""
-    quant_state = getattr(layer.weight, "quant_state", None)
-    if quant_state is not None:
-        return quant_state.dtype
-    return layer.weight.dtype if layer.weight.is_floating_point() else torch.get_default_dtype()
+    """Return the dtype that the layer computes in: a dense weight's own, or what a quantised one unpacks to."""
+    weight: Any = layer.weight
+    quant_state = getattr(weight, "quant_state", None)
+    dtype: torch.dtype = weight.dtype if quant_state is None else quant_state.dtype
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()

@@ -1,25 +1,26 @@
 """A learning-rate factor for each slot, so that LoRA's usual rate is as stable for GLoRA."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
+from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.modes import Lora
 from glora_llm.glora.path import SLOTS
-from glora_llm.glora.tuner import GLoRALinear
 
 # Measured: docs/benchmarks/learning_rates.md.
 DEFAULT_LR_FACTORS: dict[str, float] = {"A": 0.5, "B": 1.0, "C": 0.1, "D": 0.1, "E": 0.1}
 
 
-def lr_factors(model: nn.Module, given: Mapping[str, float] | None, loraplus_ratio: float) -> Iterator[tuple[int, float]]:
+def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: float) -> Iterator[tuple[int, float]]:
     """Yield (id of a parameter, factor on the learning rate) of all GLoRA parameters of a model.
 
     Args:
         given: factors by slot that replace the defaults.
         loraplus_ratio: further factor on the zero-initialised factor of mode lora (LoRA+, arXiv 2402.12354).
     """
-    factors = DEFAULT_LR_FACTORS | dict(given or {})
+    factors = DEFAULT_LR_FACTORS | dict(given)
     for layer in model.modules():
         if not isinstance(layer, GLoRALinear):
             continue

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ReadWeight = Callable[[], Tensor]
+Scales = tuple[float, float]  # alpha / r of A and of B
 
 
 class Slots(NamedTuple):
@@ -29,6 +30,11 @@ class Slots(NamedTuple):
     c: Tensor | None = None  # (I), of either mode
     d: Tensor | None = None  # (O) vector, (1) scalar
     e: Tensor | None = None  # (O) vector, (1) scalar
+
+    def to(self, dtype: torch.dtype) -> "Slots":
+        """Return the same slots with every tensor in `dtype`."""
+        tensors: dict[str, Any] = {n: v.to(dtype) for n, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**tensors)
 
 
 def effective(w0: Tensor, b0: Tensor | None, s: Slots, composition: str) -> tuple[Tensor, Tensor | None]:
@@ -88,15 +94,13 @@ def glora_linear(
     Returns:
         (..., O), in x's dtype.
     """
-    s = _in_dtype(s, x.dtype)
+    s = s.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     thin_rows = None if dropped is None else dropped.reshape(rows.shape)
     bias = frozen_and_shifted_bias(None if b0 is None else b0.to(x.dtype), s, out_features)
     function = _Hadamard if composition == "hadamard" and s.a_down is not None else _OnePass
-    y = function.apply(
-        rows, thin_rows, read_weight, s.a_down, s.a_up, s.a_scale, s.b_down, s.b_up, s.b_scale, s.a_gain, s.b_shift,
-        s.c, bias,
-    )  # fmt: skip
+    tensors = (rows, thin_rows, s.a_down, s.a_up, s.b_down, s.b_up, s.a_gain, s.b_shift, s.c, bias)
+    y: Tensor = function.apply(read_weight, (s.a_scale, s.b_scale), *tensors)
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -108,12 +112,10 @@ class _OnePass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, dropped: Tensor | None, read_weight: ReadWeight,
-        a_down: Tensor | None, a_up: Tensor | None, a_scale: float,
-        b_down: Tensor | None, b_up: Tensor | None, b_scale: float,
-        gain: Tensor | None, shift: Tensor | None, c: Tensor | None, bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, read_weight: ReadWeight, scales: Scales, *tensors: Tensor | None) -> Tensor:
+        x, dropped, a_down, a_up, b_down, b_up, gain, shift, c, bias = tensors
+        assert x is not None
+        a_scale, b_scale = scales
         weight = read_weight()
         thin = _thin(x if dropped is None else dropped, a_up, b_up)
         r = 0 if a_up is None else a_up.shape[0]
@@ -131,12 +133,12 @@ class _OnePass(torch.autograd.Function):
         if shift is not None:
             y += x.sum(1, keepdim=True) * shift
         ctx.save_for_backward(x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift)
-        ctx.read_weight, ctx.scales, ctx.r = read_weight, (a_scale, b_scale), r
+        ctx.read_weight, ctx.scales, ctx.r = read_weight, scales, r
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift = ctx.saved_tensors
         (a_scale, b_scale), r = ctx.scales, ctx.r
         weight = ctx.read_weight()
@@ -164,7 +166,7 @@ class _OnePass(torch.autograd.Function):
                 dx = dx.addmm_(dthin, up)
             else:
                 ddropped = dthin @ up
-        return dx, ddropped, None, da_down, da_up, None, db_down, db_up, None, dgain, dshift, dc, dbias
+        return None, None, dx, ddropped, da_down, da_up, db_down, db_up, dgain, dshift, dc, dbias
 
 
 class _Hadamard(torch.autograd.Function):
@@ -174,31 +176,28 @@ class _Hadamard(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, dropped: Tensor | None, read_weight: ReadWeight,
-        a_down: Tensor, a_up: Tensor, a_scale: float,
-        b_down: Tensor | None, b_up: Tensor | None, b_scale: float,
-        gain: Tensor | None, shift: Tensor | None, c: Tensor | None, bias: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, read_weight: ReadWeight, scales: Scales, *tensors: Tensor | None) -> Tensor:
+        x, dropped, a_down, a_up, b_down, b_up, _gain, shift, c, bias = tensors
+        assert x is not None and a_down is not None and a_up is not None
         weight = read_weight()
-        delta = _hadamard_delta(weight, a_down, a_up, a_scale, b_down, b_up, b_scale, shift)
+        delta = _hadamard_delta(weight, scales, a_down, a_up, b_down, b_up, shift)
         full_bias = _add_prompt(bias, weight, c)
         if dropped is None:
             y = torch.nn.functional.linear(x, delta.add_(weight), full_bias)
         else:
             y = torch.nn.functional.linear(x, weight, full_bias).addmm_(dropped, delta.t())
         ctx.save_for_backward(x, dropped, a_down, a_up, b_down, b_up, shift)
-        ctx.read_weight, ctx.scales = read_weight, (a_scale, b_scale)
+        ctx.read_weight, ctx.scales = read_weight, scales
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, a_down, a_up, b_down, b_up, shift = ctx.saved_tensors
         a_scale, b_scale = ctx.scales
         weight = ctx.read_weight()
         dc, dbias = _bias_gradients(ctx, dy, weight)
-        delta = _hadamard_delta(weight, a_down, a_up, a_scale, b_down, b_up, b_scale, shift)
+        delta = _hadamard_delta(weight, ctx.scales, a_down, a_up, b_down, b_up, shift)
         if dropped is None:
             dx, ddropped = dy @ delta.add_(weight), None
         else:
@@ -210,13 +209,19 @@ class _Hadamard(torch.autograd.Function):
             db_down, db_up = b_scale * (dweight @ b_up.t()), b_scale * (b_down.t() @ dweight)
         dproduct = dweight.mul_(weight)
         da_down, da_up = a_scale * (dproduct @ a_up.t()), a_scale * (a_down.t() @ dproduct)
-        return dx, ddropped, None, da_down, da_up, None, db_down, db_up, None, None, dshift, dc, dbias
+        return None, None, dx, ddropped, da_down, da_up, db_down, db_up, None, dshift, dc, dbias
 
 
 def _hadamard_delta(
-    weight: Tensor, a_down: Tensor, a_up: Tensor, a_scale: float,
-    b_down: Tensor | None, b_up: Tensor | None, b_scale: float, shift: Tensor | None,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    scales: Scales,
+    a_down: Tensor,
+    a_up: Tensor,
+    b_down: Tensor | None,
+    b_up: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    a_scale, b_scale = scales
     delta = torch.mm(a_down, a_up).mul_(weight)
     if a_scale != 1:
         delta.mul_(a_scale)
@@ -247,7 +252,7 @@ def _add_prompt(bias: Tensor | None, weight: Tensor, c: Tensor | None) -> Tensor
 
 def _bias_gradients(ctx: Any, dy: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return (dc, dbias): the bias sees the sum over rows, c the same through W0."""
-    wants_c, wants_bias = ctx.needs_input_grad[11], ctx.needs_input_grad[12]
+    wants_c, wants_bias = ctx.needs_input_grad[-2], ctx.needs_input_grad[-1]
     if not (wants_c or wants_bias):
         return None, None
     total = dy.sum(0)
@@ -257,8 +262,3 @@ def _bias_gradients(ctx: Any, dy: Tensor, weight: Tensor) -> tuple[Tensor | None
 def _reduce_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Sum a (rows, O) gradient to the parameter's shape: (O) for a vector, (1) for a scalar."""
     return gradient.sum(0) if parameter.numel() > 1 else gradient.sum().reshape(1)
-
-
-def _in_dtype(s: Slots, dtype: torch.dtype) -> Slots:
-    return Slots(*(value.to(dtype) if isinstance(value, Tensor) else value for value in s))
-

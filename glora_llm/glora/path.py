@@ -123,7 +123,7 @@ def all_paths(rank: int, scale: float = 1.0, has_bias: bool = True) -> list[Path
 
 
 def path_for(name: str, default: Path, patterns: Mapping[str, Path]) -> Path:
-    """Return the path of the layer `name`: the last of `patterns` (regular expressions) that matches, else `default`."""
+    """Return the path of the layer `name`: of the last regular expression that matches, else `default`."""
     chosen = default
     for pattern, path in patterns.items():
         if re.search(pattern, name):

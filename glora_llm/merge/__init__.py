@@ -1,1 +1,1 @@
-"""After training: the adapter merged into a plain Hugging Face model, or exported as a plain LoRA, and how exact it was."""
+"""After training: the adapter merged into a plain model, or exported as a plain LoRA, and how exact that was."""

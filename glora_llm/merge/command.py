@@ -79,7 +79,7 @@ def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
     if trained["fingerprint"] != plan.base.fingerprint:
         raise UserError(
             f"The adapter was trained on {trained['name']} with fingerprint {trained['fingerprint'][:12]}; "
-            f"{plan.base.folder} has {plan.base.fingerprint[:12]}. Put the original base back: W0 is part of the result."
+            f"{plan.base.folder} has {plan.base.fingerprint[:12]}. Put the original base back: W0 is part of it."
         )
     dtype: torch.dtype = getattr(torch, trained["dtype"])
     return dtype
@@ -133,6 +133,7 @@ def _print(values: dict[str, Any], out: Path) -> None:
     for title, part in (("merged", values), ("nf4 again", values.get("requantised"))):
         if part:
             print(
-                f"  {title:10s} max_abs_logit_diff {part['max_abs_logit_diff']:.2e}  top1_agreement "
-                f"{part['top1_agreement']:.4f}  loss_before {part['loss_before']:.4f}  loss_after {part['loss_after']:.4f}"
+                f"  {title:10s} max_abs_logit_diff {part['max_abs_logit_diff']:.2e}  "
+                f"top1_agreement {part['top1_agreement']:.4f}  "
+                f"loss_before {part['loss_before']:.4f}  loss_after {part['loss_after']:.4f}"
             )

@@ -31,13 +31,16 @@ class FolderWriter:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < 1.05 * expected_bytes:
-            raise UserError(f"{out.parent} has {free / 1e9:.1f} GB free; the model needs {expected_bytes / 1e9:.1f} GB.")
+            raise UserError(
+                f"{out.parent} has {free / 1e9:.1f} GB free; the model needs {expected_bytes / 1e9:.1f} GB."
+            )
         self.out, self.dtype, self.limit = out, dtype, int(max_shard_gb * 1e9)
         self.folder = out.with_name(f".writing-{out.name}")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         self._shard: dict[str, Tensor] = {}
-        self._bytes, self._files, self._total = 0, [], 0
+        self._bytes, self._total = 0, 0
+        self._files: list[Path] = []
         self._place: dict[str, int] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -72,6 +75,9 @@ class FolderWriter:
         for file, name in zip(self._files, names, strict=True):
             file.rename(self.folder / name)
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": {t: names[n] for t, n in self._place.items()}}
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": {t: names[n] for t, n in self._place.items()},
+            }
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         self.folder.rename(self.out)

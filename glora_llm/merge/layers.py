@@ -34,13 +34,17 @@ class AdapterLayers:
 
         file = adapter / "adapter_model.safetensors"
         if not file.is_file():
-            raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
+            raise UserError(
+                f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step."
+            )
         self.weights = load_file(file)
         hollow = _hollow(meta_model(recipe.model, base))
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed)
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:
-            raise UserError(f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not.")
+            raise UserError(
+                f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not."
+            )
         self.layers: dict[str, Any] = {
             name.removeprefix(ROOT): module
             for name, module in self.model.named_modules()

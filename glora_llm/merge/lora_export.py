@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glora_llm.errors import UserError
+from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
-from glora_llm.glora.tuner import GLoRALinear
+from glora_llm.glora.path import Path as SlotPath
 from glora_llm.merge.frozen import StoredTensors, trained_weight
 from glora_llm.merge.layers import ROOT, AdapterLayers
 from glora_llm.plan import Plan
@@ -28,7 +29,9 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         UserError: when the adapter is no GLoRA, or a layer's path has no LoRA form (layers are named).
     """
     if plan.recipe.adapter.method != "glora":
-        raise UserError(f"--to lora exports GLoRA adapters; this one is {plan.recipe.adapter.method} and is in {adapter}.")
+        raise UserError(
+            f"--to lora exports GLoRA adapters; this one is {plan.recipe.adapter.method} and is in {adapter}."
+        )
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder, or delete it.")
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
@@ -75,7 +78,7 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
     return up, down, bias
 
 
-def _paths(layers: dict[str, GLoRALinear]) -> dict[str, object]:
+def _paths(layers: dict[str, GLoRALinear]) -> dict[str, SlotPath]:
     return {name: layer.path["default"] for name, layer in layers.items()}
 
 

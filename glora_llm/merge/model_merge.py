@@ -45,9 +45,10 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
                 if written.endswith(".bias"):
                     biased.add(written.removesuffix(".bias"))
         _zero_biases(config, layers, linears, biased, writer)
-        if config.tie_word_embeddings and layers.replaced("lm_head.weight") is not None:
+        head = layers.replaced("lm_head.weight")
+        if head is not None and "lm_head.weight" not in stored:  # trained in full: no longer the embedding
             config.tie_word_embeddings = False
-            writer.add("lm_head.weight", layers.replaced("lm_head.weight"))
+            writer.add("lm_head.weight", head)
         _write_settings(plan, config, writer.folder, dtype)
 
 

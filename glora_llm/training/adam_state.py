@@ -48,7 +48,7 @@ class AdamState:
         self._link()
 
     def gather(self, trainables: Sequence[Trainable]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (`master/NAME`, `exp_avg/NAME`, ... ; full float32 tensor on the CPU). All ranks must iterate together."""
+        """Yield (`master/NAME` or `exp_avg/NAME` ..., full float32 CPU tensor); all ranks must iterate together."""
         exposed = self._expose()
         for item in trainables:
             yield f"master/{item.name}", self._get(item, None)

@@ -37,7 +37,9 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def write(root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], save_adapter: Callable[[Path], None]) -> Path:
+def write(
+    root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], save_adapter: Callable[[Path], None]
+) -> Path:
     """Write `root/step-N` atomically (one process calls this).
 
     Args:

@@ -150,7 +150,9 @@ class Engine:
         self.stage = zero_stage(config)
         groups = parameter_groups(self.trainables, settings.weight_decay)
         optimizer = make_optimizer(settings, groups, offloads(config))
-        self.ds, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config, dist_init_required=False)
+        self.ds, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=config, dist_init_required=False
+        )
         self.adam = AdamState(self.ds, self.stage)
         self.applied = 0  # optimizer steps that were applied: Adam's own count
 

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 # Dense peak in FLOP/s by name of the GPU, bfloat16 (vendors' data sheets); other devices are measured.
-BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+BF16_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 @dataclass(frozen=True)

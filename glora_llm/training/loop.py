@@ -1,4 +1,4 @@
-"""`fit`: the training loop. Everything random in it is a function of (seed, step, rank), so a resumed run repeats it."""
+"""`fit`: the training loop. All that is random in it is a function of (seed, step, rank): a resumed run repeats it."""
 
 import random
 import time
@@ -56,7 +56,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every generator for one step of one rank: no random state needs to be carried over a restart."""
     mixed = (seed * 1_000_003 + step) * 65_537 + rank
     random.seed(mixed)
-    numpy.random.seed(mixed % 2**32)
+    numpy.random.seed(mixed % 2**32)  # noqa: NPY002 - libraries draw from the global one
     torch.manual_seed(mixed % 2**63)
 
 

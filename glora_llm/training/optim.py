@@ -74,13 +74,13 @@ def make_optimizer(settings: TrainingSection, groups: list[dict[str, Any]], offl
         fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, fused=fused, **common)
     if offload:
-        raise UserError(
-            f"training.optimizer {settings.optimizer} keeps its states on the GPU; with an offload configuration use adamw."
-        )
+        raise UserError(f"training.optimizer {settings.optimizer} keeps its states on the GPU; with offload use adamw.")
     import bitsandbytes
 
     if settings.optimizer.startswith("paged") and not torch.cuda.is_available():
-        raise UserError(f"training.optimizer {settings.optimizer} pages to CPU memory from a GPU, and there is none here.")
+        raise UserError(
+            f"training.optimizer {settings.optimizer} pages from a GPU to CPU memory, and there is no GPU here."
+        )
     classes = {
         "adamw_8bit": bitsandbytes.optim.AdamW8bit,
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,

@@ -1,0 +1,71 @@
+"""The configuration of GLoRA in PEFT's terms, and its PEFT type."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from glora_llm.errors import UserError
+from glora_llm.glora.path import DEFAULT_SLOTS, Path, make_path, path_for
+
+
+def _add_peft_type(name: str) -> PeftType:
+    """PEFT's types are a closed Enum; a method outside PEFT has to add its member by hand."""
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    return member
+
+
+GLORA_LLM = _add_peft_type("GLORA_LLM")
+
+
+@dataclass
+class GLoRAConfig(PeftConfig):
+    """What `get_peft_model` needs to inject GLoRA.
+
+    Args:
+        target_modules: names, one regular expression, or `all-linear`.
+        slots: slot -> mode, or slot -> {mode, rank, alpha}; default A lora, B lora, C vector, E vector.
+        paths: regular expression on the module's name -> slots, for single layers; the last match wins.
+        rank: r of mode lora.
+        alpha: mode lora is scaled by alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
+        composition: of A in mode lora: `product` W0 (A_d A_u), or `hadamard` W0 * (A_d A_u).
+        dropout: of the input of the low-rank factors.
+        modules_to_save: modules trained and saved in full.
+        d_without_bias: what to do where D is asked for and the layer has no bias: `error`, or `none` (leave D out).
+        seed: draws the start of the `up` factors; None: torch's default generator.
+    """
+
+    target_modules: str | list[str] | None = field(default="all-linear")
+    exclude_modules: str | list[str] | None = field(default=None)
+    slots: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_SLOTS))
+    paths: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rank: int = 8
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    composition: str = "product"
+    dropout: float = 0.0
+    modules_to_save: list[str] | None = None
+    d_without_bias: str = "error"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = GLORA_LLM
+        if self.composition not in ("product", "hadamard"):
+            raise UserError(f"composition is '{self.composition}'; expected product or hadamard.")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        self.path_of("")
+
+    def path_of(self, name: str) -> Path:
+        """Return the path of the layer `name`."""
+
+        def build(slots: dict[str, Any]) -> Path:
+            return make_path(slots, self.rank, self.alpha, self.rank_stabilized)
+
+        return path_for(name, build(self.slots), {pattern: build(slots) for pattern, slots in self.paths.items()})

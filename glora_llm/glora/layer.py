@@ -1,0 +1,194 @@
+"""One frozen linear with GLoRA slots, as a layer of PEFT. Each slot is a ModuleDict keyed by adapter name."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from glora_llm.errors import UserError
+from glora_llm.glora import dense_model
+from glora_llm.glora.config import GLoRAConfig
+from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
+from glora_llm.glora.linear import Slots, effective, glora_linear
+from glora_llm.glora.modes import Lora, make_slot
+from glora_llm.glora.path import SLOTS, Path
+
+
+class GLoRALinear(nn.Module, BaseTunerLayer):
+    """A frozen linear with GLoRA slots.
+
+    Args:
+        base_layer: `nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`, with or without bias.
+    """
+
+    adapter_layer_names = tuple(f"slot_{slot}" for slot in SLOTS)
+    other_param_names = ("composition", "path", "dropout")
+
+    # Typed here because PEFT's mixin comes after nn.Module, whose attributes may be anything.
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    active_adapters: list[str]
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        base: Any = base_layer
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.composition: dict[str, str] = {}
+        self.path: dict[str, Path] = {}
+        self.dropout: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._unmerged: nn.Module | None = None
+
+    def update_layer(self, adapter_name: str, config: GLoRAConfig, path: Path, generator: Any = None) -> None:
+        """Allocate the slots of one adapter.
+
+        Raises:
+            UserError: for D on a layer without bias, where it does nothing.
+        """
+        if config.d_without_bias == "none" and self.b0 is None:
+            path = path.without("D")
+        if path["D"].mode != "none" and self.b0 is None:
+            raise UserError(
+                "Slot D scales the frozen bias b0, and this layer has none, so D would train nothing. "
+                "Set D to none, or give it by `paths` to the layers that have a bias."
+            )
+        self.composition[adapter_name], self.path[adapter_name] = config.composition, path
+        self.dropout[adapter_name] = config.dropout
+        for slot, spec in path.active():
+            made = make_slot(slot, spec, config.composition, self.out_features, self.in_features, generator)
+            getattr(self, f"slot_{slot}")[adapter_name] = made
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def slots(self, adapter_name: str) -> Slots:
+        """Return the current values of an adapter's slots, with their autograd history."""
+        found: dict[str, Any] = {}
+        for slot in SLOTS:
+            modules = getattr(self, f"slot_{slot}")
+            if adapter_name not in modules:
+                continue
+            mode = modules[adapter_name]
+            if isinstance(mode, Lora) and slot != "C":
+                key = slot.lower()
+                found |= {f"{key}_down": mode.down, f"{key}_up": mode.up, f"{key}_scale": mode.scale}
+            else:
+                field_of = {"A": "a_gain", "B": "b_shift"}.get(slot, slot.lower())
+                found[field_of] = mode.value().reshape(-1)
+        return Slots(**found)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return f(x), (..., O), for x (..., I)."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            return self._mixed_batch(x, names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.path]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        y = self._one(x, active[0])
+        if len(active) > 1:
+            plain = self.base_layer(x, *args, **kwargs)
+            for name in active[1:]:
+                y = y + self._one(x, name) - plain
+        return y
+
+    def _one(self, x: Tensor, adapter_name: str) -> Tensor:
+        device = x.device.type
+        given = x.dtype
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        elif x.dtype != self._dtype() and self._dtype().is_floating_point:
+            x = x.to(self._dtype())
+        dropout = self.dropout[adapter_name]
+        dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
+        dtype = x.dtype
+        with torch.autocast(device, enabled=False):
+            y = glora_linear(
+                x,
+                lambda: dense_weight(self.base_layer, dtype),
+                self.out_features,
+                self.b0,
+                self.slots(adapter_name),
+                self.composition[adapter_name],
+                dropped,
+            )
+        return y if torch.is_autocast_enabled(device) else y.to(given)
+
+    @property
+    def b0(self) -> Tensor | None:
+        """The frozen bias, (O), or None."""
+        layer: Any = self.get_base_layer()
+        bias: Tensor | None = layer.bias
+        return bias
+
+    def _dtype(self) -> torch.dtype:
+        return compute_dtype(self.get_base_layer())
+
+    def _mixed_batch(self, x: Tensor, names: list[str]) -> Tensor:
+        """Rows of one batch through different adapters; `__base__` is the frozen layer (inference only)."""
+        if len(names) != len(x):
+            raise ValueError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
+        y = self.base_layer(x)
+        for name in set(names) & set(self.path):
+            rows = [index for index, other in enumerate(names) if other == name]
+            y[rows] = self._one(x[rows], name).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Return weight (O, I) and bias (O) with the adapters in them, in float32 (float64 for a float64 base).
+
+        Every adapter acts on the original W0, so their order does not matter.
+        """
+        dtype = torch.promote_types(self._dtype(), torch.float32)
+        w0 = dense_weight(self.get_base_layer(), dtype)
+        b0 = None if self.b0 is None else self.b0.to(dtype)
+        weight, bias = w0.clone(), b0
+        for name in adapter_names:
+            own_weight, own_bias = effective(w0, b0, self.slots(name).to(dtype), self.composition[name])
+            weight += own_weight - w0
+            if own_bias is not None:
+                bias = own_bias if bias is None else bias + own_bias - (0 if b0 is None else b0)
+        return weight, bias
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base by a dense linear with the adapters in it; the original is kept for an exact `unmerge`.
+
+        Raises:
+            ValueError: with `safe_merge`, when a merged value is not finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.path]
+        if not names:
+            return
+        if self._unmerged is not None:
+            self.base_layer = self._unmerged
+        names = self.merged_adapters + names
+        weight, bias = self.merged_weight(names)
+        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise ValueError(f"Merging {', '.join(names)} gives values that are not finite; the adapter seems broken")
+        self._unmerged = self.base_layer
+        self.base_layer = dense_model.dense_linear(weight, bias, self._dtype())
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Put the original base layer back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer, self._unmerged = self._unmerged, None
+        self.merged_adapters = []
+
+    def __repr__(self) -> str:
+        return "glora_llm." + super().__repr__()
