@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from glora_llm.errors import CheckFailed, UserError
 from glora_llm.run_folder import RunFolder
 
 FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SECONDS_FOR_THE_FIRST_RANK = 10
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.
@@ -89,19 +91,27 @@ def guarded(task: Callable[[], int]) -> int:
     2: bad input (UserError); 1: a result outside its bound (CheckFailed); 130: interrupted. All else is a defect and
     keeps its traceback.
     """
-    rank = os.environ.get("RANK", "0")
-    name = "error" if rank == "0" else f"error (rank {rank})"
     try:
         return task()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _complain(str(error))
         return BAD_INPUT
     except CheckFailed as error:
-        print(f"{name}: check failed: {error}", file=sys.stderr)
+        _complain(f"check failed: {error}")
         return FAILED_CHECK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _complain(message: str) -> None:
+    """Print an error once: ranks find the same one, so the others give the first time to end the launch."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {message}", file=sys.stderr)
+        return
+    time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+    print(f"error (rank {rank}): {message}", file=sys.stderr)
 
 
 def command_parser() -> argparse.ArgumentParser:

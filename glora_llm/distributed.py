@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from glora_llm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -47,7 +49,7 @@ def start() -> Ranks:
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    else:  # ranks that share a machine share its cores: more threads than cores make every step slower
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores: more threads than cores slow every step down
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
@@ -76,6 +78,8 @@ def first_failure(folder: Path, rank: int, advice: str) -> Iterator[None]:
     note = folder / "failure.json"
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         report = {"rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         try:

@@ -113,8 +113,8 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
         return None
     return (
         f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
-        "model of plain transformers has none there. Training works; to merge, set C and E to none (or by adapter.paths for "
-        f"'{never[0]}'); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
+        "model of plain transformers has none there. Training works; to merge, set C and E to none (adapter.paths can do it "
+        f"for '{never[0]}' alone); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
     )
 
 

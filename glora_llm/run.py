@@ -237,6 +237,7 @@ class Run:
                 "trained_parameters": self.trained,
                 "seconds": seconds,
                 "peak_memory_gb": peak_memory_gb(self.ranks.device),
+                "bytes_per_rank": self.engine.bytes_per_rank(),
                 "skipped_steps": self.plan.steps - self.engine.applied,
             }
         )

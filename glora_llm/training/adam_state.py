@@ -1,8 +1,8 @@
 """Master weights and Adam moments by parameter name, whatever the ZeRO stage, the rank count or the optimizer.
 
 DeepSpeed keeps them in flat partitions of one rank each. Here they are read and written under the torch names
-`exp_avg` and `exp_avg_sq` in float32; 8-bit states are dequantised on the way out and quantised again on the way in,
-which gives the same bytes when the partition is the same.
+`exp_avg` and `exp_avg_sq` in float32; 8-bit states are dequantised on the way out and quantised again on the way in:
+the same codes when the partition is the same, with scales equal to float32 rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from glora_llm.training.optim import Trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _BNB_STATES = {"exp_avg": "1", "exp_avg_sq": "2"}
+BLOCK = 256  # 8-bit moments with one scale
 
 
 class AdamState:
@@ -136,7 +137,7 @@ def _dequantised(state: dict[str, Any], number: str) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     return dequantize_blockwise(
-        values, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+        values, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=BLOCK
     ).reshape(values.shape)
 
 
@@ -145,8 +146,14 @@ def _quantise_into(state: dict[str, Any], number: str, moment: Tensor) -> None:
     if values.dtype != torch.uint8:
         values.copy_(moment)
         return
-    from bitsandbytes.functional import quantize_blockwise
-
-    quantised, quant_state = quantize_blockwise(moment.flatten(), code=state[f"qmap{number}"], blocksize=256)
-    values.copy_(quantised.reshape(values.shape))
-    state[f"absmax{number}"].copy_(quant_state.absmax)
+    code: Tensor = state[f"qmap{number}"]
+    blocks = torch.nn.functional.pad(moment.flatten(), (0, -moment.numel() % BLOCK)).reshape(-1, BLOCK)
+    # The code's ends are 1 and, for signed moments, about -0.993: the scale that made the extreme value, whichever end.
+    up, down = blocks.amax(1).clamp(min=0), (-blocks.amin(1)).clamp(min=0)
+    lowest = -float(code.min())
+    scale = torch.where(up > down, up, down / lowest) if lowest > 0 else up
+    middles = (code[1:] + code[:-1]) / 2
+    shares = blocks / scale.clamp(min=torch.finfo(scale.dtype).tiny)[:, None]
+    nearest = torch.bucketize(shares, middles).to(torch.uint8)
+    values.copy_(nearest.flatten()[: moment.numel()].reshape(values.shape))
+    state[f"absmax{number}"].copy_(scale)

@@ -1,0 +1,63 @@
+"""A cache of the session's own, a LLaMA of a few thousand numbers, and adapters that look trained."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.schema import ModelSection
+
+Fill = Callable[..., None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GLORA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> ResolvedModel:
+    return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def fill() -> Fill:
+    """Return what gives every parameter of some adapters' slots a seeded normal value."""
+
+    def fill_slots(module: nn.Module, seed: int = 0, std: float = 0.1, adapter: str | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        found = [
+            parameter
+            for name, parameter in module.named_parameters()
+            if "slot_" in name and (adapter is None or f".{adapter}." in name)
+        ]
+        assert found
+        with torch.no_grad():
+            for parameter in found:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    return fill_slots
+
+
+@pytest.fixture
+def llama() -> Callable[..., LlamaForCausalLM]:
+    """Return what builds the same random LLaMA at each call."""
+
+    def build(**keys: object) -> LlamaForCausalLM:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **keys)).eval()
+
+    return build

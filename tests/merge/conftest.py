@@ -1,0 +1,127 @@
+"""Runs that look trained: the adapter of a recipe on the tiny LLaMA with seeded values, saved as a run saves it."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glora_llm import recipe as recipes
+from glora_llm.adapter import inject, save_adapter
+from glora_llm.evaluation.command import load_adapted
+from glora_llm.models.causal_lm import load_base
+from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.plan import Plan, make_plan
+from glora_llm.run import base_identity
+from glora_llm.run_folder import RunFolder
+from glora_llm.schema import ModelSection, Recipe
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 3], [1, 90, 91, 92, 93, 94, 95, 3]])
+ALL_MODES = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
+
+
+@dataclass
+class Trained:
+    """A run folder, what it was made from, and what the adapter computes."""
+
+    folder: RunFolder
+    plan: Plan
+    state: dict[str, Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, json.loads((self.folder.path / "base.json").read_text())["dtype"])
+        return found
+
+    def logits(self) -> Tensor:
+        """What the unmerged model says, loaded from disk."""
+        return logits(load_adapted(self.plan, self.folder.adapter))
+
+
+Train = Callable[..., Trained]
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits.float()
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GLORA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> ResolvedModel:
+    return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty questions and answers."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n} and {n + 1}?", "completion": f" It is {2 * n + 1}."} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def make_recipe(samples: Path) -> Callable[..., Recipe]:
+    def build(folder: Path, adapter: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
+        data = {"format": "prompt_completion", "source": str(samples), "validation": 4, "max_tokens": 64}
+        return Recipe.model_validate(
+            {
+                "model": {"name_or_path": "embedded:tiny-llama", **sections.get("model", {})},
+                "adapter": {"rank": 2, "alpha": 4.0, **adapter},
+                "data": data | sections.get("data", {}),
+                "training": {"global_batch": 2, "micro_batch": 1, "steps": 1, "lr": 1e-3},
+                "merge": {"dtype": "float32", **sections.get("merge", {})},
+                "output": {"dir": str(folder)},
+            }
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def train(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Return what makes a run with an adapter that no optimizer has seen."""
+
+    def run(std: float = 0.1, **keys: Any) -> Trained:
+        sections = {name: keys.pop(name) for name in ("model", "merge", "data") if name in keys}
+        folder = RunFolder(tmp_path_factory.mktemp("run"))
+        recipe = make_recipe(folder.path, keys, **sections)
+        plan = make_plan(recipe)
+        folder.write("recipe.yaml", recipes.dump(recipe))
+        folder.write("base.json", json.dumps(base_identity(plan, CPU)))
+        model = inject(load_base(recipe.model, plan.base.folder, CPU, zero3=False), recipe.adapter, seed=0)
+        state = _seeded(model, std)
+        save_adapter(model, state, folder.adapter, str(plan.base.folder))
+        return Trained(folder, plan, state)
+
+    return run
+
+
+def _seeded(model: torch.nn.Module, std: float) -> dict[str, Tensor]:
+    """Move everything trained by seeded normal values; return it by the names of a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            step = std * torch.randn(parameter.shape, generator=generator)
+            state[f"master/{name}"] = parameter.detach() + step
+    assert state
+    return state

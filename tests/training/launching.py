@@ -1,0 +1,27 @@
+"""How tests start ranks, and read what a run logged."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*arguments: str, ranks: int = 2, port: int = 29611) -> list[str]:
+    """Return the command line of a launch of so many CPU ranks."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    return [sys.executable, str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(port), *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a launch: CPU ranks, and ninja found where this Python is."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)} | more
+
+
+def metrics(run: Path, key: str) -> dict[int, Any]:
+    """Return step -> value of one metric."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}

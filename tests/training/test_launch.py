@@ -1,0 +1,137 @@
+"""Two gloo ranks: every ZeRO stage gives one trajectory, a resumed run is the uninterrupted one, kill -9 costs nothing."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.launching import ROOT, environment, launch, metrics
+from tests.training.worker import COMMON, RESUMED
+
+pytestmark = pytest.mark.launch
+EXACT = ("train/loss", "train/lr", "train/grad_norm", "validation/loss", "validation/exact_match")
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_checkpointing"])
+def test_every_stage_follows_stage_zero(trained: Path, name: str) -> None:
+    """Losses and norms agree to float32's summation order (offload has DeepSpeed's own Adam)."""
+    for key in ("train/loss", "train/grad_norm", "validation/loss"):
+        expected, got = metrics(trained / "zero0", key), metrics(trained / name, key)
+        assert len(expected) >= 1
+        assert got == pytest.approx(expected, rel=2e-5), key
+
+
+def test_dropout_is_on_in_these_runs(trained: Path) -> None:
+    assert metrics(trained / "no_dropout", "train/loss")[6] != pytest.approx(
+        metrics(trained / "zero1", "train/loss")[6], abs=1e-4
+    )
+
+
+def test_other_optimizers_and_methods_train(trained: Path) -> None:
+    for name in ("adamw_8bit", "lora", "bfloat16"):
+        losses = metrics(trained / name, "train/loss")
+        assert losses[6] < losses[1] - 0.5, name
+
+
+def test_zero3_shards_the_nf4_base(trained: Path) -> None:
+    """A rank of two holds half of what it holds under ZeRO 1, blocks of 4 bits included."""
+    held = {
+        name: json.loads((trained / name / "summary.json").read_text())["bytes_per_rank"] for name in ("zero1", "zero3")
+    }
+    assert held["zero3"] < 0.55 * held["zero1"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(trained: Path, name: str) -> None:
+    """Bit for bit: losses, learning rates, norms, scores and the adapter's bytes, cut in mid-epoch."""
+    for key in EXACT:
+        whole, resumed = metrics(trained / name, key), metrics(trained / f"{name}-resumed", key)
+        assert resumed and resumed == {step: value for step, value in whole.items() if step > 3}, key
+    assert adapter_bytes(trained / name) == adapter_bytes(trained / f"{name}-resumed")
+
+
+def test_a_checkpoint_knows_no_stage_and_no_ranks(trained: Path, tmp_path: Path) -> None:
+    """States of different stages after the same steps hold the same tensors under the same names."""
+    states = [load_file(trained / name / "checkpoints/step-3/state.safetensors") for name in ("zero0", "zero3")]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 100
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=2e-6)
+
+
+def test_non_finite_steps_end_the_run_with_the_module_and_keep_what_was_there(trained: Path) -> None:
+    message = (trained / "broken" / "error.txt").read_text()
+    assert "2 steps in a row" in message and "First bad module: base_model" in message
+    assert not (trained / "broken" / "adapter").exists()
+
+
+def test_one_rank_follows_two(trained: Path, tmp_path: Path) -> None:
+    """One rank with twice the accumulation has the losses of two: normalised by the targets of the whole step."""
+    command = [f"output.dir={tmp_path / 'one'}", *COMMON, "adapter.dropout=0"]
+    done = subprocess.run(
+        launch("train.py", "--recipe", "tiny_cpu", *command, ranks=1),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "one", "train/loss") == pytest.approx(
+        metrics(trained / "no_dropout", "train/loss"), rel=1e-5
+    )
+    assert metrics(tmp_path / "one", "validation/loss") == pytest.approx(
+        metrics(trained / "no_dropout", "validation/loss"), rel=1e-5
+    )
+
+
+def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_path: Path) -> None:
+    """SIGKILL to the launcher and all ranks as soon as a checkpoint is there; the same command again goes on."""
+    run = tmp_path / "killed"
+    command = launch("train.py", "--recipe", "tiny_cpu", *COMMON, "training.deepspeed=zero3", f"output.dir={run}")
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        limit = time.monotonic() + 300
+        while not (run / "checkpoints" / "step-3").is_dir():
+            assert process.poll() is None and time.monotonic() < limit, "no checkpoint appeared"
+            time.sleep(0.002)
+        kill_all(process.pid)
+    assert not (run / "adapter").exists(), "killed too late to show anything"
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 3" in done.stdout
+    assert adapter_bytes(run) == adapter_bytes(trained / "zero3")
+    assert metrics(run, "train/loss") == metrics(trained / "zero3", "train/loss")
+
+
+def kill_all(pid: int) -> None:
+    """Kill a process and all its descendants at once (the launcher starts its ranks in sessions of their own)."""
+    import psutil
+
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def test_wrong_input_ends_with_code_2_and_one_message(tmp_path: Path) -> None:
+    done = subprocess.run(
+        launch("train.py", "--recipe", "tiny_cpu", "training.global_batch=20", "training.micro_batch=5", "adapter.targets=[qq]",
+               f"output.dir={tmp_path / 'wrong'}"),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("match no module") + done.stdout.count("match no module") == 1
+    assert "q_proj" in done.stderr

@@ -1,0 +1,73 @@
+"""Runs many small trainings in one launch of two ranks, because importing the libraries takes longer than they do.
+
+deepspeed --num_gpus 2 tests/training/worker.py OUT
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from glora_llm import distributed, recipe, run
+from glora_llm.plan import make_plan
+from glora_llm.quiet import quiet_libraries
+from glora_llm.run_folder import RunFolder
+
+COMMON = [
+    "training.steps=6",
+    "training.warmup=0",
+    "training.global_batch=16",
+    "training.micro_batch=4",
+    "data.max_rows=200",
+    "data.packing=true",
+    "data.max_tokens=192",
+    "adapter.dropout=0.1",
+    "model.quantization=nf4",
+    "output.save_every=3",
+    "output.keep=5",
+]
+SCENARIOS: dict[str, list[str]] = {
+    "zero0": ["training.deepspeed=zero0"],
+    "zero1": ["training.deepspeed=zero1"],
+    "zero2": ["training.deepspeed=zero2"],
+    "zero3": ["training.deepspeed=zero3"],
+    "zero2_offload": ["training.deepspeed=zero2_offload"],
+    "zero3_offload": ["training.deepspeed=zero3_offload"],
+    "zero3_checkpointing": ["training.deepspeed=zero3", "model.gradient_checkpointing=true"],
+    "no_dropout": ["adapter.dropout=0"],
+    "adamw_8bit": ["training.optimizer=adamw_8bit", "training.deepspeed=zero2"],
+    "lora": ["adapter.method=lora", "training.deepspeed=zero2"],
+    "bfloat16": ["model.dtype=bfloat16", "training.deepspeed=zero2"],
+    "broken": ["training.lr=1e30", "training.max_grad_norm=0", "training.max_bad_steps=2"],
+}
+RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "bfloat16")
+
+
+def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
+    """Train one scenario into `folder`."""
+    checked = recipe.load("tiny_cpu", [*COMMON, *SCENARIOS[name], f"output.dir={folder}"])
+    made = RunFolder(folder)
+    if ranks.first:
+        made.write("recipe.yaml", recipe.dump(checked))
+    run.Run(make_plan(checked), made, ranks).go()
+
+
+def main() -> None:
+    """Train every scenario, then resume some of them from the middle in a folder of their own."""
+    quiet_libraries()
+    out, ranks = Path(sys.argv[-1]), distributed.start()
+    for name in SCENARIOS:
+        try:
+            train(name, out / name, ranks)
+        except Exception as error:
+            if ranks.first:
+                (out / name / "error.txt").write_text(f"{type(error).__name__}: {error}")
+    for name in RESUMED:
+        again = out / f"{name}-resumed"
+        if ranks.first:
+            shutil.copytree(out / name / "checkpoints" / "step-3", again / "checkpoints" / "step-3")
+        train(name, again, ranks)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
