@@ -21,8 +21,11 @@ log = logging.getLogger(__name__)
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
-def adapter_config(section: AdapterSection, seed: int) -> Any:
+def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
     """Return the PEFT config of the section.
+
+    Args:
+        steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
 
     Raises:
         UserError: for an unknown method, or an argument that its config does not have.
@@ -47,7 +50,7 @@ def adapter_config(section: AdapterSection, seed: int) -> Any:
             seed=seed,
             **shared,
         )
-    return _peft_config(section, shared)
+    return _peft_config(section, shared, steps)
 
 
 def _plain(slots: Any) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def _plain(slots: Any) -> dict[str, Any]:
     }
 
 
-def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
+def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) -> Any:
     from peft import LoraConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -75,6 +78,9 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
         config_class, wanted = known[section.method], {}
     fields = {item.name for item in dataclasses.fields(config_class)}
     wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
+    if section.method == "adalora":
+        wanted |= {"target_r": section.rank, "init_r": round(1.5 * section.rank), "total_step": steps}
+        wanted |= {"tinit": steps // 10, "tfinal": steps // 5, "deltaT": max(1, steps // 100)}
     if section.rank_stabilized:
         wanted["use_rslora"] = True
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})
@@ -86,7 +92,7 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any]) -> Any:
     return config_class(**values)
 
 
-def inject(base: nn.Module, section: AdapterSection, seed: int) -> Any:
+def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> Any:
     """Return the base as a PeftModel whose only trainable parameters are the adapter's.
 
     Raises:
@@ -94,7 +100,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int) -> Any:
     """
     from peft import get_peft_model
 
-    config = adapter_config(section, seed)
+    config = adapter_config(section, seed, steps)
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)

@@ -59,14 +59,17 @@ class Plan:
         return self.recipe.data.format in ANSWER_FORMATS
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
     """Resolve everything that needs no weights and no process group; every rank may call this at once.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are (a dry run).
 
     Raises:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
-    base = resolve(recipe.model)
+    base = resolve(recipe.model, weights)
     tokenizer = load_tokenizer(base.folder)
     data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
@@ -87,6 +90,11 @@ def check_combination(recipe: Recipe) -> None:
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
             "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
+        )
+    if recipe.adapter.method == "adalora" and zero_stage(config) > 0:
+        raise UserError(
+            f"adapter.method adalora reads whole gradients after each step, which training.deepspeed "
+            f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
     if recipe.evaluation.test_before and recipe.data.test is None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
@@ -131,7 +139,9 @@ def describe(plan: Plan, world: int) -> str:
     recipe = plan.recipe
     dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     resolve_deepspeed_config(recipe.training, dtype, world)
-    model = inject(causal_lm.meta_model(recipe.model, plan.base.folder), recipe.adapter, recipe.training.seed)
+    model = inject(
+        causal_lm.meta_model(recipe.model, plan.base.folder), recipe.adapter, recipe.training.seed, plan.steps
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     obstacle = merge_obstacle(model.get_base_model().config, model)

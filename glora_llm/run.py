@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from glora_llm import distributed
 from glora_llm import recipe as recipes
+from glora_llm.adalora import RankAllocation
 from glora_llm.adapter import inject, save_adapter, trainables
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
@@ -40,7 +41,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     batch_identity(recipe, distributed.planned_world())
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, weights=not dry_run)
     if dry_run:
         print(describe(plan, distributed.planned_world()))
         return
@@ -105,7 +106,7 @@ class Run:
         recipe, device = self.plan.recipe, self.ranks.device
         zero3 = zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 3
         base = causal_lm.load_base(recipe.model, self.plan.base.folder, device, zero3)
-        self.model = inject(base, recipe.adapter, recipe.training.seed)
+        self.model = inject(base, recipe.adapter, recipe.training.seed, self.plan.steps)
         self.trainables = trainables(self.model, recipe.adapter, recipe.training.loraplus_ratio)
         self.trained = sum(item.parameter.numel() for item in self.trainables)
         checkpoint.require_space(self.folder.checkpoints, self.trained, recipe.output.keep)
@@ -120,7 +121,11 @@ class Run:
                 item.parameter.data.copy_(self.loaded[0][f"master/{item.name}"])
         labels = self.plan.data.label_sequences
         objective = CausalLMObjective(self.model.get_base_model(), LabelTrie.build(labels) if labels else None)
-        self.engine = Engine(objective, self.trainables, recipe.training, dtype, device)
+        self.allocation = RankAllocation(self.model) if recipe.adapter.method == "adalora" else None
+        penalty = self.allocation.penalty if self.allocation else None
+        self.engine = Engine(objective, self.trainables, recipe.training, dtype, device, penalty)
+        if self.allocation:
+            self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""
@@ -150,7 +155,10 @@ class Run:
         tensors, trainer = self.loaded
         self.engine.restore(tensors, trainer["applied"])
         self.loaded = None
-        return int(trainer["step"])
+        step = int(trainer["step"])
+        if self.allocation:
+            self.allocation.restore(self.folder.checkpoints / f"step-{step}" / "adapter")
+        return step
 
     def _announce(self, log: MetricLog, start: int) -> None:
         recipe = self.plan.recipe
@@ -216,6 +224,8 @@ class Run:
     def _write_adapter(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
         base = self.plan.base
         save_adapter(self.model, tensors, path, str(base.folder) if base.name.startswith("embedded:") else base.name)
+        if self.allocation:
+            self.allocation.save(path)
 
     def _finish(self, log: MetricLog, validation: dict[str, float], start: int, seconds: float) -> None:
         summary = self.folder.summary()

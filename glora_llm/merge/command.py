@@ -99,7 +99,7 @@ def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:
 def _require_mergeable(plan: Plan, adapter: Path) -> None:
     from glora_llm.merge.layers import AdapterLayers
 
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     obstacle = merge_obstacle(layers.model.get_base_model().config, layers.model)
     if obstacle:
         raise UserError(obstacle)

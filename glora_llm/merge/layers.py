@@ -23,12 +23,13 @@ class AdapterLayers:
         recipe: of the run.
         base: folder of the base model.
         adapter: folder that PEFT saved.
+        steps: optimizer steps of the run.
 
     Raises:
         UserError: when the folder has no adapter, or it does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, adapter: Path):
+    def __init__(self, recipe: Recipe, base: Path, adapter: Path, steps: int):
         from peft import set_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -39,7 +40,7 @@ class AdapterLayers:
             )
         self.weights = load_file(file)
         hollow = _hollow(meta_model(recipe.model, base))
-        self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed)
+        self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:
             raise UserError(

@@ -34,7 +34,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         )
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder, or delete it.")
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     _require_lora_form(layers.layers)
     stored, tensors, ranks = StoredTensors(plan.base.folder), {}, {}
     with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())

@@ -31,7 +31,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     Raises:
         UserError: when `out` exists, the disk is too small, or the adapter does not fit.
     """
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter)
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     config = layers.model.get_base_model().config
     linears = set(linear_names(layers.model.get_base_model()))
     linears = {name.replace(".base_layer", "") for name in linears} | set(layers.layers)

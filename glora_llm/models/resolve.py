@@ -13,7 +13,8 @@ from glora_llm.schema import ModelSection
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+HUB_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+HUB_FILES = ["*.safetensors", *HUB_SETTINGS]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -34,20 +35,24 @@ class ResolvedModel:
     fingerprint: str
 
 
-def resolve(section: ModelSection) -> ResolvedModel:
+def resolve(section: ModelSection, weights: bool = True) -> ResolvedModel:
     """Find, download or convert the base model that the recipe names.
+
+    Args:
+        weights: False for a dry run: of a hub model only configuration and tokenizer are fetched, and there is no
+            fingerprint.
 
     Raises:
         UserError: missing folder or file, no network, no config.json, pickles only, weights that are quantised
             already, not a causal language model.
     """
     name = section.name_or_path
-    folder, revision = _locate(name, section.revision)
+    folder, revision = _locate(name, section.revision, weights)
     _check_causal_lm(folder, name)
-    return ResolvedModel(folder, name, revision, fingerprint(folder))
+    return ResolvedModel(folder, name, revision, fingerprint(folder) if weights else "")
 
 
-def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
     """Return the folder and, of a hub model, its commit."""
     path = Path(name).expanduser()
     local = name.startswith(EMBEDDED_PREFIX) or path.exists()
@@ -64,7 +69,7 @@ def _locate(name: str, revision: str | None) -> tuple[Path, str | None]:
             f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "
             "Give a folder, a .gguf file, a hub id such as meta-llama/Llama-2-7b-hf, or embedded:NAME."
         )
-    return _download(name, revision)
+    return _download(name, revision, HUB_FILES if weights else HUB_SETTINGS)
 
 
 def _from_file(path: Path) -> Path:
@@ -76,7 +81,7 @@ def _from_file(path: Path) -> Path:
     return converted(path.resolve())
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:
     """Return the snapshot folder of a hub model (from the hub's cache when it is complete there) and its commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -89,7 +94,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     )
 
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        folder = snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=HUB_IGNORED)
     except GatedRepoError as error:
         raise UserError(
             f"The hub model '{name}' is gated: accept its licence on its page, then `hf auth login`"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Engine:
         settings: the recipe's training section.
         dtype: what the frozen weights are computed in.
         device: of this rank.
+        penalty: a scalar that is added to the loss of every step; None: nothing.
     """
 
     def __init__(
@@ -139,13 +140,14 @@ class Engine:
         settings: TrainingSection,
         dtype: torch.dtype,
         device: torch.device,
+        penalty: Callable[[], Tensor] | None = None,
     ):
         import deepspeed
 
         from glora_llm.training.adam_state import AdamState
 
         self.world, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
-        self.trainables, self.settings = list(trainables), settings
+        self.trainables, self.settings, self.penalty = list(trainables), settings, penalty
         config = resolve_deepspeed_config(settings, dtype, self.world)
         self.stage = zero_stage(config)
         groups = parameter_groups(self.trainables, settings.weight_decay)
@@ -168,7 +170,10 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         for index, batch in enumerate(batches):
             loss = self.ds(**self._to_device(batch))
-            self.ds.backward(loss * (self.world / targets), scale_wrt_gas=False)
+            share = loss * (self.world / targets)
+            if self.penalty is not None and index == 0:
+                share = share + self.penalty()
+            self.ds.backward(share, scale_wrt_gas=False)
             loss_sum += loss.detach().double().cpu()
             if index + 1 < len(batches):
                 self.ds.step()

@@ -36,10 +36,11 @@ SCENARIOS: dict[str, list[str]] = {
     "no_dropout": ["adapter.dropout=0"],
     "adamw_8bit": ["training.optimizer=adamw_8bit", "training.deepspeed=zero2"],
     "lora": ["adapter.method=lora", "training.deepspeed=zero2"],
+    "adalora": ["adapter.method=adalora", "training.deepspeed=zero0", "adapter.peft={tinit: 1, tfinal: 1, deltaT: 1}"],
     "bfloat16": ["model.dtype=bfloat16", "training.deepspeed=zero2"],
     "broken": ["training.lr=1e30", "training.max_grad_norm=0", "training.max_bad_steps=2"],
 }
-RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "bfloat16")
+RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora", "bfloat16")
 
 
 def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:

@@ -1,0 +1,193 @@
+"""`glora-llm merge`: write, reload, compare, report; and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from glora_llm.errors import CheckFailed, UserError
+from glora_llm.merge.command import merge_run, require_same_base
+from glora_llm.merge.verify import Answers, MergeReport, compare, comparison_batches, require_within
+from glora_llm.schema import MergeSection
+from glora_llm.training import checkpoint
+from tests.merge.conftest import ALL_MODES, Train, Trained, logits
+
+KEYS = {"max_abs_logit_diff", "top1_agreement", "loss_before", "loss_after", "tokens", "text"}
+
+
+@pytest.fixture(scope="module")
+def plain(train: Train) -> Trained:
+    return train(slots=ALL_MODES, data={"test": 3})
+
+
+@pytest.fixture(scope="module")
+def quantised(train: Train) -> Trained:
+    return train(slots=ALL_MODES, model={"quantization": "nf4"})
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "merge_report.json").read_text())
+    return found
+
+
+def test_a_merge_reports_how_exact_it_was(plain: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge_run(plain.folder.path, tmp_path / "out")
+    report = report_of(tmp_path / "out")
+    assert report.keys() == KEYS
+    assert report["max_abs_logit_diff"] < 1e-3 and report["top1_agreement"] == 1.0
+    assert report["loss_before"] == pytest.approx(report["loss_after"], abs=1e-5) and report["loss_before"] > 1
+    assert report["tokens"] > 50 and report["text"] == "4 validation rows"
+    assert "max_abs_logit_diff" in capsys.readouterr().out
+    summary = plain.folder.summary()
+    assert summary["test_merged"].keys() >= {"test/loss"}
+
+
+def test_a_quantised_base_merges_dense(quantised: Trained, tmp_path: Path) -> None:
+    merge_run(quantised.folder.path, tmp_path / "out")
+    assert report_of(tmp_path / "out")["max_abs_logit_diff"] < 1e-3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(logits(model), quantised.logits(), rtol=1e-4, atol=2e-4)
+
+
+def test_quantised_again(quantised: Trained, tmp_path: Path) -> None:
+    merge_run(quantised.folder.path, tmp_path / "out", quantize="nf4")
+    report = report_of(tmp_path / "out")
+    assert report.keys() == KEYS | {"requantised"} and report["requantised"].keys() == KEYS
+    assert report["max_abs_logit_diff"] < 1e-3 < report["requantised"]["max_abs_logit_diff"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, bnb.nn.Linear4bit) and layer.bias is not None
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_export_through_the_command(quantised: Trained, tmp_path: Path) -> None:
+    merge_run(quantised.folder.path, tmp_path / "lora", to="lora")
+    assert report_of(tmp_path / "lora")["max_abs_logit_diff"] < 1e-3
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_merge_outside_its_bounds_fails(train: Train, tmp_path: Path) -> None:
+    trained = train(slots=ALL_MODES, merge={"dtype": "bfloat16", "max_loss_change": 1e-9, "min_top1_agreement": 0.0})
+    with pytest.raises(CheckFailed, match=r"the loss changed by .*, more than merge\.max_loss_change 1e-09"):
+        merge_run(trained.folder.path, tmp_path / "out")
+    assert report_of(tmp_path / "out")["max_abs_logit_diff"] > 1e-4
+    merge_run(trained.folder.path, tmp_path / "exact", dtype="float32") if False else None
+
+
+def test_another_base_is_refused(train: Train, tmp_path: Path) -> None:
+    trained = train(slots={"B": "lora"})
+    file = trained.folder.path / "base.json"
+    identity = json.loads(file.read_text())
+    assert identity["fingerprint"] == trained.plan.base.fingerprint and identity["dtype"] == "float32"
+    assert require_same_base(trained.folder, trained.plan) == torch.float32
+    file.write_text(json.dumps(identity | {"fingerprint": "f" * 64}))
+    said = f"trained on embedded:tiny-llama with fingerprint {'f' * 12}; .* has {identity['fingerprint'][:12]}"
+    with pytest.raises(UserError, match=said):
+        merge_run(trained.folder.path, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no base\.json: its training never started"):
+        merge_run(trained.folder.path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(plain: Trained, tmp_path: Path) -> None:
+    for to in ("model", "lora"):
+        with pytest.raises(UserError, match="exists already; name a new folder, or delete it"):
+            merge_run(plain.folder.path, tmp_path, to=to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run folder: it has no recipe\.yaml"):
+        merge_run(tmp_path, tmp_path / "out")
+
+
+@pytest.fixture
+def with_checkpoints(train: Train) -> Trained:
+    """A run with checkpoints of steps 2 and 4, whose adapters are those of the end."""
+    trained = train(slots=ALL_MODES)
+    for step in (2, 4):
+        checkpoint.write(
+            trained.folder.checkpoints, step, trained.state, {}, lambda path: copy(trained.folder.adapter, path)
+        )
+    return trained
+
+
+def copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def test_a_kept_checkpoint_is_merged(with_checkpoints: Trained, tmp_path: Path) -> None:
+    expected = with_checkpoints.logits()
+    (with_checkpoints.folder.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no adapter: the run has not ended\. .* name a checkpoint by --step"):
+        merge_run(with_checkpoints.folder.path, tmp_path / "out")
+    merge_run(with_checkpoints.folder.path, tmp_path / "out", step=2)
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+def test_a_broken_checkpoint_is_named(with_checkpoints: Trained, tmp_path: Path) -> None:
+    weights = with_checkpoints.folder.checkpoints / "step-4" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    said = r"step-4 is broken: adapter/adapter_model\.safetensors differs from what was written \(sha256\)"
+    with pytest.raises(UserError, match=said):
+        merge_run(with_checkpoints.folder.path, tmp_path / "out", step=4)
+    weights.write_bytes(content[:-8])
+    with pytest.raises(UserError, match=r"step-4 is broken: .* bytes, \d+ were written"):
+        merge_run(with_checkpoints.folder.path, tmp_path / "out", step=4)
+    with pytest.raises(UserError, match=r"has no checkpoint of step 3; kept: 4, 2\."):
+        merge_run(with_checkpoints.folder.path, tmp_path / "out", step=3)
+    assert not list(tmp_path.iterdir())
+
+
+def report(**values: float) -> MergeReport:
+    given: dict[str, Any] = {"max_abs_logit_diff": 0.0, "top1_agreement": 1.0, "loss_before": 1.0, "loss_after": 1.0}
+    return MergeReport(**{**given, **values}, tokens=10, text="4 validation rows")
+
+
+def test_bounds_are_inclusive() -> None:
+    bounds = MergeSection(min_top1_agreement=0.75, max_loss_change=0.25)
+    require_within(report(), bounds)
+    require_within(report(top1_agreement=0.75, loss_after=1.25), bounds)
+    require_within(report(loss_after=0.75), bounds)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top1_agreement": 0.74}, "top-1 agreement 0.7400 is below merge.min_top1_agreement 0.75"),
+        ({"loss_after": 1.26}, "the loss changed by 0.2600, more than merge.max_loss_change 0.25"),
+        ({"loss_after": 0.74}, "the loss changed by 0.2600, more than merge.max_loss_change 0.25"),
+        ({"loss_after": float("nan")}, "the loss changed by nan"),
+        ({"top1_agreement": float("nan")}, "top-1 agreement nan"),
+    ],
+)
+def test_outside_its_bounds_is_a_failed_check(values: dict[str, float], message: str) -> None:
+    with pytest.raises(CheckFailed, match=re.escape(message)):
+        require_within(report(**values), MergeSection(min_top1_agreement=0.75, max_loss_change=0.25))
+
+
+def test_the_comparison_by_hand() -> None:
+    before = Answers(torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]), 0.5)
+    after = Answers(torch.tensor([[0.0, 1.0], [0.5, 0.0], [1.0, 0.0], [1.0, 0.0]]), 0.75)
+    found = compare(before, after, "text")
+    assert found == MergeReport(3.0, 0.75, 0.5, 0.75, 4, "text")
+
+
+def test_the_comparison_reads_held_out_rows(plain: Trained, train: Train) -> None:
+    batches, text = comparison_batches(plain.plan)
+    assert len(batches) == 4 and text == "4 validation rows"
+    assert all(batch["input_ids"].shape[0] == 1 and (batch["labels"] != -100).any() for batch in batches)
+    without = train(slots={"B": "lora"}, data={"validation": None})
+    assert comparison_batches(without.plan)[1] == "20 train rows"
