@@ -20,7 +20,7 @@ from glora_llm.models.bias import bias_support
 from glora_llm.models.cache import cache_root
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
-from glora_llm.schema import Recipe
+from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
 
 Batch = dict[str, torch.Tensor]
@@ -121,8 +121,8 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
         return None
     return (
         f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
-        "model of plain transformers has none there. Training works; to merge, set C and E to none (adapter.paths can do it "
-        f"for '{never[0]}' alone); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
+        "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
+        f"'{never[0]}' alone by adapter.paths); A and B merge everywhere, and `merge --to lora` keeps C and E as the LoRA's bias."
     )
 
 
@@ -134,24 +134,32 @@ def describe(plan: Plan, world: int) -> str:
     """Return what a run would do, as text; builds the model without weights to count and to match targets.
 
     Raises:
-        UserError: when targets match nothing, or the DeepSpeed configuration contradicts the recipe.
+        UserError: when targets match nothing, a slot or the merge asked for is impossible, or the DeepSpeed
+            configuration contradicts the recipe.
     """
     recipe = plan.recipe
     dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     resolve_deepspeed_config(recipe.training, dtype, world)
-    model = inject(
-        causal_lm.meta_model(recipe.model, plan.base.folder), recipe.adapter, recipe.training.seed, plan.steps
-    )
+    empty = causal_lm.meta_model(recipe.model, plan.base.folder)
+    model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     obstacle = merge_obstacle(model.get_base_model().config, model)
+    if obstacle and recipe.merge.after_training:
+        raise UserError(f"merge.after_training: {obstacle}")
     lines = [
         f"model      {recipe.model.name_or_path}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
         *[f"data       {report.describe()}" for report in plan.data.reports.values()],
         f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
-        f"deepspeed  {recipe.training.deepspeed}; checkpoints need {2 * 16 * trained / 1e6:.0f} MB for two",
+        f"deepspeed  {recipe.training.deepspeed}; {2 * 16 * trained / 1e6:.0f} MB for two checkpoints",
         f"merge      {obstacle or 'possible into a plain transformers model'}",
     ]
     return "\n".join(lines)
+
+
+def _without_start(section: AdapterSection) -> AdapterSection:
+    """Leave out a start that PEFT computes from the weights (PiSSA, OLoRA): a model without weights has none."""
+    rest = {name: value for name, value in (section.peft or {}).items() if name != "init_lora_weights"}
+    return section.model_copy(update={"peft": rest or None})

@@ -18,7 +18,7 @@ from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import means, score_rows
 from glora_llm.models import causal_lm
-from glora_llm.plan import Batch, Plan, batch_identity, describe, make_plan, merge_obstacle
+from glora_llm.plan import Batch, Plan, batch_identity, describe, make_plan
 from glora_llm.run_folder import RunFolder, digest
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
@@ -42,8 +42,10 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     folder.require_same_run(recipe)
     batch_identity(recipe, distributed.planned_world())
     plan = make_plan(recipe, weights=not dry_run)
+    overview = describe(plan, distributed.planned_world())  # the last of the checks, before any weight is loaded
+    if dry_run or distributed.planned_rank() == 0:
+        print(overview, flush=True)
     if dry_run:
-        print(describe(plan, distributed.planned_world()))
         return
     ranks = distributed.start()
     if ranks.first:
@@ -112,9 +114,6 @@ class Run:
         checkpoint.require_space(self.folder.checkpoints, self.trained, recipe.output.keep)
         dtype = causal_lm.compute_dtype(recipe.model, device)
         self.cost = measure_cost(self.model.get_base_model(), base.config, dtype, device)
-        self.obstacle = merge_obstacle(base.config, self.model)
-        if self.obstacle and recipe.merge.after_training:
-            raise UserError(f"merge.after_training: {self.obstacle}")
         self.loaded = self._find_checkpoint()
         if self.loaded:
             for item in self.trainables:
@@ -161,19 +160,12 @@ class Run:
         return step
 
     def _announce(self, log: MetricLog, start: int) -> None:
-        recipe = self.plan.recipe
-        for report in self.plan.data.reports.values():
-            log.say(report.describe())
         for number, text in enumerate(self.plan.data.previews, 1):
             log.say(f"sample {number}, targets marked: {text}")
-        log.say(batch_identity(recipe, self.ranks.world))
-        held = self.engine.bytes_per_rank() / 1e6
-        log.say(f"{self.trained:,} trained parameters; {held:.1f} MB of parameters on each rank")
-        if self.obstacle:
-            log.say(self.obstacle)
+        log.say(f"{self.engine.bytes_per_rank() / 1e6:.1f} MB of parameters on each of {self.ranks.world} ranks")
         if start:
             log.say(f"resumed after step {start} of {self.plan.steps} from {self.folder.checkpoints / f'step-{start}'}")
-        log.text("recipe", recipes.dump(recipe))
+        log.text("recipe", recipes.dump(self.plan.recipe))
 
     def _score(self, split: str, limit: int | None) -> dict[str, float]:
         rows = self.plan.rows(split)

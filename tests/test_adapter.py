@@ -69,7 +69,7 @@ def test_glora_takes_everything_from_the_section() -> None:
         dropout=0.25,
         modules_to_save=["lm_head"],
     )
-    config = adapter_config(given, seed=7)
+    config = adapter_config(given, seed=7, steps=20)
     assert isinstance(config, GLoRAConfig) and config.task_type == "CAUSAL_LM"
     assert config.slots == {"A": {"mode": "lora", "rank": 4}, "E": "vector"}
     assert config.paths == {"v_proj": {"B": {"mode": "lora", "alpha": 1.0}}}
@@ -79,7 +79,7 @@ def test_glora_takes_everything_from_the_section() -> None:
 
 
 def test_the_default_is_the_paper_s_path_without_d() -> None:
-    config = adapter_config(AdapterSection(), seed=0)
+    config = adapter_config(AdapterSection(), seed=0, steps=20)
     active = {slot: mode for slot, mode in config.slots.items() if mode != "none"}
     assert active == {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
     assert (config.target_modules, config.composition, config.rank, config.alpha) == ("all-linear", "product", 8, 16.0)
@@ -88,10 +88,10 @@ def test_the_default_is_the_paper_s_path_without_d() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_its_slots(name: str) -> None:
     given = section(preset=name, composition="hadamard" if name == "repadapter" else "product")
-    assert adapter_config(given, seed=0).composition == {"hira": "hadamard"}.get(name, "product")
+    assert adapter_config(given, seed=0, steps=20).composition == {"hira": "hadamard"}.get(name, "product")
     base = llama(attention_bias=True)
     expected = logits(base)
-    model = inject(base, given, seed=0)
+    model = inject(base, given, seed=0, steps=20)
     assert torch.equal(logits(model), expected)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
     assert len(layers) == 14
@@ -103,12 +103,12 @@ def test_a_preset_trains_its_slots(name: str) -> None:
 
 def test_slots_that_ask_for_d_without_a_bias_are_an_error() -> None:
     with pytest.raises(UserError, match="Slot D scales the frozen bias b0, and this layer has none"):
-        inject(llama(), section(slots=PRESETS["ssf"]), seed=0)
+        inject(llama(), section(slots=PRESETS["ssf"]), seed=0, steps=20)
 
 
 def test_slots_none_everywhere_are_an_error() -> None:
     with pytest.raises(UserError, match="adapter glora with these slots has no trainable parameter"):
-        inject(llama(), section(slots={"A": "none"}), seed=0)
+        inject(llama(), section(slots={"A": "none"}), seed=0, steps=20)
 
 
 @pytest.mark.parametrize(
@@ -116,39 +116,42 @@ def test_slots_none_everywhere_are_an_error() -> None:
     [("lora", {}), ("rslora", {"use_rslora": True}), ("dora", {"use_dora": True})],
 )
 def test_variants_of_lora(method: str, switches: dict[str, bool]) -> None:
-    config = adapter_config(section(method=method, dropout=0.5, targets=["q_proj"]), seed=0)
+    config = adapter_config(section(method=method, dropout=0.5, targets=["q_proj"]), seed=0, steps=20)
     assert type(config) is LoraConfig
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (2, 4.0, 0.5, {"q_proj"})
     assert {name: getattr(config, name) for name in ("use_rslora", "use_dora") if getattr(config, name)} == switches
     base = llama()
     expected = logits(base)
-    torch.testing.assert_close(logits(inject(base, section(method=method), seed=0).eval()), expected)
+    torch.testing.assert_close(logits(inject(base, section(method=method), seed=0, steps=20).eval()), expected)
 
 
 def test_rank_stabilised_lora_is_rslora() -> None:
-    assert adapter_config(section(method="lora", rank_stabilized=True), seed=0).use_rslora is True
+    assert adapter_config(section(method="lora", rank_stabilized=True), seed=0, steps=20).use_rslora is True
 
 
 def test_other_methods_of_peft() -> None:
-    config = adapter_config(section(method="adalora", peft={"total_step": 10, "init_r": 6}), seed=0)
-    assert isinstance(config, AdaLoraConfig) and (config.total_step, config.init_r, config.lora_alpha) == (10, 6, 4.0)
-    ia3 = adapter_config(section(method="ia3", targets=["k_proj"], peft={"feedforward_modules": []}), seed=0)
+    ia3 = adapter_config(section(method="ia3", targets=["k_proj"], peft={"feedforward_modules": []}), seed=0, steps=20)
     assert ia3.peft_type == "IA3" and ia3.target_modules == {"k_proj"}
     oft = section(method="oft", targets=["q_proj"], peft={"oft_block_size": 0})
-    names = [item.name for item in trainables(inject(llama(), oft, seed=0), oft, loraplus_ratio=1.0)]
+    names = [item.name for item in trainables(inject(llama(), oft, seed=0, steps=20), oft, loraplus_ratio=1.0)]
     assert len(names) == 2 and all(".oft_R." in name for name in names)
 
 
-@pytest.mark.xfail(strict=True, reason="AdaLora calls its rank init_r and target_r; adapter.rank reaches neither")
-def test_adalora_has_the_rank_of_the_section() -> None:
-    config = adapter_config(section(method="adalora", rank=3, peft={"total_step": 10}), seed=0)
-    assert 3 in (config.init_r, config.target_r)
+def test_adalora_has_the_rank_and_steps_of_the_run() -> None:
+    config = adapter_config(section(method="adalora", rank=4), seed=0, steps=200)
+    assert isinstance(config, AdaLoraConfig)
+    assert (config.target_r, config.init_r, config.total_step, config.deltaT) == (4, 6, 200, 2)
+    assert 0 < config.tinit < 200 - config.tfinal < 200
+    given = adapter_config(section(method="adalora", peft={"init_r": 9}), seed=0, steps=200)
+    assert isinstance(given, AdaLoraConfig) and given.init_r == 9
+    for steps in (1, 2, 9):
+        assert adapter_config(section(method="adalora"), seed=0, steps=steps).total_step == steps
 
 
 @pytest.mark.xfail(strict=True, raises=ValueError, reason="adapter_config lets the ValueError of PEFT's config through")
 def test_what_the_config_of_peft_rejects_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="total_step"):
-        adapter_config(section(method="adalora"), seed=0)
+    with pytest.raises(UserError, match="oft_block_size"):
+        adapter_config(section(method="oft"), seed=0, steps=20)  # r, and the default of oft_block_size
 
 
 @pytest.mark.parametrize(
@@ -164,14 +167,14 @@ def test_what_the_config_of_peft_rejects_is_a_user_error() -> None:
 )
 def test_what_is_unknown_is_named_with_the_nearest(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        adapter_config(section(**keys), seed=0)
+        adapter_config(section(**keys), seed=0, steps=20)
 
 
 @pytest.mark.parametrize("method", ["glora", "lora"])
 @pytest.mark.parametrize("targets", [["query"], r"model\.decoder\..*"])
 def test_targets_that_match_nothing_list_what_there_is(targets: str | list[str], method: str) -> None:
     with pytest.raises(UserError) as caught:
-        inject(llama(), section(method=method, targets=targets), seed=0)
+        inject(llama(), section(method=method, targets=targets), seed=0, steps=20)
     assert f"adapter.targets {targets!r} match no module. Linears of this model: " in str(caught.value)
     assert "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj; or all-linear." in str(caught.value)
 
@@ -180,7 +183,7 @@ def test_targets_that_match_nothing_list_what_there_is(targets: str | list[str],
 def test_the_seed_fixes_the_start(method: str) -> None:
     starts = []
     for seed in (0, 0, 1):
-        model = inject(llama(), section(method=method), seed)
+        model = inject(llama(), section(method=method), seed, steps=20)
         starts.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
     assert not all(torch.equal(value, starts[2][name]) for name, value in starts[0].items())
@@ -188,7 +191,7 @@ def test_the_seed_fixes_the_start(method: str) -> None:
 
 def test_trainables_of_glora() -> None:
     given = section(lr_factors={"C": 0.3}, modules_to_save=["lm_head"])
-    model = inject(llama(), given, seed=0)
+    model = inject(llama(), given, seed=0, steps=20)
     items = trainables(model, given, loraplus_ratio=4.0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {item.name: item.parameter for item in items}.keys() == trained.keys()
@@ -206,7 +209,7 @@ def test_trainables_of_glora() -> None:
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_trainables_of_lora(method: str) -> None:
     given = section(method=method, targets=["q_proj", "v_proj"])
-    items = trainables(inject(llama(), given, seed=0), given, loraplus_ratio=8.0)
+    items = trainables(inject(llama(), given, seed=0, steps=20), given, loraplus_ratio=8.0)
     factors = {item.name: item.lr_factor for item in items}
     assert len(factors) == 2 * 2 * {"lora": 2, "dora": 3}[method]
     assert all(factor == (8.0 if "lora_B" in name else 1.0) for name, factor in factors.items())
@@ -222,7 +225,7 @@ def test_trainables_of_lora(method: str) -> None:
     ],
 )
 def test_what_is_saved_is_read_by_peft(keys: dict[str, Any], tmp_path: Path) -> None:
-    model = inject(llama(), section(**keys), seed=0).eval()
+    model = inject(llama(), section(**keys), seed=0, steps=20).eval()
     state = make_trained(model)
     expected = logits(model)
     with torch.no_grad():  # what is written are the master weights, not what the model holds
@@ -240,7 +243,7 @@ def test_what_is_saved_is_read_by_peft(keys: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_the_same_adapter_on_a_model_without_weights(tiny: ResolvedModel) -> None:
-    meta = inject(meta_model(ModelSection(name_or_path="x"), tiny.folder), section(), seed=0)
+    meta = inject(meta_model(ModelSection(name_or_path="x"), tiny.folder), section(), seed=0, steps=20)
     counts = {name: p.shape for name, p in meta.named_parameters() if p.requires_grad}
     assert len(counts) == 2 * 7 * 6  # A and B with two factors, C, E
     assert sum(shape.numel() for shape in counts.values()) > 0
@@ -248,10 +251,10 @@ def test_the_same_adapter_on_a_model_without_weights(tiny: ResolvedModel) -> Non
 
 def test_layers_that_need_a_bias_are_found() -> None:
     given = section(slots={"A": "lora"}, paths={"q_proj": {"C": "vector"}, r"1\.mlp\.up": {"E": "scalar"}})
-    found = adapted_with_bias(inject(llama(), given, seed=0))
+    found = adapted_with_bias(inject(llama(), given, seed=0, steps=20))
     assert sorted(found) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.mlp.up_proj",
         "model.layers.1.self_attn.q_proj",
     ]
-    assert adapted_with_bias(inject(llama(), section(method="lora"), seed=0)) == []
+    assert adapted_with_bias(inject(llama(), section(method="lora"), seed=0, steps=20)) == []

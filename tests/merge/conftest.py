@@ -82,12 +82,13 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_recipe(samples: Path) -> Callable[..., Recipe]:
     def build(folder: Path, adapter: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
         data = {"format": "prompt_completion", "source": str(samples), "validation": 4, "max_tokens": 64}
+        training = {"global_batch": 2, "micro_batch": 1, "steps": 10, "lr": 1e-3}
         return Recipe.model_validate(
             {
                 "model": {"name_or_path": "embedded:tiny-llama", **sections.get("model", {})},
                 "adapter": {"rank": 2, "alpha": 4.0, **adapter},
                 "data": data | sections.get("data", {}),
-                "training": {"global_batch": 2, "micro_batch": 1, "steps": 1, "lr": 1e-3},
+                "training": training | sections.get("training", {}),
                 "merge": {"dtype": "float32", **sections.get("merge", {})},
                 "output": {"dir": str(folder)},
             }
@@ -101,13 +102,15 @@ def train(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
     """Return what makes a run with an adapter that no optimizer has seen."""
 
     def run(std: float = 0.1, **keys: Any) -> Trained:
-        sections = {name: keys.pop(name) for name in ("model", "merge", "data") if name in keys}
+        sections = {name: keys.pop(name) for name in ("model", "merge", "data", "training") if name in keys}
         folder = RunFolder(tmp_path_factory.mktemp("run"))
         recipe = make_recipe(folder.path, keys, **sections)
         plan = make_plan(recipe)
         folder.write("recipe.yaml", recipes.dump(recipe))
         folder.write("base.json", json.dumps(base_identity(plan, CPU)))
-        model = inject(load_base(recipe.model, plan.base.folder, CPU, zero3=False), recipe.adapter, seed=0)
+        model = inject(
+            load_base(recipe.model, plan.base.folder, CPU, zero3=False), recipe.adapter, seed=0, steps=plan.steps
+        )
         state = _seeded(model, std)
         save_adapter(model, state, folder.adapter, str(plan.base.folder))
         return Trained(folder, plan, state)

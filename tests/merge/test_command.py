@@ -77,7 +77,6 @@ def test_a_merge_outside_its_bounds_fails(train: Train, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=r"the loss changed by .*, more than merge\.max_loss_change 1e-09"):
         merge_run(trained.folder.path, tmp_path / "out")
     assert report_of(tmp_path / "out")["max_abs_logit_diff"] > 1e-4
-    merge_run(trained.folder.path, tmp_path / "exact", dtype="float32") if False else None
 
 
 def test_another_base_is_refused(train: Train, tmp_path: Path) -> None:

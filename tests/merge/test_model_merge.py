@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glora_llm.errors import UserError
+from glora_llm.evaluation.command import load_adapted
+from glora_llm.glora import GLoRALinear
 from glora_llm.merge.model_merge import write_merged
 from tests.merge.conftest import ALL_MODES, IDS, Train, Trained, logits
 
@@ -53,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rslora": {"method": "rslora", "model": {"quantization": "nf4"}},
     "dora": {"method": "dora"},
     "dora on nf4": {"method": "dora", "model": {"quantization": "nf4"}},
+    "adalora": {"method": "adalora", "training": {"deepspeed": "zero0"}},
     "ia3": {"method": "ia3", "targets": ["k_proj", "v_proj"], "peft": {"feedforward_modules": []}},
     "the head too": {"slots": ALL_MODES, "modules_to_save": ["lm_head"]},
     "the head too, lora on nf4": {"method": "lora", "modules_to_save": ["lm_head"], "model": {"quantization": "nf4"}},
@@ -69,6 +72,21 @@ def test_merged_equals_unmerged(name: str, train: Train, tmp_path: Path) -> None
     assert type(model).__name__ == "LlamaForCausalLM"
     assert getattr(model.config, "quantization_config", None) is None
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_weights_are_those_of_the_loaded_model(quantization: str, dtype: str, train: Train, tmp_path: Path) -> None:
+    """Tensor by tensor from the files, or at once from the model that was trained: the same bits."""
+    trained = train(slots=ALL_MODES, model={"quantization": quantization, "dtype": dtype})
+    written = load_file(merge(trained, tmp_path / "out") / "model.safetensors")
+    model = load_adapted(trained.plan, trained.folder.adapter)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        weight, bias = layer.merged_weight(["default"])
+        assert torch.equal(written[f"{name}.weight"], weight), name
+        assert bias is not None and torch.equal(written[f"{name}.bias"], bias), name
 
 
 @pytest.mark.parametrize(
