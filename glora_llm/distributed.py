@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +69,14 @@ def _free_port() -> str:
 
 
 @contextlib.contextmanager
-def first_failure(folder: Path, rank: int, advice: str) -> Iterator[None]:
+def first_failure(folder: Path, rank: int, advice: Callable[[], str]) -> Iterator[None]:
     """Let only the rank that failed first print its traceback; the launcher then stops the others.
 
     The first to fail creates `failure.json` in the run folder; a rank that fails after it (its peer is gone) says so
     in one line.
+
+    Args:
+        advice: what the user can do, asked for when it is needed.
     """
     note = folder / "failure.json"
     try:
@@ -87,7 +90,7 @@ def first_failure(folder: Path, rank: int, advice: str) -> Iterator[None]:
                 json.dump(report, file, indent=1)
         except FileExistsError:
             raise SystemExit(f"rank {rank} stopped, because another rank failed first (see {note})") from None
-        print(f"rank {rank} failed first. {advice}", flush=True)
+        print(f"rank {rank} failed first. {advice()}", flush=True)
         raise
 
 

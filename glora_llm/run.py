@@ -53,8 +53,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         folder.write("base.json", json.dumps(base_identity(plan, ranks.device), indent=1) + "\n")
         distributed.forget_failure(folder.path)
     dist.barrier()
-    advice = f"The last complete checkpoint is in {folder.checkpoints}; the same command goes on from there."
-    with distributed.first_failure(folder.path, ranks.rank, advice):
+    with distributed.first_failure(folder.path, ranks.rank, lambda: _advice(folder)):
         Run(plan, folder, ranks).go()
     distributed.stop()
     if ranks.first and recipe.merge.after_training and not (folder.path / "merged").exists():
@@ -65,6 +64,13 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         from glora_llm.evaluation.command import print_summary
 
         print_summary(folder)
+
+
+def _advice(folder: RunFolder) -> str:
+    last = checkpoint.newest(folder.checkpoints)
+    return (
+        f"The last complete checkpoint is {last}: the same command goes on from it." if last else "No checkpoint yet."
+    )
 
 
 def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:

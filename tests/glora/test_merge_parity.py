@@ -1,6 +1,7 @@
 """The merged layer computes what the unmerged one does: every path, both compositions, dense and nf4."""
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -68,7 +69,7 @@ def test_every_path_merges(
 
 def test_not_finite_values_are_not_merged(fill: Fill) -> None:
     base = dense(bias=True)
-    layer = GLoRALinear(base)
+    layer: Any = GLoRALinear(base)
     layer.update_layer("default", GLoRAConfig(), all_paths(2)[0])
     layer.set_adapter("default")
     with torch.no_grad():

@@ -36,8 +36,8 @@ def logits(model: Any, **keys: Any) -> Tensor:
     return found
 
 
-def glora_layers(model: nn.Module) -> dict[str, GLoRALinear]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+def glora_layers(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
     assert found
     return found
 
@@ -256,7 +256,8 @@ def test_one_layer_takes_a_mixed_batch(fill: Fill) -> None:
     model = glora(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"], slots=ALL_MODES)
     model.add_adapter("other", GLoRAConfig(target_modules=["0"], slots={"A": "vector"}))
     fill(model)
-    layer, x = model.get_base_model()[0], torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
+    layer: Any = model.get_base_model()[0]
+    x = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         mixed = layer(x, adapter_names=["other", "default", "__base__", "other"])
         assert torch.equal(mixed[2], layer.get_base_layer()(x)[2])
@@ -384,7 +385,7 @@ def test_a_bfloat16_model_keeps_its_dtype(llama: Llama, fill: Fill) -> None:
     assert (logits(merged) - expected).float().abs().mean() < 0.05 * expected.float().std()
 
 
-def quantised_and_twin(quantization: str, tiny: ResolvedModel) -> tuple[Any, Any]:
+def quantised_and_twin(quantization: Any, tiny: ResolvedModel) -> tuple[Any, Any]:
     """The quantised base, and plain linears that hold what it unpacks to."""
     base = load_base(ModelSection(name_or_path="x", quantization=quantization), tiny.folder, CPU, zero3=False)
     twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU, zero3=False)

@@ -1,12 +1,11 @@
 """A cache of the session's own, and the trainings that many tests look at."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.training.launching import ROOT, environment, launch
+from tests.training.launching import finished, launch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +20,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The run folders of every scenario of worker.py, trained by two ranks in one launch."""
     out = tmp_path_factory.mktemp("trained")
-    command = launch("tests/training/worker.py", str(out))
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    done = finished(launch("tests/training/worker.py", str(out)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out

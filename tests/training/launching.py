@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ def environment(**more: str) -> dict[str, str]:
     """Return the environment of a launch: CPU ranks, and ninja found where this Python is."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)} | more
+
+
+def finished(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a launch to its end, whatever that is."""
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 def metrics(run: Path, key: str) -> dict[int, Any]:

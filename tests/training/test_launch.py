@@ -1,4 +1,4 @@
-"""Two gloo ranks: every ZeRO stage gives one trajectory, a resumed run is the uninterrupted one, kill -9 costs nothing."""
+"""Two gloo ranks: every ZeRO stage gives one trajectory, a resumed run is the whole one, kill -9 costs nothing."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.launching import ROOT, environment, launch, metrics
+from tests.training.launching import ROOT, environment, finished, launch, metrics
 from tests.training.worker import COMMON, RESUMED
 
 pytestmark = pytest.mark.launch
@@ -76,10 +76,7 @@ def test_non_finite_steps_end_the_run_with_the_module_and_keep_what_was_there(tr
 def test_one_rank_follows_two(trained: Path, tmp_path: Path) -> None:
     """One rank with twice the accumulation has the losses of two: normalised by the targets of the whole step."""
     command = [f"output.dir={tmp_path / 'one'}", *COMMON, "adapter.dropout=0"]
-    done = subprocess.run(
-        launch("train.py", "--recipe", "tiny_cpu", *command, ranks=1),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = finished(launch("train.py", "--recipe", "tiny_cpu", *command, ranks=1))
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(tmp_path / "one", "train/loss") == pytest.approx(
         metrics(trained / "no_dropout", "train/loss"), rel=1e-5
@@ -107,7 +104,7 @@ def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_
             time.sleep(0.002)
         kill_all(process.pid)
     assert not (run / "adapter").exists(), "killed too late to show anything"
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    done = finished(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed after step 3" in done.stdout
     assert adapter_bytes(run) == adapter_bytes(trained / "zero3")
@@ -127,11 +124,18 @@ def kill_all(pid: int) -> None:
 
 
 def test_wrong_input_ends_with_code_2_and_one_message(tmp_path: Path) -> None:
-    done = subprocess.run(
-        launch("train.py", "--recipe", "tiny_cpu", "training.global_batch=20", "training.micro_batch=5", "adapter.targets=[qq]",
-               f"output.dir={tmp_path / 'wrong'}"),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    wrong = ["training.global_batch=20", "training.micro_batch=5", "adapter.targets=[qq]"]
+    done = finished(launch("train.py", "--recipe", "tiny_cpu", *wrong, f"output.dir={tmp_path / 'wrong'}"))
     assert done.returncode == 2
     assert done.stderr.count("match no module") + done.stdout.count("match no module") == 1
     assert "q_proj" in done.stderr
+
+
+def test_the_rank_that_failed_first_is_named_with_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    run = tmp_path / "failing"
+    done = finished(launch("tests/training/failing_worker.py", str(run)))
+    assert done.returncode not in (0, 2)
+    report = json.loads((run / "failure.json").read_text())
+    assert report["rank"] == 1 and "the disk of rank 1 went away" in report["traceback"]
+    assert "rank 1 failed first" in done.stdout and "step-3: the same command goes on from it" in done.stdout
+    assert done.stderr.count("Traceback") == 1, "only the first failure has a traceback"

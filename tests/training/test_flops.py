@@ -1,0 +1,73 @@
+"""The formula against a count of the matrix products that really ran."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from glora_llm.glora import GLoRAConfig
+from glora_llm.training.flops import ModelCost, measure_cost, peak_flops
+from glora_llm.training.objectives import CausalLMObjective
+
+HIDDEN, LAYERS, ROWS, WIDTH = 96, 3, 4, 64
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=160, vocab_size=200, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager", use_cache=False,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).requires_grad_(False)
+    return get_peft_model(base, GLoRAConfig(rank=8)).get_base_model()
+
+
+def addmm_in_place(_self: object, left: list[int], right: list[int], **_: object) -> int:
+    """torch counts addmm, but not the in-place one that GLoRA uses: 2 m n k."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counted(model: LlamaForCausalLM, labels: torch.Tensor) -> int:
+    ids = torch.arange(ROWS * WIDTH).reshape(ROWS, WIDTH) % 200
+    positions = torch.arange(WIDTH).expand(ROWS, WIDTH)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place}) as counter:
+        CausalLMObjective(model)(ids, positions, labels).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("targets_per_row", [5, 63])
+def test_a_step_costs_what_was_counted(llama: LlamaForCausalLM, targets_per_row: int) -> None:
+    """Eager attention computes the masked half of its products too, which the formula does not count as work.
+
+    What the formula leaves out (W0 c, norms, softmax) the counter does not count either.
+    """
+    labels = torch.full((ROWS, WIDTH), -100)
+    labels[:, -targets_per_row:] = 3
+    cost = measure_cost(llama, llama.config, torch.float32, CPU)
+    tokens, targets = ROWS * WIDTH, ROWS * targets_per_row
+    masked_half = tokens * 6 * WIDTH * HIDDEN * LAYERS
+    expected = cost.step_flops(tokens, targets, WIDTH)
+    assert masked_half < 0.2 * expected
+    assert counted(llama, labels) - masked_half == pytest.approx(expected, rel=0.1)
+
+
+def test_what_is_measured_of_a_model(llama: LlamaForCausalLM) -> None:
+    cost = measure_cost(llama, llama.config, torch.float32, CPU)
+    per_layer = HIDDEN * (HIDDEN + 48 + 48 + HIDDEN) + 3 * HIDDEN * 160  # q, k, v, o; gate, up, down
+    assert (cost.frozen, cost.layers, cost.hidden) == (LAYERS * per_layer, LAYERS, HIDDEN)
+    assert cost.head == HIDDEN * 200
+    assert cost.trained == sum(p.numel() for p in llama.parameters() if p.requires_grad) > 0
+    assert 1e8 < cost.peak_flops < 1e15
+
+
+def test_a_step_by_hand() -> None:
+    """Two tokens, one target: 2 x (4 x 100 + 6 x 10 + 6 x 2 x 4 x 3) + 4 x 50."""
+    cost = ModelCost(frozen=100, trained=10, head=50, layers=3, hidden=4, peak_flops=1.0)
+    assert cost.step_flops(tokens=2, targets=1, width=2) == 2 * (400 + 60 + 144) + 200
+
+
+def test_the_peak_is_more_than_a_small_product_reaches() -> None:
+    assert peak_flops(torch.float32, CPU) > 1e8
