@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## train RECIPE on every GPU, or on RANKS processes of the CPU where there is none
 	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \
 	if [ "$$gpus" -gt 0 ]; then launch="deepspeed"; else launch="DS_ACCELERATOR=cpu deepspeed --num_gpus $(RANKS)"; fi; \
-	echo "$$launch train.py --recipe $(RECIPE) $(ARGS)"; \
-	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $(ARGS)
+	if [ "$$gpus" -gt 2 ]; then micro="training.micro_batch=$$((16 / gpus))"; fi; \
+	echo "$$launch train.py --recipe $(RECIPE) $$micro $(ARGS)"; \
+	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $$micro $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones
 	@$(IN_VENV) python -m pytest -q -m "not slow" --durations=15 $(TESTS)

@@ -1,7 +1,7 @@
 """The recipe's adapter section -> a PEFT model, and what of it is trained at which rate."""
 
 import dataclasses
-import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from glora_llm.glora.learning_rates import lr_factors
 from glora_llm.glora.path import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 from glora_llm.schema import AdapterSection, SlotSetting
 from glora_llm.training.optim import Trainable
-
-log = logging.getLogger(__name__)
 
 # Methods that are LoRA with one switch.
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -69,6 +67,7 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         wanted = LORA_VARIANTS[section.method]
     else:
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        known.pop("glora_llm", None)  # ours, and its section is method glora
         if section.method not in known:
             names = sorted({"glora", *LORA_VARIANTS, *known})
             raise UserError(
@@ -100,17 +99,35 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
     """
     from peft import get_peft_model
 
-    config = adapter_config(section, seed, steps)
     torch.manual_seed(seed)
     try:
+        config = adapter_config(section, seed, steps)
+        if config.is_prompt_learning:
+            raise UserError(
+                f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
+            )
         model = get_peft_model(base, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
         raise UserError(f"adapter.targets {section.targets!r} match no module. {candidates(base)}") from error
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(f"adapter {section.method} with these slots has no trainable parameter.")
+        raise UserError(
+            f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
+            "a whole: give every slot that is to be trained."
+        )
+    _require_matches(model, section)
     return model
+
+
+def _require_matches(model: nn.Module, section: AdapterSection) -> None:
+    """Check that every pattern of adapter.paths matches a layer."""
+    names = [name for name, module in model.named_modules() if isinstance(module, GLoRALinear)]
+    for pattern in section.paths or ():
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
+            )
 
 
 def candidates(base: nn.Module) -> str:

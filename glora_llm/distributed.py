@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from glora_llm.errors import UserError
+from glora_llm.errors import CheckFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def first_failure(folder: Path, rank: int, advice: Callable[[], str]) -> Iterato
     note = folder / "failure.json"
     try:
         yield
-    except UserError:
+    except (UserError, CheckFailed):
         raise
     except Exception as error:
         report = {"rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

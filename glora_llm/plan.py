@@ -12,11 +12,11 @@ import torch
 from glora_llm.adapter import adapted_with_bias, inject
 from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.prepare import Prepared, prepare
-from glora_llm.data.sampler import GlobalSampler
+from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.data.store import TokenSet
 from glora_llm.errors import UserError
 from glora_llm.models import causal_lm
-from glora_llm.models.bias import bias_support
+from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.models.cache import cache_root
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
@@ -24,6 +24,7 @@ from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
 
 Batch = dict[str, torch.Tensor]
+CHOICE = 41  # stream of the seeded choice of scored rows
 ANSWER_FORMATS = ("classification", "alpaca", "prompt_completion", "chat")
 
 
@@ -52,6 +53,11 @@ class Plan:
     def rows(self, split: str) -> TokenSet | None:
         """Return the rows of `validation` or `test`, or None where the recipe has none."""
         return self.data.validation if split == "validation" else self.data.test
+
+    def choice(self, rows: TokenSet, limit: int | None) -> list[int]:
+        """Return `limit` row numbers in a seeded order, or all; files are often sorted by class."""
+        order = permutation(len(rows), self.recipe.training.seed, CHOICE)
+        return [int(row) for row in order[:limit]]
 
     @property
     def has_answers(self) -> bool:
@@ -128,7 +134,9 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
 
 
 def _support(config: Any, name: str) -> str:
-    return bias_support(config, name.rpartition(".")[2])
+    suffix = name.rpartition(".")[2]
+    support = bias_support(config, suffix)
+    return "never" if support == "switch" and bias_switch(config, suffix) is None else support
 
 
 def describe(plan: Plan, world: int) -> str:

@@ -19,7 +19,7 @@ from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import means, score_rows
 from glora_llm.models import causal_lm
 from glora_llm.plan import Batch, Plan, batch_identity, describe, make_plan
-from glora_llm.run_folder import RunFolder, digest
+from glora_llm.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
@@ -40,6 +40,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     """
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
+    _require_resume(recipe, folder)
     batch_identity(recipe, distributed.planned_world())
     plan = make_plan(recipe, weights=not dry_run)
     overview = describe(plan, distributed.planned_world())  # the last of the checks, before any weight is loaded
@@ -66,6 +67,17 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         print_summary(folder)
 
 
+def _require_resume(recipe: Recipe, folder: RunFolder) -> None:
+    """Check output.resume before anything is written."""
+    there = checkpoint.checkpoints(folder.checkpoints)
+    if there and recipe.output.resume == "never":
+        raise UserError(
+            f"output.resume is never, and {there[0]} is there. Choose another output.dir, or output.resume=auto."
+        )
+    if not there and recipe.output.resume == "must":
+        raise UserError(f"output.resume is must, and {folder.checkpoints} has no checkpoint.")
+
+
 def _advice(folder: RunFolder) -> str:
     last = checkpoint.newest(folder.checkpoints)
     return (
@@ -90,7 +102,8 @@ class Run:
 
     def go(self) -> None:
         """Build, resume, train, score and save."""
-        recipe, began = self.plan.recipe, time.time()
+        recipe = self.plan.recipe
+        self.began, self.earlier_seconds = time.time(), 0.0
         self._build()
         start = self._resume()
         log = MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)
@@ -107,7 +120,7 @@ class Run:
             diagnose=self._first_bad_module,
         )
         last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
-        self._finish(log, last, start, time.time() - began)
+        self._finish(log, last, start)
         log.close()
 
     def _build(self) -> None:
@@ -134,16 +147,11 @@ class Run:
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""
-        resume = self.plan.recipe.output.resume
         chosen = [checkpoint.newest(self.folder.checkpoints) if self.ranks.first else None]
         dist.broadcast_object_list(chosen, src=0, device=self.ranks.device)
         found = chosen[0]
-        if found is None and resume == "must":
+        if found is None and self.plan.recipe.output.resume == "must":
             raise UserError(f"output.resume is must, and {self.folder.checkpoints} has no complete checkpoint.")
-        if found is not None and resume == "never":
-            raise UserError(
-                f"output.resume is never, and {found} is there. Choose another output.dir, or resume: auto."
-            )
         if found is None:
             return None
         tensors, trainer = checkpoint.read(found, [item.name for item in self.trainables])
@@ -151,6 +159,11 @@ class Run:
             raise UserError(
                 f"{found} was trained on another base model ({trainer['base_name']}, fingerprint "
                 f"{trainer['base_fingerprint'][:12]}) than {self.plan.base.name} ({self.plan.base.fingerprint[:12]})."
+            )
+        if trainer["data_digest"] != self.plan.data.train.digest():
+            raise UserError(
+                f"The training rows differ from those that {found} was trained on: {self.plan.recipe.data.source} has "
+                "changed since. Put the data back, or choose another output.dir."
             )
         return tensors, trainer
 
@@ -160,7 +173,7 @@ class Run:
         tensors, trainer = self.loaded
         self.engine.restore(tensors, trainer["applied"])
         self.loaded = None
-        step = int(trainer["step"])
+        step, self.earlier_seconds = int(trainer["step"]), trainer["seconds"]
         if self.allocation:
             self.allocation.restore(self.folder.checkpoints / f"step-{step}" / "adapter")
         return step
@@ -177,10 +190,11 @@ class Run:
         rows = self.plan.rows(split)
         if rows is None:
             return {}
-        lengths = rows.lengths().tolist()[:limit]
+        chosen = self.plan.choice(rows, limit)
+        lengths = rows.lengths()
         table = score_rows(
-            lengths,
-            lambda indices: self.plan.batch(rows, indices),
+            [int(lengths[row]) for row in chosen],
+            lambda indices: self.plan.batch(rows, [chosen[index] for index in indices]),
             self.engine.score,
             self.engine.gather_rows,
             self.plan.recipe.evaluation.batch,
@@ -204,7 +218,8 @@ class Run:
             "applied": self.engine.applied,
             "samples": step * self.plan.recipe.training.global_batch,
             "seed": self.plan.recipe.training.seed,
-            "recipe_digest": digest(self.plan.recipe),
+            "data_digest": self.plan.data.train.digest(),
+            "seconds": self.earlier_seconds + time.time() - self.began,
             "base_name": self.plan.base.name,
             "base_fingerprint": self.plan.base.fingerprint,
         }
@@ -225,7 +240,7 @@ class Run:
         if self.allocation:
             self.allocation.save(path)
 
-    def _finish(self, log: MetricLog, validation: dict[str, float], start: int, seconds: float) -> None:
+    def _finish(self, log: MetricLog, validation: dict[str, float], start: int) -> None:
         summary = self.folder.summary()
         if start >= self.plan.steps and "test" in summary and self.folder.adapter.is_dir():
             log.say(f"training had ended already, after step {self.plan.steps}")
@@ -235,7 +250,6 @@ class Run:
         if not self.ranks.first:
             return
         self._write_adapter(tensors, self.folder.adapter)
-        seconds += summary.get("seconds", 0.0) if start else 0.0
         log.hyperparameters(_flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
         self._record(
             {
@@ -243,7 +257,7 @@ class Run:
                 "validation": validation or summary.get("validation", {}),
                 "test": scores,
                 "trained_parameters": self.trained,
-                "seconds": seconds,
+                "seconds": self.earlier_seconds + time.time() - self.began,
                 "peak_memory_gb": peak_memory_gb(self.ranks.device),
                 "bytes_per_rank": self.engine.bytes_per_rank(),
                 "skipped_steps": self.plan.steps - self.engine.applied,

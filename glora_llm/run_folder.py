@@ -1,6 +1,5 @@
 """The run folder: whose it is, where things are, and what a later command needs to know."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -93,8 +92,3 @@ def _binding(recipe: Recipe) -> dict[str, Any]:
             if key not in FREE_KEYS.get(section, ()):
                 flat[f"{section}.{key}"] = value
     return flat
-
-
-def digest(recipe: Recipe) -> str:
-    """Return a hash of what the run is bound to."""
-    return hashlib.sha256(json.dumps(_binding(recipe), sort_keys=True).encode()).hexdigest()

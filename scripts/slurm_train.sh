@@ -3,7 +3,6 @@
 # Options of your cluster (account, partition, time) go on sbatch's command line.
 #SBATCH --job-name=glora-llm
 #SBATCH --exclusive
-#SBATCH --signal=TERM@300
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"

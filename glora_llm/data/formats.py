@@ -129,7 +129,9 @@ def prompt_and_answer(prompt: str, answer: str) -> Example:
 @data_format("alpaca", roles=("instruction", "input", "output"))
 def alpaca(row: Row, settings: DataSection) -> Example:
     """Stanford Alpaca (Taori et al. 2023): the two published prompts, with and without an input; learns `output`."""
-    given = {role: text(row, role, settings) for role in ("instruction", "input", "output")}
+    given = {role: text(row, role, settings) for role in ("instruction", "output")}
+    optional = (settings.columns or {}).get("input", "input")  # many files leave the column out
+    given["input"] = text(row, "input", settings) if optional in row else ""
     template = ALPACA_WITH_INPUT if given["input"] else ALPACA_WITHOUT_INPUT
     return prompt_and_answer(template.format(**given), given["output"])
 

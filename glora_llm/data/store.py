@@ -1,5 +1,6 @@
 """Token sets on disk: flat arrays, memory-mapped when read."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,6 +65,13 @@ class TokenSet:
         first, last = int(bounds[0]), int(bounds[-1])
         starts = [int(start) - first for start in bounds[:-1]]
         return Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+
+    def digest(self) -> str:
+        """Return a SHA-256 over all tokens and targets in row order: what a run was trained on."""
+        found = hashlib.sha256()
+        for array in (self._tokens, self._targets, self._samples, self._rows):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the number of tokens of every row."""

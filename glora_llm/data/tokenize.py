@@ -178,10 +178,11 @@ def fit_length(samples: list[Sample], settings: DataSection, bos: int | None, re
     report.longest = max(lengths, default=0)
     overlong = sum(length > most for length in lengths)
     if overlong and settings.overlong == "error":
+        others = {"classification": "drop", "text": "drop, truncate or split"}
         raise UserError(
             f"{overlong} of {len(samples)} {report.role} samples are longer than data.max_tokens={most}; the longest "
-            f"has {report.longest} tokens. Set data.max_tokens={report.longest}, or data.overlong to drop, truncate "
-            "or, for format text, split."
+            f"has {report.longest} tokens. Set data.max_tokens={report.longest}, or data.overlong to "
+            f"{others.get(settings.format, 'drop or truncate')}."
         )
     kept: list[Sample] = []
     for sample in samples:

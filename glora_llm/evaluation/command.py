@@ -22,7 +22,6 @@ def evaluate_run(run: Path, split: str, merged: Path | None) -> None:
     plan = make_plan(folder.recipe())
     model = load_merged(merged) if merged else load_adapted(plan, folder.adapter)
     scores = score_model(plan, model, split)
-    folder.update_summary({f"{split}_merged" if merged else split: scores})
     for name, value in scores.items():
         print(f"{name:28s} {value:.4f}")
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from glora_llm.errors import UserError
+from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.command import load_adapted, load_merged, score_model
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
-from glora_llm.merge.verify import Answers, answers, compare, comparison_batches, require_within
+from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
 from glora_llm.models.causal_lm import load_base
 from glora_llm.plan import Plan, make_plan, merge_obstacle
 from glora_llm.run_folder import RunFolder
+from glora_llm.schema import MergeSection
 from glora_llm.training import checkpoint
 
 
@@ -45,6 +46,8 @@ def merge_run(
     base_dtype = require_same_base(folder, plan)
     adapter = folder.adapter if step is None else _checkpoint_adapter(folder, step)
     quantize = quantize or plan.recipe.merge.quantize
+    if to == "lora" and (dtype or quantize == "nf4"):
+        raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder, or delete it.")
     if to == "lora":
@@ -61,8 +64,8 @@ def merge_run(
         values["requantised"] = _requantise(plan, out, batches, before)
     (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
     _print(values, out)
-    require_within(report, plan.recipe.merge)
-    if to == "model" and plan.data.test is not None and step is None and quantize == "none":
+    _require_within(report, plan.recipe.merge, out)
+    if out == folder.path / "merged" and plan.data.test is not None:
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
 
@@ -83,6 +86,17 @@ def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
         )
     dtype: torch.dtype = getattr(torch, trained["dtype"])
     return dtype
+
+
+def _require_within(report: MergeReport, bounds: MergeSection, out: Path) -> None:
+    """Check the bounds; what fails them is kept under another name, so that nobody takes it for good."""
+    try:
+        require_within(report, bounds)
+    except CheckFailed as error:
+        failed = out.with_name(f"{out.name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        out.rename(failed)
+        raise CheckFailed(f"{error} It is in {failed}.") from None
 
 
 def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glora_llm.glora.dense_model import BIAS_SWITCHES, switches_for
 from glora_llm.merge.folder_writer import FolderWriter
 from glora_llm.merge.frozen import StoredTensors, trained_weight
 from glora_llm.merge.layers import AdapterLayers
+from glora_llm.models.bias import bias_switch, suffixes_with_bias
 from glora_llm.models.causal_lm import linear_names
 from glora_llm.plan import Plan
 
@@ -76,14 +76,15 @@ def _merged(
 
 def _zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: set[str], writer: FolderWriter) -> None:
     """Turn on the config's bias switches that the merged layers need, with zeros where a layer has no bias."""
-    for switch in switches_for(biased & linears):
-        if not hasattr(config, switch):
-            continue
-        setattr(config, switch, True)
-        for name in sorted(linears - biased):
-            if name.rpartition(".")[2] in BIAS_SWITCHES[switch]:
-                module = layers.model.get_base_model().get_submodule(name)
-                writer.add(f"{name}.bias", torch.zeros(module.out_features))
+    for suffix in sorted({name.rpartition(".")[2] for name in biased & linears}):
+        switch = bias_switch(config, suffix)
+        if switch is not None:
+            setattr(config, switch, True)
+    expected = suffixes_with_bias(config)
+    for name in sorted(linears - biased):
+        if name.rpartition(".")[2] in expected:
+            module = layers.model.get_base_model().get_submodule(name)
+            writer.add(f"{name}.bias", torch.zeros(module.out_features))
 
 
 def _write_settings(plan: Plan, config: Any, folder: Path, dtype: str) -> None:

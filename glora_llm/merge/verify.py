@@ -53,7 +53,7 @@ def comparison_batches(plan: Plan) -> tuple[list[Batch], str]:
     rows = plan.data.validation or plan.data.test or plan.data.train
     batches: list[Batch] = []
     tokens = 0
-    for index in range(len(rows)):
+    for index in plan.choice(rows, None):
         if tokens >= MOST_TOKENS:
             break
         batch = {name: tensor[:, : MOST_TOKENS - tokens] for name, tensor in plan.batch(rows, [index]).items()}
@@ -100,10 +100,10 @@ def require_within(report: MergeReport, bounds: MergeSection) -> None:
     if not report.top1_agreement >= bounds.min_top1_agreement:
         raise CheckFailed(
             f"top-1 agreement {report.top1_agreement:.4f} is below merge.min_top1_agreement "
-            f"{bounds.min_top1_agreement}. Try --dtype float32; the folder was written, do not trust it."
+            f"{bounds.min_top1_agreement}. Try --dtype float32."
         )
     if not change <= bounds.max_loss_change:
         raise CheckFailed(
-            f"the loss changed by {change:.4f}, more than merge.max_loss_change {bounds.max_loss_change}. Try --dtype "
-            "float32; the folder was written, do not trust it."
+            f"the loss changed by {change:.4f}, more than merge.max_loss_change {bounds.max_loss_change}. "
+            "Try --dtype float32."
         )

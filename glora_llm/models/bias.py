@@ -37,6 +37,16 @@ def bias_switch(config: "PretrainedConfig", suffix: str) -> str | None:
     return next((key for key in _switches(config) if _biases(config, {key: True})[suffix]), None)
 
 
+def suffixes_with_bias(config: "PretrainedConfig") -> set[str]:
+    """Return the last name parts of the linears that have a bias under this very configuration."""
+    return {suffix for suffix, there in _biases(config, _settings(config)).items() if there}
+
+
+def _settings(config: "PretrainedConfig") -> dict[str, bool]:
+    text = config.get_text_config(decoder=True)
+    return {key: bool(getattr(text, key)) for key in _switches(config)}
+
+
 def _switches(config: "PretrainedConfig") -> list[str]:
     """Return the boolean keys of the configuration that speak of a bias (attention_bias, mlp_bias, use_bias ...)."""
     text = config.get_text_config(decoder=True)

@@ -49,6 +49,8 @@ def resolve(section: ModelSection, weights: bool = True) -> ResolvedModel:
     name = section.name_or_path
     folder, revision = _locate(name, section.revision, weights)
     _check_causal_lm(folder, name)
+    if weights:
+        weight_files(folder)
     return ResolvedModel(folder, name, revision, fingerprint(folder) if weights else "")
 
 
@@ -130,7 +132,6 @@ def _check_causal_lm(folder: Path, name: str) -> None:
             f"The weights of '{name}' are already quantised ({method}). Give the unquantised model and let "
             "model.quantization (nf4, fp4, int8) store it in fewer bits."
         )
-    weight_files(folder)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
     if known is None:
         raise UserError(

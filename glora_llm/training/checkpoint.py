@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,8 +55,7 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
-        save_adapter(temporary / "adapter")
+        _save_tensors(tensors, save_adapter, temporary)
         (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {
@@ -72,6 +72,15 @@ def write(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None], folder: Path) -> None:
+    """Write both safetensors files; their library's own error for a full disk becomes an OSError."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+        save_adapter(folder / "adapter")
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from error
 
 
 def fault(folder: Path) -> str | None:
@@ -121,12 +130,19 @@ def read(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def rotate(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what an interrupted write left."""
+    """Delete what lies behind the `keep` newest whole checkpoints, and what an interrupted write left.
+
+    Checkpoints count only after they have been read again and found whole: a good one never goes for a broken one.
+    """
     for leftover in root.glob(".writing-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    complete = [folder for folder in checkpoints(root) if (folder / MANIFEST).is_file()]
-    for folder in complete[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)
+    whole = 0
+    found = checkpoints(root)
+    for folder in found if len(found) > keep else ():
+        if whole >= keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif fault(folder) is None:
+            whole += 1
 
 
 def require_space(root: Path, trained_numbers: int, keep: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 
+from glora_llm.errors import CheckFailed
 from glora_llm.schema import OutputSection, TrainingSection
 from glora_llm.training.engine import Batch, Engine, StepResult
 from glora_llm.training.flops import ModelCost
@@ -15,7 +16,7 @@ from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.optim import lr_at
 
 
-class NonFinite(RuntimeError):
+class NonFinite(CheckFailed):
     """Too many steps in a row without a finite loss and gradient."""
 
 
@@ -105,7 +106,8 @@ def fit(
 def _stop_message(engine: Engine, batches: Sequence[Batch], hooks: Hooks, bad: int, step: int) -> str:
     return (
         f"{bad} steps in a row up to step {step} had a loss or gradient that is not finite. First bad module: "
-        f"{hooks.diagnose(batches)}. Lower training.lr, or adapter.lr_factors of the slot named here."
+        f"{hooks.diagnose(batches)}. Start again in a new output.dir with a lower training.lr, or a lower "
+        "adapter.lr_factors of the slot named here; the last complete checkpoint is kept."
     )
 
 

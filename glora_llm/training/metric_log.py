@@ -1,6 +1,7 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and a progress bar or plain lines. One process writes."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -54,7 +55,8 @@ class MetricLog:
         if not self.enabled:
             return
         with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            plain = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+            file.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 

@@ -6,16 +6,42 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which 
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from peft import get_peft_model
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.schema import ModelSection
 
 Fill = Callable[..., None]
+Llama = Callable[..., LlamaForCausalLM]
+IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22], [3, 7, 11, 15, 19, 23]])
+ALL_MODES = {"A": "lora", "B": "lora", "C": "lora", "E": "vector"}
+
+
+def glora(base: nn.Module, **keys: Any) -> Any:
+    return get_peft_model(base, GLoRAConfig(**{"rank": 2, "seed": 0, **keys})).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, **keys: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS, **keys).logits
+    return found
+
+
+def glora_layers(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+    assert found
+    return found
+
+
+def slot_values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "slot_" in name}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +77,7 @@ def fill() -> Fill:
 
 
 @pytest.fixture
-def llama() -> Callable[..., LlamaForCausalLM]:
+def llama() -> Llama:
     """Return what builds the same random LLaMA at each call."""
 
     def build(**keys: object) -> LlamaForCausalLM:

@@ -1,16 +1,14 @@
 """One factor on the learning rate for every GLoRA parameter."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from peft import get_peft_model
-from transformers import LlamaForCausalLM
 
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS, lr_factors
+from tests.glora.conftest import Llama
 
-Llama = Callable[..., LlamaForCausalLM]
 MIXED: dict[str, Any] = {
     "slots": {"A": "lora", "B": "lora", "C": "lora", "E": "scalar"},
     "paths": {r"layers\.1\.": {"A": "vector", "B": "scalar", "C": "vector", "E": "vector"}, "up_proj": {"B": "lora"}},

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.path import Path, all_paths, make_path
+from tests.glora.conftest import Fill
 
-Fill = Callable[..., None]
 I, O, R, SCALE = 7, 5, 2, 1.5  # noqa: E741 - the letters of the formula
 BATCH, TOKENS = 2, 3
 COMPOSITIONS = ["product", "hadamard"]

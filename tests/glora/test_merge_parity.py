@@ -11,8 +11,8 @@ from torch import nn
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.path import all_paths
+from tests.glora.conftest import Fill
 
-Fill = Callable[..., None]
 COUNTS = {True: 432, False: 144}
 
 

@@ -1,49 +1,19 @@
-"""GLoRA as PEFT sees it: injection, saving, several adapters, merging, mixed batches, quantised bases."""
+"""GLoRA as PEFT sees it: injection, configuration, saving, several adapters, mixed batches."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from peft import PeftModel
+from torch import nn
 
 from glora_llm.errors import UserError
-from glora_llm.glora import GLoRAConfig, GLoRALinear
-from glora_llm.glora.frozen_weight import dense_weight
-from glora_llm.models.causal_lm import linear_names, load_base
-from glora_llm.models.resolve import ResolvedModel
-from glora_llm.schema import ModelSection
+from glora_llm.glora import GLoRAConfig
+from tests.glora.conftest import ALL_MODES, IDS, Fill, Llama, glora, glora_layers, logits, slot_values
 
-Fill = Callable[..., None]
-Llama = Callable[..., LlamaForCausalLM]
-CPU = torch.device("cpu")
-IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22], [3, 7, 11, 15, 19, 23]])
-ALL_MODES = {"A": "lora", "B": "lora", "C": "lora", "E": "vector"}
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def glora(base: nn.Module, **keys: Any) -> Any:
-    return get_peft_model(base, GLoRAConfig(**{"rank": 2, "seed": 0, **keys})).eval()
-
-
-@torch.no_grad()
-def logits(model: Any, **keys: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS, **keys).logits
-    return found
-
-
-def glora_layers(model: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
-    assert found
-    return found
-
-
-def slot_values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if "slot_" in name}
 
 
 @pytest.mark.parametrize("composition", ["product", "hadamard"])
@@ -116,30 +86,6 @@ def test_several_adapters(llama: Llama, fill: Fill) -> None:
     assert torch.equal(logits(model), first)
 
 
-def test_active_adapters_add_their_updates(fill: Fill) -> None:
-    torch.manual_seed(0)
-    base = nn.Linear(7, 5, dtype=torch.float64)
-    model = glora(nn.Sequential(base), target_modules=["0"], slots=ALL_MODES)
-    model.add_adapter("other", GLoRAConfig(target_modules=["0"], slots={"A": "vector", "D": "vector", "E": "vector"}))
-    fill(model, std=1.0)
-    x = torch.randn(4, 7, dtype=torch.float64)
-    alone = []
-    for name in ("default", "other"):
-        model.base_model.set_adapter(name)
-        alone.append(model(x))
-    model.base_model.set_adapter(["default", "other"])
-    both = model(x)
-    torch.testing.assert_close(both, alone[0] + alone[1] - base(x))
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), both)
-    model.unmerge_adapter()
-    assert torch.equal(model(x), both)
-    model.merge_adapter(adapter_names=["default"])
-    torch.testing.assert_close(model(x), alone[0])
-    model.merge_adapter(adapter_names=["other"])  # on top: it still acts on the original W0
-    torch.testing.assert_close(model(x), both)
-
-
 def test_disabled_it_is_the_base(llama: Llama, fill: Fill) -> None:
     base = logits(llama())
     model = glora(llama(), slots=ALL_MODES)
@@ -148,85 +94,6 @@ def test_disabled_it_is_the_base(llama: Llama, fill: Fill) -> None:
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), expected) and not torch.equal(expected, base)
-
-
-@pytest.mark.parametrize("composition", ["product", "hadamard"])
-def test_merging_and_unmerging(composition: str, llama: Llama, fill: Fill) -> None:
-    base = logits(llama())
-    model = glora(llama(), slots=ALL_MODES, composition=composition)
-    fill(model)
-    expected = logits(model)
-    model.merge_adapter()
-    assert all(layer.merged for layer in glora_layers(model).values())
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), expected)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-
-
-@pytest.mark.parametrize(
-    ("keys", "switches"),
-    [
-        ({}, {"attention_bias": True, "mlp_bias": True}),
-        ({"target_modules": ["q_proj"]}, {"attention_bias": True, "mlp_bias": False}),
-        ({"target_modules": ["down_proj", "v_proj"], "slots": {"E": "vector"}}, dict.fromkeys(["mlp_bias"], True)),
-        ({"slots": {"A": "lora", "B": "lora"}}, {"attention_bias": False, "mlp_bias": False}),
-    ],
-)
-def test_merged_and_reloaded_by_plain_transformers(
-    keys: dict[str, Any], switches: dict[str, bool], llama: Llama, fill: Fill, tmp_path: Path
-) -> None:
-    model = glora(llama(), **{"slots": ALL_MODES, **keys})
-    fill(model)
-    expected = logits(model)
-    merged = model.merge_and_unload()
-    assert type(merged) is LlamaForCausalLM and not any("slot_" in name for name in merged.state_dict())
-    merged.save_pretrained(tmp_path)
-    again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {name: getattr(again.config, name) for name in switches} == switches
-    torch.testing.assert_close(logits(again.eval()), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_bias_that_is_there_is_merged_into(llama: Llama, fill: Fill) -> None:
-    model = glora(llama(attention_bias=True), target_modules=["q_proj", "v_proj"], slots=ALL_MODES | {"D": "vector"})
-    with torch.no_grad():
-        for layer in glora_layers(model).values():
-            layer.bias.normal_(generator=torch.Generator().manual_seed(0))
-    fill(model)
-    expected = logits(model)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_family_without_the_switch_is_warned_about(fill: Fill) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        vocab_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = glora(MistralForCausalLM(config), slots={"E": "vector"})
-    fill(model)
-    with pytest.warns(UserWarning, match=r"a mistral config has no '(attention|mlp)_bias'"):
-        model.merge_and_unload()
-
-
-def test_modules_to_save(llama: Llama, fill: Fill, tmp_path: Path) -> None:
-    model = glora(llama(), modules_to_save=["lm_head"])
-    trained = {name for name, value in model.named_parameters() if value.requires_grad} - set(slot_values(model))
-    assert len(trained) == 1 and "lm_head.modules_to_save.default.weight" in next(iter(trained))
-    fill(model)
-    with torch.no_grad():
-        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.5)
-    expected = logits(model)
-    model.save_pretrained(str(tmp_path))
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), str(tmp_path)).eval()), expected)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.xfail(strict=True, reason="GLoRAModel has no _enable_peft_forward_hooks: adapter_names reaches no layer")
@@ -372,82 +239,3 @@ def test_bfloat16_autocast(composition: str, llama: Llama, fill: Fill) -> None:
     gradients = {name: value.grad for name, value in model.named_parameters() if "slot_" in name}
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
     assert (out.logits.float() - expected).abs().mean() < 0.05 * expected.std()
-
-
-def test_a_bfloat16_model_keeps_its_dtype(llama: Llama, fill: Fill) -> None:
-    model = glora(llama().to(torch.bfloat16), slots=ALL_MODES)
-    fill(model)
-    assert {value.dtype for value in slot_values(model).values()} == {torch.float32}  # PEFT keeps adapters in float32
-    expected = logits(model)
-    assert expected.dtype == torch.bfloat16
-    merged = model.merge_and_unload()
-    assert {value.dtype for value in merged.parameters()} == {torch.bfloat16}
-    assert (logits(merged) - expected).float().abs().mean() < 0.05 * expected.float().std()
-
-
-def quantised_and_twin(quantization: Any, tiny: ResolvedModel) -> tuple[Any, Any]:
-    """The quantised base, and plain linears that hold what it unpacks to."""
-    base = load_base(ModelSection(name_or_path="x", quantization=quantization), tiny.folder, CPU, zero3=False)
-    twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU, zero3=False)
-    for name in linear_names(base):
-        twin.get_submodule(name).weight.data = dense_weight(base.get_submodule(name)).float().clone()
-    return base, twin
-
-
-@pytest.mark.parametrize("composition", ["product", "hadamard"])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_a_quantised_base_is_its_dense_twin(
-    quantization: str, composition: str, tiny: ResolvedModel, fill: Fill
-) -> None:
-    outputs, gradients = [], []
-    for base in quantised_and_twin(quantization, tiny):
-        model = glora(base, slots=ALL_MODES, composition=composition)
-        fill(model)
-        out = model(input_ids=IDS, labels=IDS)
-        out.loss.backward()
-        outputs.append(out.logits.detach())
-        gradients.append({name: value.grad for name, value in model.named_parameters() if "slot_" in name})
-        assert all(value.grad is None for name, value in model.named_parameters() if "slot_" not in name)
-    assert outputs[0].std() > 0.1
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
-    assert len(gradients[0]) == 2 * 7 * 7
-    for name, gradient in gradients[0].items():
-        largest = float(gradients[1][name].abs().max())
-        assert largest > 0
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4 * largest, msg=name)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantised_base_merges_into_a_dense_model(
-    quantization: str, tiny: ResolvedModel, fill: Fill, tmp_path: Path
-) -> None:
-    base, _ = quantised_and_twin(quantization, tiny)
-    model = glora(base, slots=ALL_MODES)
-    fill(model)
-    expected = logits(model)
-    merged = model.merge_and_unload()
-    assert {type(merged.get_submodule(name)) for name in linear_names(merged)} == {nn.Linear}
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-    merged.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert getattr(again.config, "quantization_config", None) is None
-    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_quantised_base_unmerges_exactly(tiny: ResolvedModel, fill: Fill) -> None:
-    base, _ = quantised_and_twin("nf4", tiny)
-    model = glora(base, slots=ALL_MODES)
-    fill(model)
-    expected = logits(model)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), expected)
-
-
-def test_an_adapter_of_a_quantised_base_reloads(tiny: ResolvedModel, fill: Fill, tmp_path: Path) -> None:
-    model = glora(quantised_and_twin("nf4", tiny)[0], slots=ALL_MODES)
-    fill(model)
-    expected = logits(model)
-    model.save_pretrained(str(tmp_path))
-    again = PeftModel.from_pretrained(quantised_and_twin("nf4", tiny)[0], str(tmp_path)).eval()
-    assert torch.equal(logits(again), expected)

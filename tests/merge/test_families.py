@@ -131,10 +131,7 @@ def test_a_family_without_the_bias_says_what_can_be_merged(folders: Folders, tra
 QUANTISED_HEAD = pytest.mark.xfail(strict=True, reason="an adapted lm_head is quantised, which load_base never does")
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    ["none", pytest.param("nf4", marks=QUANTISED_HEAD), pytest.param("int8", marks=QUANTISED_HEAD)],
-)
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=QUANTISED_HEAD)])
 @pytest.mark.parametrize("adapter", [{"slots": {"A": "lora", "B": "lora"}}, {"method": "lora"}])
 def test_an_adapter_on_the_head(adapter: dict[str, Any], quantization: str, train: Train, tmp_path: Path) -> None:
     trained = train(**adapter, targets=["lm_head", "q_proj"], model={"quantization": quantization})

@@ -1,4 +1,4 @@
-"""A run whose rank 1 fails in the middle of step 4: `deepspeed --num_gpus 2 failing_worker.py RUN`."""
+"""A run whose rank 1 fails in the middle of step 5: `deepspeed --num_gpus 2 failing_worker.py RUN`."""
 
 import sys
 from typing import Any
@@ -11,8 +11,8 @@ whole = plan.Plan.rank_batches
 
 
 def broken(self: plan.Plan, step: int, rank: int, world: int) -> Any:
-    """Return the batches, but for step 4 of rank 1."""
-    if (step, rank) == (3, 1):
+    """Return the batches, but for step 5 of rank 1."""
+    if (step, rank) == (4, 1):
         raise OSError("the disk of rank 1 went away")
     return whole(self, step, rank, world)
 

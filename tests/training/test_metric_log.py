@@ -1,0 +1,136 @@
+"""metrics.jsonl and TensorBoard say the same, and after a resume say each step once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from glora_llm.training.metric_log import MetricLog
+
+
+def values(step: int, run: int = 0) -> dict[str, float]:
+    return {"train/loss": 5.0 - step / 8 + run, "train/lr": step / 16, "speed/tokens_per_second": 100.0 + step,
+            "speed/seconds_per_step": 0.5}  # fmt: skip
+
+
+def log_steps(folder: Path, start: int, stop: int, run: int = 0) -> None:
+    log = MetricLog(folder, start, total=8, enabled=True)
+    for step in range(start + 1, stop + 1):
+        log.scalars(step, values(step, run))
+    log.scalars(stop, {"validation/loss": 1.5 + run})
+    log.close()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_tensorboard(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+
+
+def series(folder: Path, name: str) -> dict[int, float]:
+    """Return step -> value of one metric of metrics.jsonl, each step once."""
+    found = [(line["step"], line[name]) for line in lines(folder) if name in line]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def assert_both_say_the_same(folder: Path) -> None:
+    board = in_tensorboard(folder)
+    names = {name for line in lines(folder) for name in line if name != "step"}
+    assert names and set(board.Tags()["scalars"]) == names
+    for name in names:
+        events = board.Scalars(name)
+        assert len({event.step for event in events}) == len(events), name
+        assert {event.step: event.value for event in events} == pytest.approx(series(folder, name)), name
+
+
+def test_both_hold_what_was_logged(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 4)
+    assert lines(tmp_path)[0] == {"step": 1, **values(1)}
+    assert series(tmp_path, "train/loss") == {step: 5.0 - step / 8 for step in (1, 2, 3, 4)}
+    assert series(tmp_path, "validation/loss") == {4: 1.5}
+    assert_both_say_the_same(tmp_path)
+
+
+def test_a_resumed_log_drops_what_comes_later_and_what_was_cut_off(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')
+    log_steps(tmp_path, 3, 8, run=1)
+    expected = {step: 5.0 - step / 8 + (step > 3) for step in range(1, 9)}
+    assert series(tmp_path, "train/loss") == expected
+    assert series(tmp_path, "validation/loss") == {8: 2.5}
+    assert_both_say_the_same(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_a_line_cut_off_in_an_earlier_step_is_dropped_too(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')
+    log_steps(tmp_path, 2, 4)
+    assert sorted(series(tmp_path, "train/loss")) == [1, 2, 3, 4]
+
+
+def test_a_new_start_in_the_same_folder_forgets_the_old_one(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 5)
+    log_steps(tmp_path, 0, 3, run=2)
+    assert sorted(series(tmp_path, "train/loss")) == [1, 2, 3]
+    assert_both_say_the_same(tmp_path)
+
+
+def test_hyperparameters_stand_in_the_hparams_tab(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, 0, total=8, enabled=True)
+    log.scalars(8, values(8))
+    log.hyperparameters(
+        {"training.lr": 1e-3, "training.steps": 8, "data.packing": True, "model.name_or_path": "x",
+         "adapter.targets": ["q_proj", "v_proj"], "model.revision": None},
+        {"final/test/loss": 0.25},
+    )  # fmt: skip
+    log.close()
+    board = in_tensorboard(tmp_path)
+    assert [(event.value) for event in board.Scalars("final/test/loss")] == [0.25]
+    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    kinds = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in given.items()}
+    assert kinds == {
+        "training.lr": 1e-3, "training.steps": 8, "data.packing": True, "model.name_or_path": "x",
+        "adapter.targets": "['q_proj', 'v_proj']", "model.revision": "None",
+    }  # fmt: skip
+    assert {folder.name for folder in (tmp_path / "tensorboard").iterdir() if folder.is_dir()} == set()
+
+
+def test_text_stands_in_tensorboard(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, 0, total=8, enabled=True)
+    log.text("recipe", "training:\n  lr: 0.001\n")
+    log.close()
+    (event,) = in_tensorboard(tmp_path).Tensors("recipe/text_summary")
+    assert b"  lr: 0.001" in event.tensor_proto.string_val[0]
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricLog(tmp_path, 0, total=8, enabled=False)
+    log.scalars(1, values(1))
+    log.text("recipe", "x")
+    log.hyperparameters({"a": 1}, {"b": 2.0})
+    log.progress(1, values(1))
+    log.say("hello")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_prints_the_first_and_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a terminal: lines, at most one every five seconds in between."""
+    log = MetricLog(tmp_path, 2, total=8, enabled=True)
+    for step in range(3, 9):
+        log.progress(step, values(step))
+    log.close()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "step 3/8: loss 4.6250, 103 tokens/s, 0:02 left"
+    assert last == "step 8/8: loss 4.0000, 108 tokens/s, 0:00 left"
