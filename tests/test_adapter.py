@@ -107,7 +107,9 @@ def test_slots_that_ask_for_d_without_a_bias_are_an_error() -> None:
 
 
 def test_slots_none_everywhere_are_an_error() -> None:
-    with pytest.raises(UserError, match="adapter glora with these slots has no trainable parameter"):
+    with pytest.raises(
+        UserError, match=r"has no trainable parameter\. adapter\.slots replaces the default slots as a whole"
+    ):
         inject(llama(), section(slots={"A": "none"}), seed=0, steps=20)
 
 
@@ -148,10 +150,19 @@ def test_adalora_has_the_rank_and_steps_of_the_run() -> None:
         assert adapter_config(section(method="adalora"), seed=0, steps=steps).total_step == steps
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="adapter_config lets the ValueError of PEFT's config through")
-def test_what_the_config_of_peft_rejects_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="oft_block_size"):
-        adapter_config(section(method="oft"), seed=0, steps=20)  # r, and the default of oft_block_size
+def test_what_peft_rejects_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"adapter\.method oft: .*oft_block_size"):
+        inject(llama(), section(method="oft"), seed=0, steps=20)  # r, and the default of oft_block_size
+    with pytest.raises(UserError, match="prompt_tuning learns a prompt; only methods that adapt modules train here"):
+        inject(llama(), section(method="prompt_tuning", peft={"num_virtual_tokens": 2}), seed=0, steps=20)
+
+
+def test_a_pattern_that_matches_no_layer_is_named() -> None:
+    given = section(paths={r"layers\.1\.": {"B": "lora"}, "query": {"A": "lora"}})
+    with pytest.raises(
+        UserError, match=r"adapter\.paths 'query' matches none of the 14 adapted layers, such as .*q_proj"
+    ):
+        inject(llama(), given, seed=0, steps=20)
 
 
 @pytest.mark.parametrize(

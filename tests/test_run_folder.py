@@ -7,7 +7,7 @@ import pytest
 
 from glora_llm import recipe as recipes
 from glora_llm.errors import UserError
-from glora_llm.run_folder import FREE_KEYS, FREE_SECTIONS, RunFolder, digest
+from glora_llm.run_folder import FREE_KEYS, FREE_SECTIONS, RunFolder
 from glora_llm.schema import Recipe
 
 FREE = [
@@ -18,7 +18,7 @@ FREE = [
 ]  # fmt: skip
 BOUND = [
     "training.lr=0.5", "training.steps=21", "training.global_batch=32", "training.seed=1", "training.betas=[0.9, 0.99]",
-    "model.quantization=nf4", "model.dtype=bfloat16", "adapter.rank=5", "adapter.slots.A=none", "adapter.method=lora",
+    "model.quantization=nf4", "model.dtype=bfloat16", "adapter.rank=5", "adapter.slots.A=none", "adapter.alpha=9.0",
     "data.max_rows=300", "data.packing=true", "data.prompt='{text}'",
 ]  # fmt: skip
 
@@ -47,7 +47,6 @@ def test_a_run_goes_on_with_a_free_key_changed(override: str, folder: RunFolder)
     changed = tiny(override)
     assert changed != tiny()
     folder.require_same_run(changed)
-    assert digest(changed) == digest(tiny())
 
 
 @pytest.mark.parametrize("override", BOUND, ids=lambda text: text.partition("=")[0])
@@ -62,7 +61,6 @@ def test_another_value_makes_it_another_run(override: str, folder: RunFolder) ->
     assert f"{folder.path} holds a run of another recipe (" in str(caught.value)
     assert f"{key}: {there!r} there, {here!r} here" in str(caught.value)
     assert "Choose another output.dir, or delete it." in str(caught.value)
-    assert digest(changed) != digest(tiny())
 
 
 def test_several_differences_are_listed_and_free_ones_are_not(folder: RunFolder) -> None:

@@ -73,11 +73,11 @@ def by_hand(objective: CausalLMObjective, row: Row) -> list[float]:
     return [loss, len(goals), sum(right), all(right), all(by_label)]
 
 
-@pytest.mark.parametrize(("batch", "world"), itertools.product([1, 3, 8, 100], [1, 2, 3, 5]))
+@pytest.mark.parametrize(("batch", "world"), list(itertools.product([1, 3, 8, 100], [1, 2, 3, 5])))
 def test_batch_size_and_ranks_change_nothing(
     batch: int, world: int, rows: list[Row], objective: CausalLMObjective
 ) -> None:
-    calls = []
+    calls: list[int] = []
 
     def counted(given: dict[str, Tensor]) -> Any:
         calls[-1] += 1

@@ -28,6 +28,11 @@ def gradients(step: int) -> dict[str, Tensor]:
     return found
 
 
+def made_optimizer(name: str, items: list[Trainable]) -> Any:
+    keys: dict[str, Any] = {"global_batch": 1, "micro_batch": 1, "steps": 1, "lr": 1e-2, "optimizer": name}
+    return make_optimizer(TrainingSection(**keys), parameter_groups(items, 0.1), offload=False)
+
+
 class Training:
     """Some parameters, their optimizer and the state that reads and writes it, as the engine of stage 0 has them."""
 
@@ -35,8 +40,7 @@ class Training:
         generator = torch.Generator().manual_seed(1)
         values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
         self.items = [Trainable(name, nn.Parameter(value)) for name, value in values.items()]
-        settings = TrainingSection(global_batch=1, micro_batch=1, steps=1, lr=1e-2, optimizer=optimizer)
-        self.optimizer: Any = make_optimizer(settings, parameter_groups(self.items, 0.1), offload=False)
+        self.optimizer = made_optimizer(optimizer, self.items)
         self.state = AdamState(SimpleNamespace(optimizer=self.optimizer), stage=0)
 
     def steps(self, first: int, last: int) -> None:
@@ -86,8 +90,8 @@ def test_dequantise_and_quantise_give_the_same_codes_and_scales(eight_bit: Train
 def test_one_value_in_a_block_of_zeros(sign: float) -> None:
     """The rest of its block is (nearly) zero, every other block is zero, and the one value has either sign."""
     parameter = nn.Parameter(torch.zeros(20 * BLOCK + 9))
-    settings = TrainingSection(global_batch=1, micro_batch=1, steps=1, lr=1e-2, optimizer="adamw_8bit")
-    optimizer: Any = make_optimizer(settings, parameter_groups([Trainable("p", parameter)], 0.0), offload=False)
+    optimizer = made_optimizer("adamw_8bit", [Trainable("p", parameter)])
+    set_lr(optimizer, 1e-2)
     parameter.grad = torch.zeros_like(parameter)
     parameter.grad[:: 2 * BLOCK] = sign
     optimizer.step()

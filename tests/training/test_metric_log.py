@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard say the same, and after a resume say each step once."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_hyperparameters_stand_in_the_hparams_tab(tmp_path: Path) -> None:
     )  # fmt: skip
     log.close()
     board = in_tensorboard(tmp_path)
-    assert [(event.value) for event in board.Scalars("final/test/loss")] == [0.25]
+    assert [event.value for event in board.Scalars("final/test/loss")] == [0.25]
     content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     kinds = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in given.items()}
@@ -111,6 +112,17 @@ def test_text_stands_in_tensorboard(tmp_path: Path) -> None:
     log.close()
     (event,) = in_tensorboard(tmp_path).Tensors("recipe/text_summary")
     assert b"  lr: 0.001" in event.tensor_proto.string_val[0]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    """NaN is no JSON: jq and JavaScript would refuse the whole line."""
+    log = MetricLog(tmp_path, 0, total=8, enabled=True)
+    log.scalars(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.5})
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1, "train/loss": None, "train/grad_norm": None, "train/lr": 0.5
+    }  # fmt: skip
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,8 +31,8 @@ def llama() -> LlamaForCausalLM:
 
 def rows(lengths: Sequence[int] = (9, 4, 13, 6), seed: int = 0) -> list[Row]:
     """Samples of random tokens; about two thirds of them are targets."""
-    generator = np.random.default_rng(seed)
-    return [Row(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n) < 0.66, [0]) for n in lengths]
+    draw = np.random.default_rng(seed)
+    return [Row(draw.integers(0, VOCABULARY, n).astype(np.int32), draw.random(n) < 0.66, [0]) for n in lengths]
 
 
 def gradients(model: LlamaForCausalLM, loss: Tensor) -> dict[str, Tensor]:

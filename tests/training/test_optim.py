@@ -85,7 +85,7 @@ def test_without_decay_matrices_and_vectors_share_a_group() -> None:
 
 
 def test_one_step_of_adamw_by_hand() -> None:
-    """The first Adam step of any gradient g is -lr sign(g); decay takes lr x decay off a matrix, nothing off a vector."""
+    """Adam's first step of any gradient g is -lr sign(g); decay takes lr x decay off a matrix, nothing off a vector."""
     items = [trainable("matrix", torch.full((2, 2), 4.0), 0.5), trainable("vector", torch.full((2,), 4.0), 2.0)]
     chosen = settings(weight_decay=0.25)
     optimizer = make_optimizer(chosen, parameter_groups(items, chosen.weight_decay), offload=False)
