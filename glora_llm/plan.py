@@ -135,6 +135,8 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
 
 def _support(config: Any, name: str) -> str:
     suffix = name.rpartition(".")[2]
+    if suffix == "lm_head":
+        return "never"  # not part of the decoder layer that bias_support builds
     support = bias_support(config, suffix)
     return "never" if support == "switch" and bias_switch(config, suffix) is None else support
 

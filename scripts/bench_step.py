@@ -25,11 +25,11 @@ from glora_llm.evaluation.command import device
 from glora_llm.models.causal_lm import load_base
 from glora_llm.models.resolve import resolve
 from glora_llm.quiet import quiet_libraries
-from glora_llm.schema import AdapterSection, ModelSection
+from glora_llm.schema import AdapterSection, ModelSection, Slots
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.objectives import CausalLMObjective
 
-ALL_SLOTS = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
+ALL_SLOTS: Slots = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
 METHODS: dict[str, AdapterSection] = {
     "PEFT LoRA r 8": AdapterSection(method="lora", rank=8),
     "GLoRA product r 8": AdapterSection(rank=8, slots=ALL_SLOTS),

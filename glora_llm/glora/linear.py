@@ -180,12 +180,14 @@ class _Hadamard(torch.autograd.Function):
         x, dropped, a_down, a_up, b_down, b_up, _gain, shift, c, bias = tensors
         assert x is not None and a_down is not None and a_up is not None
         weight = read_weight()
-        delta = _hadamard_delta(weight, scales, a_down, a_up, b_down, b_up, shift)
+        delta = _hadamard_delta(weight, scales, a_down, a_up, b_down, b_up)
         full_bias = _add_prompt(bias, weight, c)
         if dropped is None:
             y = torch.nn.functional.linear(x, delta.add_(weight), full_bias)
         else:
             y = torch.nn.functional.linear(x, weight, full_bias).addmm_(dropped, delta.t())
+        if shift is not None:
+            y += x.sum(1, keepdim=True) * shift
         ctx.save_for_backward(x, dropped, a_down, a_up, b_down, b_up, shift)
         ctx.read_weight, ctx.scales = read_weight, scales
         return y
@@ -197,13 +199,16 @@ class _Hadamard(torch.autograd.Function):
         a_scale, b_scale = ctx.scales
         weight = ctx.read_weight()
         dc, dbias = _bias_gradients(ctx, dy, weight)
-        delta = _hadamard_delta(weight, ctx.scales, a_down, a_up, b_down, b_up, shift)
+        delta = _hadamard_delta(weight, ctx.scales, a_down, a_up, b_down, b_up)
         if dropped is None:
             dx, ddropped = dy @ delta.add_(weight), None
         else:
             dx, ddropped = dy @ weight, dy @ delta
         dweight = dy.t() @ (x if dropped is None else dropped)
-        dshift = None if shift is None else _reduce_like(shift, dweight.sum(1)[None])
+        dshift = None
+        if shift is not None:
+            dshift = _reduce_like(shift, dy * x.sum(1, keepdim=True))
+            dx = dx + (dy * shift).sum(1, keepdim=True)
         db_down = db_up = None
         if b_down is not None:
             db_down, db_up = b_scale * (dweight @ b_up.t()), b_scale * (b_down.t() @ dweight)
@@ -219,7 +224,6 @@ def _hadamard_delta(
     a_up: Tensor,
     b_down: Tensor | None,
     b_up: Tensor | None,
-    shift: Tensor | None,
 ) -> Tensor:
     a_scale, b_scale = scales
     delta = torch.mm(a_down, a_up).mul_(weight)
@@ -227,7 +231,7 @@ def _hadamard_delta(
         delta.mul_(a_scale)
     if b_down is not None and b_up is not None:
         delta.addmm_(b_down, b_up, alpha=b_scale)
-    return delta if shift is None else delta.add_(shift[:, None])
+    return delta
 
 
 def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None) -> Tensor:

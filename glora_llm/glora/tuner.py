@@ -4,6 +4,8 @@ Its PEFT type is GLORA_LLM (GLORA is PEFT's own tuner, which ties A to B and D t
 layers). Importing this module registers it.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +46,31 @@ class GLoRAModel(BaseTuner):
             layer.requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject, with a fresh generator even where an adapter of this name was deleted before."""
+        self.__dict__.get("_generators", {}).pop(adapter_name, None)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        """PEFT calls this around every forward pass: `adapter_names` must reach the layers by a hook."""
+        if adapter_names is None:
+            yield
+            return
+        layers = [module for module in self.modules() if isinstance(module, GLoRALinear)]
+        unknown = sorted(set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.path})
+        if self.training or unknown:
+            why = "the model is in training mode" if self.training else f"there is no adapter {', '.join(unknown)}"
+            raise ValueError(f"adapter_names cannot be used: {why}")
+
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, kwargs | {"adapter_names": adapter_names}
+
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
 
     def _generator(self, config: GLoRAConfig, adapter_name: str) -> torch.Generator | None:
         """One seeded generator for all layers of an adapter, so a seed fixes the whole start."""

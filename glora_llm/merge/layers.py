@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from glora_llm.adapter import inject
 from glora_llm.errors import UserError
 from glora_llm.glora.dense_model import dense_linear
-from glora_llm.models.causal_lm import meta_model
+from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.models.causal_lm import linear_names, meta_model
 from glora_llm.schema import Recipe
 
 ROOT = "base_model.model."
@@ -40,6 +41,7 @@ class AdapterLayers:
             )
         self.weights = load_file(file)
         hollow = _hollow(meta_model(recipe.model, base))
+        self.section, self.decoder = recipe.model, set(linear_names(hollow))
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:
@@ -51,10 +53,20 @@ class AdapterLayers:
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer)
         }
+        odd = [name for name, layer in self.layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+        if odd:
+            raise UserError(
+                f"'{odd[0]}' is no linear, and only adapted linears can be merged: leave it out of the targets."
+            )
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         lacking = sorted(trained & set(result.missing_keys))
         if lacking:
             raise UserError(f"{adapter} does not fit the recipe: it lacks {lacking[0]}.")
+
+    def trained_weight(self, name: str, stored: StoredTensors, dtype: torch.dtype) -> Tensor:
+        """Return what the linear `name` computed with in training, float32 (the output head is never quantised)."""
+        weight = stored.get(f"{name}.weight")
+        return trained_weight(weight, self.section, dtype) if name in self.decoder else weight.to(dtype).float()
 
     def replaced(self, name: str) -> Tensor | None:
         """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
@@ -68,6 +80,7 @@ class AdapterLayers:
             UserError: when a value is not finite.
         """
         layer = self.layers[name]
+        b0 = self.weights.get(f"{ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
         empty = layer.base_layer
         layer.base_layer = dense_linear(w0.float(), None if b0 is None else b0.float(), torch.float32)
         try:

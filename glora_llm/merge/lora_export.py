@@ -17,7 +17,7 @@ from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.path import Path as SlotPath
-from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.merge.frozen import StoredTensors
 from glora_llm.merge.layers import ROOT, AdapterLayers
 from glora_llm.plan import Plan
 
@@ -39,13 +39,14 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
     stored, tensors, ranks = StoredTensors(plan.base.folder), {}, {}
     with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
     for name, layer in tqdm(layers.layers.items(), desc="export", disable=None, unit="layer"):
-        w0 = trained_weight(stored.get(f"{name}.weight"), plan.recipe.model, base_dtype)
+        w0 = layers.trained_weight(name, stored, base_dtype)
         b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
         up, down, bias = as_lora(w0, b0, layer.slots("default"))
         tensors[f"{ROOT}{name}.lora_A.weight"], tensors[f"{ROOT}{name}.lora_B.weight"] = up, down
         if with_bias:
             tensors[f"{ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
         ranks[name] = len(up)
+    tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
     temporary = out.with_name(f".writing-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -109,6 +110,7 @@ def _write_config(folder: Path, ranks: dict[str, int], with_bias: bool, glora: d
         alpha_pattern=other,
         lora_bias=with_bias,
         target_modules=sorted(ranks),
+        modules_to_save=glora.get("modules_to_save"),
         task_type="CAUSAL_LM",
         base_model_name_or_path=glora.get("base_model_name_or_path"),
         inference_mode=True,

@@ -10,10 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glora_llm.merge.folder_writer import FolderWriter
-from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.merge.frozen import StoredTensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
-from glora_llm.models.causal_lm import linear_names
 from glora_llm.plan import Plan
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,8 +32,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     """
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     config = layers.model.get_base_model().config
-    linears = set(linear_names(layers.model.get_base_model()))
-    linears = {name.replace(".base_layer", "") for name in linears} | set(layers.layers)
+    linears = layers.decoder | set(layers.layers)
     stored = StoredTensors(plan.base.folder)
     size = stored.numbers() * SIZES[dtype]
     with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
@@ -44,9 +42,11 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
                 writer.add(written, value)
                 if written.endswith(".bias"):
                     biased.add(written.removesuffix(".bias"))
-        _zero_biases(config, layers, linears, biased, writer)
-        head = layers.replaced("lm_head.weight")
-        if head is not None and "lm_head.weight" not in stored:  # trained in full: no longer the embedding
+        _zero_biases(config, layers, layers.decoder, biased, writer)
+        head, embedding = layers.replaced("lm_head.weight"), layers.replaced("model.embed_tokens.weight")
+        if head is None and embedding is not None:
+            head = stored.get("model.embed_tokens.weight")  # the unmerged head stays the frozen embedding
+        if head is not None and "lm_head.weight" not in stored:  # one of both was trained in full: no longer the same
             config.tie_word_embeddings = False
             writer.add("lm_head.weight", head)
         _write_settings(plan, config, writer.folder, dtype)
@@ -64,12 +64,12 @@ def _merged(
         if kind != "weight":
             return  # the bias is written with its weight
         b0 = stored.get(f"{owner}.bias").to(dtype) if f"{owner}.bias" in stored else None
-        weight, bias = layers.merged(owner, trained_weight(stored.get(name), plan.recipe.model, dtype), b0)
+        weight, bias = layers.merged(owner, layers.trained_weight(owner, stored, dtype), b0)
         yield name, weight
         if bias is not None:
             yield f"{owner}.bias", bias
     elif owner in linears and kind == "weight":
-        yield name, trained_weight(stored.get(name), plan.recipe.model, dtype)
+        yield name, layers.trained_weight(owner, stored, dtype)
     else:
         yield name, stored.get(name)
 

@@ -70,7 +70,7 @@ def test_packing_keeps_every_sample(chosen: Any, plain: Any, tmp_path: Path) -> 
     assert packed.lengths().max() <= 128
     for i in range(len(packed)):
         row = packed.row(i)
-        positions = collate([row], 0).position_ids[0].numpy()
+        positions = collate([row], 0)["position_ids"][0].numpy()
         assert np.flatnonzero(positions == 0).tolist() == row.starts
 
 
@@ -211,7 +211,7 @@ def test_embedded_data_end_to_end(llama: Any, tmp_path: Path, settings: Settings
     assert "\nIntent:«" in data.previews[0]
     sampler = GlobalSampler(len(data.train), 8, seed=0)
     batch = collate([data.train.row(i) for i in sampler.rank_rows(0, 0, 2, 2)[1]], pad_id=llama.eos_token_id)
-    assert batch.input_ids.shape[0] == 2 and batch.n_targets == int((batch.labels != -100).sum()) > 0
+    assert batch["input_ids"].shape[0] == 2 and int((batch["labels"] != -100).sum()) > 0
 
 
 def test_class_names_of_a_parquet_file(plain: Any, tmp_path: Path, settings: Settings) -> None:

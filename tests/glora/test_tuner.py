@@ -96,7 +96,6 @@ def test_disabled_it_is_the_base(llama: Llama, fill: Fill) -> None:
     assert torch.equal(logits(model), expected) and not torch.equal(expected, base)
 
 
-@pytest.mark.xfail(strict=True, reason="GLoRAModel has no _enable_peft_forward_hooks: adapter_names reaches no layer")
 def test_a_batch_of_several_adapters(llama: Llama, fill: Fill) -> None:
     model = glora(llama(), slots=ALL_MODES)
     model.add_adapter("other", GLoRAConfig(rank=2, slots={"A": "vector", "E": "vector"}))
@@ -112,7 +111,6 @@ def test_a_batch_of_several_adapters(llama: Llama, fill: Fill) -> None:
         torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="an adapter that does not exist is taken for the base")
 def test_a_batch_of_an_unknown_adapter(llama: Llama) -> None:
     model = glora(llama())
     with pytest.raises(ValueError, match="nobody"):
@@ -206,7 +204,6 @@ def test_paths_by_pattern_and_ranks_by_slot(llama: Llama) -> None:
             assert b.up.shape == (2, layer.in_features) and b.scale == 5.0 / 2
 
 
-@pytest.mark.xfail(strict=True, reason="the generator of the deleted adapter goes on where it stood")
 def test_an_adapter_made_again_starts_the_same(llama: Llama) -> None:
     model = glora(llama(), seed=3)
     first = slot_values(model)

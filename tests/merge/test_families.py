@@ -70,8 +70,6 @@ def require_merged_equals_unmerged(trained: Trained, out: Path) -> Any:
 
 
 WITH_D = ALL_MODES | {"D": "vector"}
-SPLIT_HEAD = "the merged head is tied to the trained embedding, the unmerged one to the frozen embedding"
-LOST_BIAS = "AdapterLayers.merged takes the bias of the base's file, not the trained one of the adapter"
 CASES = [
     ("llama with attention biases", {"slots": ALL_MODES}),
     ("llama with attention biases", {"preset": "ssf"}),
@@ -83,16 +81,8 @@ CASES = [
     ("tied llama", {"slots": ALL_MODES}),
     ("tied llama", {"slots": {"B": "lora"}, "modules_to_save": ["lm_head"]}),
     ("tied llama", {"slots": {"B": "lora"}, "modules_to_save": ["embed_tokens", "lm_head"]}),
-    pytest.param(
-        "tied llama",
-        {"slots": {"B": "lora"}, "modules_to_save": ["embed_tokens"]},
-        marks=pytest.mark.xfail(strict=True, reason=SPLIT_HEAD),
-    ),
-    pytest.param(
-        "qwen2",
-        {"method": "lora", "peft": {"bias": "lora_only"}},
-        marks=pytest.mark.xfail(strict=True, reason=LOST_BIAS),
-    ),
+    ("tied llama", {"slots": {"B": "lora"}, "modules_to_save": ["embed_tokens"]}),
+    ("qwen2", {"method": "lora", "peft": {"bias": "lora_only"}}),
 ]
 
 
@@ -128,17 +118,14 @@ def test_a_family_without_the_bias_says_what_can_be_merged(folders: Folders, tra
     assert json.loads((tmp_path / "lora" / "merge_report.json").read_text())["max_abs_logit_diff"] < 1e-3
 
 
-QUANTISED_HEAD = pytest.mark.xfail(strict=True, reason="an adapted lm_head is quantised, which load_base never does")
-
-
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=QUANTISED_HEAD)])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("adapter", [{"slots": {"A": "lora", "B": "lora"}}, {"method": "lora"}])
 def test_an_adapter_on_the_head(adapter: dict[str, Any], quantization: str, train: Train, tmp_path: Path) -> None:
     trained = train(**adapter, targets=["lm_head", "q_proj"], model={"quantization": quantization})
     require_merged_equals_unmerged(trained, tmp_path / "out")
 
 
-@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=QUANTISED_HEAD)])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_exporting_an_adapter_on_the_head(quantization: str, train: Train, tmp_path: Path) -> None:
     targets = ["lm_head", "q_proj"]
     trained = train(slots={"A": "lora", "B": "lora"}, targets=targets, model={"quantization": quantization})
@@ -148,9 +135,6 @@ def test_exporting_an_adapter_on_the_head(quantization: str, train: Train, tmp_p
     torch.testing.assert_close(found, trained.logits(), rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserError, reason="merge_obstacle asks bias_support for lm_head, no decoder linear"
-)
 def test_c_and_e_on_the_head_can_be_trained(train: Train) -> None:
     assert "cannot be merged" in describe(train(slots=ALL_MODES, targets=["lm_head"]).plan, 1)
 

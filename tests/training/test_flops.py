@@ -42,7 +42,8 @@ def counted(model: LlamaForCausalLM, labels: torch.Tensor) -> int:
 def test_a_step_costs_what_was_counted(llama: LlamaForCausalLM, targets_per_row: int) -> None:
     """Eager attention computes the masked half of its products too, which the formula does not count as work.
 
-    What the formula leaves out (W0 c, norms, softmax) the counter does not count either.
+    What the formula leaves out (W0 c, norms, softmax) the counter does not count either; the two per cent between
+    them are the vectors C and E, which the formula counts as if they were matrices.
     """
     labels = torch.full((ROWS, WIDTH), -100)
     labels[:, -targets_per_row:] = 3
@@ -51,7 +52,7 @@ def test_a_step_costs_what_was_counted(llama: LlamaForCausalLM, targets_per_row:
     masked_half = tokens * 6 * WIDTH * HIDDEN * LAYERS
     expected = cost.step_flops(tokens, targets, WIDTH)
     assert masked_half < 0.2 * expected
-    assert counted(llama, labels) - masked_half == pytest.approx(expected, rel=0.1)
+    assert counted(llama, labels) - masked_half == pytest.approx(expected, rel=0.03)
 
 
 def test_what_is_measured_of_a_model(llama: LlamaForCausalLM) -> None:

@@ -95,6 +95,24 @@ def test_chunks_change_nothing(llama: LlamaForCausalLM, size: int, monkeypatch: 
         torch.testing.assert_close(one, other)
 
 
+def test_chunks_reach_a_head_that_is_trained_alone(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """modules_to_save: [lm_head] under a frozen decoder: nothing that goes into a chunk needs a gradient."""
+    head, batch, found = llama.lm_head.weight, collate(rows(), pad_id=0), []
+    try:
+        llama.requires_grad_(False)
+        head.requires_grad_(True)
+        for size in (10_000, 3):
+            monkeypatch.setattr(objectives, "CHUNK", size)
+            head.grad = None
+            CausalLMObjective(llama)(**batch).backward()
+            assert head.grad is not None
+            found.append(head.grad.clone())
+    finally:
+        llama.requires_grad_(True)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_token_losses_sum_to_the_loss(llama: LlamaForCausalLM) -> None:
     samples = rows()
     scores = CausalLMObjective(llama)(**collate(samples, pad_id=0), score=True)
