@@ -1,5 +1,6 @@
 """Composition root: recipe -> plan -> model -> adapter -> engine -> fit -> save -> merge. Read this first."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     if dry_run:
         return
     ranks = distributed.start()
+    folder.require_same_base(base_identity(plan, ranks.device))
+    dist.barrier()
     if ranks.first:
         folder.write("recipe.yaml", recipes.dump(recipe))
         folder.write("base.json", json.dumps(base_identity(plan, ranks.device), indent=1) + "\n")
@@ -102,12 +105,15 @@ class Run:
 
     def go(self) -> None:
         """Build, resume, train, score and save."""
-        recipe = self.plan.recipe
         self.began, self.earlier_seconds = time.time(), 0.0
         self._build()
         start = self._resume()
-        log = MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)
-        self._announce(log, start)
+        with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)) as log:
+            self._announce(log, start)
+            self._train(log, start)
+
+    def _train(self, log: MetricLog, start: int) -> None:
+        recipe = self.plan.recipe
         if recipe.evaluation.test_before and start == 0:
             self._record({"test_before": self._score("test", None)})
         schedule = Schedule(
@@ -121,7 +127,6 @@ class Run:
         )
         last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
         self._finish(log, last, start)
-        log.close()
 
     def _build(self) -> None:
         recipe, device = self.plan.recipe, self.ranks.device
@@ -155,11 +160,6 @@ class Run:
         if found is None:
             return None
         tensors, trainer = checkpoint.read(found, [item.name for item in self.trainables])
-        if trainer["base_fingerprint"] != self.plan.base.fingerprint:
-            raise UserError(
-                f"{found} was trained on another base model ({trainer['base_name']}, fingerprint "
-                f"{trainer['base_fingerprint'][:12]}) than {self.plan.base.name} ({self.plan.base.fingerprint[:12]})."
-            )
         if trainer["data_digest"] != self.plan.data.train.digest():
             raise UserError(
                 f"The training rows differ from those that {found} was trained on: {self.plan.recipe.data.source} has "
@@ -220,8 +220,6 @@ class Run:
             "seed": self.plan.recipe.training.seed,
             "data_digest": self.plan.data.train.digest(),
             "seconds": self.earlier_seconds + time.time() - self.began,
-            "base_name": self.plan.base.name,
-            "base_fingerprint": self.plan.base.fingerprint,
         }
         try:
             checkpoint.write(

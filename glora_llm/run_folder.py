@@ -13,7 +13,7 @@ from glora_llm.schema import Recipe
 # A run may go on with these changed; all else makes it another run.
 FREE_KEYS = {
     "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps"},
-    "model": {"attention", "kernels", "gradient_checkpointing"},
+    "model": {"attention", "kernels", "gradient_checkpointing", "dtype"},  # base.json holds the dtype itself
 }
 FREE_SECTIONS = {"description", "evaluation", "merge", "output"}
 
@@ -79,6 +79,29 @@ class RunFolder:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])
             raise UserError(
                 f"{self.path} holds a run of another recipe ({shown}). Choose another output.dir, or delete it."
+            )
+
+    def base(self) -> dict[str, Any]:
+        """Return base.json: which base the run is trained on, computed in which dtype; nothing where it never began."""
+        file = self.path / "base.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def require_same_base(self, base: dict[str, Any]) -> None:
+        """Check that a run goes on with the base that it began with: W0 is part of what is trained.
+
+        Raises:
+            UserError: when weights or dtype are others.
+        """
+        there = self.base()
+        if there and there["fingerprint"] != base["fingerprint"]:
+            raise UserError(
+                f"{self.path} was trained on {there['name']} with fingerprint {there['fingerprint'][:12]}; "
+                f"{base['name']} has {base['fingerprint'][:12]}. Put that base back, or choose another output.dir."
+            )
+        if there and there["dtype"] != base["dtype"]:
+            raise UserError(
+                f"{self.path} was trained in {there['dtype']}, and this machine would go on in {base['dtype']}. "
+                f"Set model.dtype={there['dtype']}."
             )
 
 

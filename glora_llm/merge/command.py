@@ -75,15 +75,10 @@ def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
     Raises:
         UserError: when the base is another one, or the run never started.
     """
-    file = folder.path / "base.json"
-    if not file.is_file():
+    trained = folder.base()
+    if not trained:
         raise UserError(f"{folder.path} has no base.json: its training never started.")
-    trained = json.loads(file.read_text())
-    if trained["fingerprint"] != plan.base.fingerprint:
-        raise UserError(
-            f"The adapter was trained on {trained['name']} with fingerprint {trained['fingerprint'][:12]}; "
-            f"{plan.base.folder} has {plan.base.fingerprint[:12]}. Put the original base back: W0 is part of it."
-        )
+    folder.require_same_base({"name": plan.base.name, "fingerprint": plan.base.fingerprint, "dtype": trained["dtype"]})
     dtype: torch.dtype = getattr(torch, trained["dtype"])
     return dtype
 

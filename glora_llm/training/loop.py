@@ -99,6 +99,7 @@ def fit(
             last_validation = hooks.validate(done)
             log.scalars(done, last_validation)
         if schedule.due(done, output.save_every) and not bad:
+            log.flush()
             hooks.save(done)
     return last_validation
 

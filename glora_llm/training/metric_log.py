@@ -90,6 +90,11 @@ class MetricLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def flush(self) -> None:
+        """Put on disk what TensorBoard still holds; called before a checkpoint, so that a killed run lacks no point."""
+        if self.enabled:
+            self.tensorboard.flush()
+
     def close(self) -> None:
         """Flush and close."""
         if self.enabled:
