@@ -50,7 +50,8 @@ def start() -> Ranks:
     if gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores: more threads than cores slow every step down
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local_sizes = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        neighbours = int(next(size for size in local_sizes if size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)

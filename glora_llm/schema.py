@@ -78,10 +78,12 @@ class AdapterSection(Section):
     @model_validator(mode="after")
     def _one_source_of_slots(self) -> "AdapterSection":
         if self.preset and self.slots:
-            raise ValueError("preset and slots exclude each other: give one of them")
+            raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
         given = [n for n in ("preset", "slots", "paths", "lr_factors") if getattr(self, n) is not None]
         if self.method != "glora" and given:
-            raise ValueError(f"{given[0]} belongs to method glora, not to '{self.method}'")
+            raise ValueError(
+                f"{given[0]} belongs to method glora, not to '{self.method}': adapter.{given[0]}=null takes it away"
+            )
         if self.method == "glora" and self.peft:
             raise ValueError("peft holds arguments of PEFT's own methods; glora has keys of its own")
         return self
@@ -145,7 +147,7 @@ class TrainingSection(Section):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "TrainingSection":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+            raise ValueError("give exactly one of steps and epochs: training.steps=null takes the recipe's away")
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "

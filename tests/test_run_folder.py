@@ -12,13 +12,13 @@ from glora_llm.schema import Recipe
 
 FREE = [
     "training.deepspeed=zero3", "training.micro_batch=2", "training.log_every=5", "training.max_bad_steps=2",
-    "model.attention=eager", "model.kernels=none", "model.gradient_checkpointing=true",
+    "model.attention=eager", "model.dtype=bfloat16", "model.kernels=none", "model.gradient_checkpointing=true",
     "evaluation.every=5", "evaluation.batch=3", "merge.after_training=true", "merge.dtype=bfloat16",
     "output.save_every=3", "output.keep=9", "output.resume=must", "description=other",
 ]  # fmt: skip
 BOUND = [
     "training.lr=0.5", "training.steps=21", "training.global_batch=32", "training.seed=1", "training.betas=[0.9, 0.99]",
-    "model.quantization=nf4", "model.dtype=bfloat16", "adapter.rank=5", "adapter.slots.A=none", "adapter.alpha=9.0",
+    "model.quantization=nf4", "adapter.rank=5", "adapter.slots.A=none", "adapter.alpha=9.0",
     "data.max_rows=300", "data.packing=true", "data.prompt='{text}'",
 ]  # fmt: skip
 
@@ -103,6 +103,24 @@ def test_a_summary_grows(folder: RunFolder) -> None:
     expected = {"steps": 20, "test": {"test/loss": 2.0}, "seconds": 3.5}
     assert folder.summary() == json.loads((folder.path / "summary.json").read_text()) == expected
     assert {path.name for path in folder.path.iterdir()} == {"recipe.yaml", "summary.json"}
+
+
+BASE = {"name": "some/base", "revision": None, "fingerprint": "a" * 64, "dtype": "float32"}
+
+
+def test_a_run_goes_on_with_its_base_only(folder: RunFolder) -> None:
+    """W0 is part of what GLoRA trains: other weights, or weights rounded otherwise, make another adapter of it."""
+    assert folder.base() == {}
+    folder.require_same_base(BASE)
+    folder.write("base.json", json.dumps(BASE))
+    folder.require_same_base(BASE | {"name": "moved/base"})
+    with pytest.raises(
+        UserError, match=r"trained on some/base with fingerprint aaaaaaaaaaaa; other has bbbbbbbbbbbb\."
+    ):
+        folder.require_same_base(BASE | {"name": "other", "fingerprint": "b" * 64})
+    with pytest.raises(UserError, match=r"trained in float32, .* go on in bfloat16\. Set model\.dtype=float32"):
+        folder.require_same_base(BASE | {"dtype": "bfloat16"})
+    assert folder.base() == BASE
 
 
 def test_the_paths_of_a_run(tmp_path: Path) -> None:

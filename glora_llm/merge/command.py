@@ -65,7 +65,8 @@ def merge_run(
     (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
     _print(values, out)
     _require_within(report, plan.recipe.merge, out)
-    if out == folder.path / "merged" and plan.data.test is not None:
+    usual = to == "model" and step is None and quantize == "none" and out.resolve() == (run / "merged").resolve()
+    if usual and plan.data.test is not None:
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
 

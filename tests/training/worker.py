@@ -35,8 +35,13 @@ SCENARIOS: dict[str, list[str]] = {
     "zero3_checkpointing": ["training.deepspeed=zero3", "model.gradient_checkpointing=true"],
     "no_dropout": ["adapter.dropout=0"],
     "adamw_8bit": ["training.optimizer=adamw_8bit", "training.deepspeed=zero2"],
-    "lora": ["adapter.method=lora", "training.deepspeed=zero2"],
-    "adalora": ["adapter.method=adalora", "training.deepspeed=zero0", "adapter.peft={tinit: 1, tfinal: 1, deltaT: 1}"],
+    "lora": ["adapter.method=lora", "adapter.slots=null", "training.deepspeed=zero2"],
+    "adalora": [
+        "adapter.method=adalora",
+        "adapter.slots=null",
+        "training.deepspeed=zero0",
+        "adapter.peft={tinit: 1, tfinal: 1, deltaT: 1}",
+    ],
     "bfloat16": ["model.dtype=bfloat16", "training.deepspeed=zero2"],
     "broken": ["training.lr=1e30", "training.max_grad_norm=0", "training.max_bad_steps=2"],
 }
@@ -61,6 +66,7 @@ def main() -> None:
             train(name, out / name, ranks)
         except Exception as error:  # noqa: BLE001 - the test reads what it was
             if ranks.first:
+                (out / name).mkdir(parents=True, exist_ok=True)
                 (out / name / "error.txt").write_text(f"{type(error).__name__}: {error}")
     for name in RESUMED:
         again = out / f"{name}-resumed"
