@@ -51,10 +51,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         return
     ranks = distributed.start()
     folder.require_same_base(base_identity(plan, ranks.device))
-    dist.barrier()
     if ranks.first:
-        folder.write("recipe.yaml", recipes.dump(recipe))
-        folder.write("base.json", json.dumps(base_identity(plan, ranks.device), indent=1) + "\n")
+        folder.path.mkdir(parents=True, exist_ok=True)
         distributed.forget_failure(folder.path)
     dist.barrier()
     with distributed.first_failure(folder.path, ranks.rank, lambda: _advice(folder)):
@@ -107,6 +105,7 @@ class Run:
         """Build, resume, train, score and save."""
         self.began, self.earlier_seconds = time.time(), 0.0
         self._build()
+        self._claim()
         start = self._resume()
         with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)) as log:
             self._announce(log, start)
@@ -149,6 +148,13 @@ class Run:
         self.engine = Engine(objective, self.trainables, recipe.training, dtype, device, penalty)
         if self.allocation:
             self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
+
+    def _claim(self) -> None:
+        """Write whose folder this is: now that nothing of the recipe and of the checkpoint can be refused any more."""
+        if self.ranks.first:
+            self.folder.write("recipe.yaml", recipes.dump(self.plan.recipe))
+            identity = base_identity(self.plan, self.ranks.device)
+            self.folder.write("base.json", json.dumps(identity, indent=1) + "\n")
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""

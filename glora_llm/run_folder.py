@@ -96,7 +96,7 @@ class RunFolder:
         if there and there["fingerprint"] != base["fingerprint"]:
             raise UserError(
                 f"{self.path} was trained on {there['name']} with fingerprint {there['fingerprint'][:12]}; "
-                f"{base['name']} has {base['fingerprint'][:12]}. Put that base back, or choose another output.dir."
+                f"{base['name']} has {base['fingerprint'][:12]}. Put that base back: W0 is part of the result."
             )
         if there and there["dtype"] != base["dtype"]:
             raise UserError(

@@ -89,8 +89,10 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    if not _is_manifest(manifest):
+        return f"{MANIFEST} does not list the files of a checkpoint"
     for name, wanted in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -100,6 +102,13 @@ def fault(folder: Path) -> str | None:
         if _sha256(path) != wanted["sha256"]:
             return f"{name} differs from what was written (sha256)"
     return None
+
+
+def _is_manifest(manifest: Any) -> bool:
+    """Tell whether this is what `write` wrote, by its shape."""
+    if not isinstance(manifest, dict) or not {"state.safetensors", "trainer.json"} <= manifest.keys():
+        return False
+    return all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.values())
 
 
 def newest(root: Path) -> Path | None:

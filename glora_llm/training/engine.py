@@ -54,10 +54,12 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
             f"No DeepSpeed configuration '{name}'; there is: {', '.join(known)}, or a .json file.{nearest(name, known)}"
         )
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: Any = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    return config
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object; expected keys such as zero_optimization.")
+    return dict(config)
 
 
 def resolve_deepspeed_config(settings: TrainingSection, dtype: torch.dtype, world: int) -> dict[str, Any]:

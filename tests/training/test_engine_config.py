@@ -126,7 +126,6 @@ def test_broken_json_is_named_with_its_line(tmp_path: Path) -> None:
         read_deepspeed_config(str(file))
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="read_deepspeed_config takes any JSON")
 @pytest.mark.parametrize("text", ["[]", "3", '"zero2"'])
 def test_json_that_is_no_object_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(text)
