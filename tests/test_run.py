@@ -228,7 +228,7 @@ def test_rows_that_changed_since_the_checkpoint(trained: Path, capsys: pytest.Ca
 def test_a_base_that_changed_since_the_checkpoint(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused, and the folder still knows the old base, so that a merge refuses the new one as well."""
+    """Refused, and the folder still knows the old base, so that a merge refuses the new one too."""
     weights, before = trained / "model" / "model.safetensors", contents(trained / "run")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -253,9 +253,7 @@ def test_checkpoints_of_nobody_are_not_touched(refused: Outcome, tmp_path: Path)
     assert contents(tmp_path / "run") == {}
 
 
-def test_a_batch_that_the_ranks_do_not_divide(
-    refused: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_ranks_do_not_divide(refused: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = refused(*overrides(write_rows(tmp_path / "data.jsonl"), tmp_path / "run"))
     assert "training.global_batch 16 = micro_batch 4 x accumulation x 3 ranks" in message
@@ -269,10 +267,8 @@ def test_a_merge_that_is_not_possible_is_said_before_training(refused: Outcome, 
 
     from glora_llm.models.random_llama import byte_tokenizer
 
-    config = MistralConfig(
-        hidden_size=16, intermediate_size=24, vocab_size=260, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4,
-    )  # fmt: skip
+    small = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 260, "num_hidden_layers": 1}
+    config = MistralConfig(**small, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
     byte_tokenizer(512).save_pretrained(tmp_path / "mistral")
     message = refused(
