@@ -3,7 +3,7 @@
   python scripts/bench_step.py [--rounds 7] [--rows 4] [--tokens 256] [--quantization none nf4] [--out FILE.md]
 
 Times are medians of one interleaved run (each round times every method once), so a noisy machine disturbs all alike;
-the ratio is the median of the ratios within a round. Memory is the peak over two steps of a process of its own for each method:
+the ratio is the median of the ratios within a round. Memory is the peak over two steps, in a process of its own:
 resident set on a CPU, allocated on a GPU. Exits with 1 when a bound of BOUNDS is not kept.
 """
 

@@ -108,7 +108,8 @@ class _OnePass(torch.autograd.Function):
     """y = (1 + a) * ((x + U_a A_d') W0') + U_b B_d' + sum(x) b' + W0 c + bias, with U = x [A_u; B_u]'.
 
     A in mode lora is the matrix product; its gain a is zero then. Thin products only; what is kept is x and U (and
-    x' W0' where a gain needs it).
+    x' W0' where a gain needs it). Beside A's factors c costs nothing: U gets a column of ones and A_d the column c, as
+    W0 c is what W0 makes of a constant input; the same column sums dy for the bias in the product for B_d.
     """
 
     @staticmethod
@@ -117,10 +118,14 @@ class _OnePass(torch.autograd.Function):
         assert x is not None
         a_scale, b_scale = scales
         weight = read_weight()
-        thin = _thin(x if dropped is None else dropped, a_up, b_up)
+        folded = c is not None and a_down is not None
+        thin = _thin(x if dropped is None else dropped, a_up, b_up, folded)
         r = 0 if a_up is None else a_up.shape[0]
-        full_bias = _add_prompt(bias, weight, c)
-        inner = x if a_down is None else torch.addmm(x, thin[:, :r], a_down.t(), alpha=a_scale)
+        full_bias = bias if folded else _add_prompt(bias, weight, c)
+        inner = x
+        if a_down is not None:
+            left = a_down if c is None else torch.cat([a_down, c[:, None] / a_scale], 1)
+            inner = torch.addmm(x, thin[:, : r + folded], left.t(), alpha=a_scale)
         if gain is None:
             y, plain = torch.nn.functional.linear(inner, weight, full_bias), None
         else:
@@ -129,29 +134,34 @@ class _OnePass(torch.autograd.Function):
             if full_bias is not None:
                 y += full_bias
         if b_down is not None:
-            y.addmm_(thin[:, r:], b_down.t(), alpha=b_scale)
+            y.addmm_(thin[:, r + folded :], b_down.t(), alpha=b_scale)
         if shift is not None:
             y += x.sum(1, keepdim=True) * shift
         ctx.save_for_backward(x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift)
-        ctx.read_weight, ctx.scales, ctx.r = read_weight, scales, r
+        ctx.read_weight, ctx.scales, ctx.r, ctx.folded = read_weight, scales, r, folded
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift = ctx.saved_tensors
-        (a_scale, b_scale), r = ctx.scales, ctx.r
+        (a_scale, b_scale), r, folded = ctx.scales, ctx.r, ctx.folded
         weight = ctx.read_weight()
-        dc, dbias = _bias_gradients(ctx, dy, weight)
+        dc, dbias = (None, None) if folded else _bias_gradients(ctx, dy, weight)
         dgain = None if gain is None else _reduce_like(gain, dy * plain)
         dx = (dy if gain is None else dy * (1 + gain)) @ weight
         parts, da_down, db_down = [], None, None
         if a_down is not None:
-            da_down = a_scale * (dx.t() @ thin[:, :r])
+            both = dx.t() @ thin[:, : r + folded]
+            da_down, dc = a_scale * both[:, :r], both[:, r] if folded else dc
             parts.append(a_scale * (dx @ a_down))
         if b_down is not None:
-            db_down = b_scale * (dy.t() @ thin[:, r:])
+            both = dy.t() @ thin[:, r:]
+            db_down, dbias = b_scale * both[:, int(folded) :], both[:, 0] if folded else dbias
             parts.append(b_scale * (dy @ b_down))
+        elif folded:
+            dbias = dy.sum(0)
+        dbias = dbias if ctx.needs_input_grad[-1] else None
         dshift = None
         if shift is not None:
             dshift = _reduce_like(shift, dy * x.sum(1, keepdim=True))
@@ -234,11 +244,15 @@ def _hadamard_delta(
     return delta
 
 
-def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
-    """Return U = x [A_u; B_u]', (T, r_A + r_B); (T, 0) where neither slot is low-rank."""
+def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None, ones: bool) -> Tensor:
+    """Return U = x [A_u; B_u]', (T, r_A + r_B), with a column of ones after A's if asked; (T, 0) without factors."""
     if a_up is None and b_up is None:
         return x.new_empty(x.shape[0], 0)
-    return x @ _stack(a_up, b_up).t()
+    if not ones or a_up is None:
+        return x @ _stack(a_up, b_up).t()
+    thin = x @ torch.cat([up for up in (a_up, a_up.new_zeros(1, a_up.shape[1]), b_up) if up is not None]).t()
+    thin[:, a_up.shape[0]] = 1
+    return thin
 
 
 def _stack(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
