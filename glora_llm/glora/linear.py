@@ -105,77 +105,65 @@ def glora_linear(
 
 
 class _OnePass(torch.autograd.Function):
-    """y = (1 + a) * ((x + U_a A_d') W0') + U_b B_d' + sum(x) b' + W0 c + bias, with U = x [A_u; B_u]'.
+    """y = (1 + a) * (x W0') + U [W0 A_d | B_d]' + sum(x) b' + W0 c + bias, with U = x [A_u; B_u]'.
 
-    A in mode lora is the matrix product; its gain a is zero then. Thin products only; what is kept is x and U (and
-    x' W0' where a gain needs it). Beside A's factors c costs nothing: U gets a column of ones and A_d the column c, as
-    W0 c is what W0 makes of a constant input; the same column sums dy for the bias in the product for B_d.
+    A in mode lora is the matrix product, whose gain a is zero then: W0 A_d A_u is a LoRA with the factor W0 A_d, so A
+    and B together cost what one LoRA of rank r_A + r_B costs. W0 [A_d | c] is one thin product. What is kept is x, U
+    and W0 A_d (and x W0' where a gain needs it).
     """
 
     @staticmethod
     def forward(ctx: Any, read_weight: ReadWeight, scales: Scales, *tensors: Tensor | None) -> Tensor:
         x, dropped, a_down, a_up, b_down, b_up, gain, shift, c, bias = tensors
         assert x is not None
-        a_scale, b_scale = scales
         weight = read_weight()
-        folded = c is not None and a_down is not None
-        thin = _thin(x if dropped is None else dropped, a_up, b_up, folded)
-        r = 0 if a_up is None else a_up.shape[0]
-        full_bias = bias if folded else _add_prompt(bias, weight, c)
-        inner = x
-        if a_down is not None:
-            left = a_down if c is None else torch.cat([a_down, c[:, None] / a_scale], 1)
-            inner = torch.addmm(x, thin[:, : r + folded], left.t(), alpha=a_scale)
+        thin = _thin(x if dropped is None else dropped, a_up, b_up)
+        through, prompt = _through_weight(weight, a_down, c)
+        down = _stack_scaled(through, b_down, scales)
+        full_bias = bias if prompt is None else prompt if bias is None else bias + prompt
         if gain is None:
-            y, plain = torch.nn.functional.linear(inner, weight, full_bias), None
+            y, plain = torch.nn.functional.linear(x, weight, full_bias), None
         else:
-            plain = inner @ weight.t()
+            plain = x @ weight.t()
             y = plain * (1 + gain)
             if full_bias is not None:
                 y += full_bias
-        if b_down is not None:
-            y.addmm_(thin[:, r + folded :], b_down.t(), alpha=b_scale)
+        if down is not None:
+            y.addmm_(thin, down.t())
         if shift is not None:
             y += x.sum(1, keepdim=True) * shift
-        ctx.save_for_backward(x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift)
-        ctx.read_weight, ctx.scales, ctx.r, ctx.folded = read_weight, scales, r, folded
+        ctx.save_for_backward(x, dropped, thin, plain, down, a_up, b_up, gain, shift)
+        ctx.read_weight, ctx.scales = read_weight, scales
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dropped, thin, plain, a_down, a_up, b_down, b_up, gain, shift = ctx.saved_tensors
-        (a_scale, b_scale), r, folded = ctx.scales, ctx.r, ctx.folded
+        x, dropped, thin, plain, down, a_up, b_up, gain, shift = ctx.saved_tensors
+        a_scale, b_scale = ctx.scales
+        r = 0 if a_up is None else a_up.shape[0]
         weight = ctx.read_weight()
-        dc, dbias = (None, None) if folded else _bias_gradients(ctx, dy, weight)
+        wants_c, wants_bias = ctx.needs_input_grad[-2:]
+        total = dy.sum(0) if wants_c or wants_bias else None
         dgain = None if gain is None else _reduce_like(gain, dy * plain)
         dx = (dy if gain is None else dy * (1 + gain)) @ weight
-        parts, da_down, db_down = [], None, None
-        if a_down is not None:
-            both = dx.t() @ thin[:, : r + folded]
-            da_down, dc = a_scale * both[:, :r], both[:, r] if folded else dc
-            parts.append(a_scale * (dx @ a_down))
-        if b_down is not None:
-            both = dy.t() @ thin[:, r:]
-            db_down, dbias = b_scale * both[:, int(folded) :], both[:, 0] if folded else dbias
-            parts.append(b_scale * (dy @ b_down))
-        elif folded:
-            dbias = dy.sum(0)
-        dbias = dbias if ctx.needs_input_grad[-1] else None
-        dshift = None
+        dshift = da_up = db_up = ddropped = dthrough = db_down = None
         if shift is not None:
             dshift = _reduce_like(shift, dy * x.sum(1, keepdim=True))
             dx = dx + (dy * shift).sum(1, keepdim=True)
-        da_up = db_up = ddropped = None
-        if parts:
-            dthin = torch.cat(parts, 1)
-            up = _stack(a_up, b_up)
+        if down is not None:
+            ddown, dthin, up = dy.t() @ thin, dy @ down, _stack(a_up, b_up)
             dup = dthin.t() @ (x if dropped is None else dropped)
-            da_up, db_up = (dup[:r] if a_up is not None else None), (dup[r:] if b_up is not None else None)
+            if a_up is not None:
+                dthrough, da_up = a_scale * ddown[:, :r], dup[:r]
+            if b_up is not None:
+                db_down, db_up = b_scale * ddown[:, r:], dup[r:]
             if dropped is None:
-                dx = dx.addmm_(dthin, up)
+                dx.addmm_(dthin, up)
             else:
                 ddropped = dthin @ up
+        da_down, dc = _through_weight(weight.t(), dthrough, total if wants_c else None)
+        dbias = total if wants_bias else None
         return None, None, dx, ddropped, da_down, da_up, db_down, db_up, dgain, dshift, dc, dbias
 
 
@@ -244,15 +232,29 @@ def _hadamard_delta(
     return delta
 
 
-def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None, ones: bool) -> Tensor:
-    """Return U = x [A_u; B_u]', (T, r_A + r_B), with a column of ones after A's if asked; (T, 0) without factors."""
+def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
+    """Return U = x [A_u; B_u]', (T, r_A + r_B); (T, 0) where neither slot is low-rank."""
     if a_up is None and b_up is None:
         return x.new_empty(x.shape[0], 0)
-    if not ones or a_up is None:
-        return x @ _stack(a_up, b_up).t()
-    thin = x @ torch.cat([up for up in (a_up, a_up.new_zeros(1, a_up.shape[1]), b_up) if up is not None]).t()
-    thin[:, a_up.shape[0]] = 1
-    return thin
+    return x @ _stack(a_up, b_up).t()
+
+
+def _through_weight(
+    weight: Tensor, factor: Tensor | None, column: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (weight @ factor, weight @ column) by one product; None where there is none."""
+    if factor is None:
+        return None, None if column is None else torch.mv(weight, column)
+    if column is None:
+        return weight @ factor, None
+    both = weight @ torch.cat([factor, column[:, None]], 1)
+    return both[:, :-1], both[:, -1]
+
+
+def _stack_scaled(through: Tensor | None, b_down: Tensor | None, scales: Scales) -> Tensor | None:
+    """Return [s_A W0 A_d | s_B B_d], (O, r_A + r_B), or None where neither slot is low-rank."""
+    factors = [s * f for s, f in zip(scales, (through, b_down), strict=True) if f is not None]
+    return torch.cat(factors, 1) if factors else None
 
 
 def _stack(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
