@@ -1,8 +1,14 @@
-"""What every test relies on: no network, no colours, and GPU tests only where there is a GPU."""
+"""What every test relies on: no network, a cache of the session's own, and GPU tests only where there is a GPU."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from glora_llm.models.resolve import ResolvedModel
 
 # Before transformers and datasets are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,3 +26,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the session's own: embedded models are made once for all tests, and nothing of the user's is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GLORA_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> "ResolvedModel":
+    """The embedded LLaMA of two layers with random weights."""
+    from glora_llm.models.resolve import resolve
+    from glora_llm.schema import ModelSection
+
+    return resolve(ModelSection(name_or_path="embedded:tiny-llama"))

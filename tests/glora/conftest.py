@@ -1,11 +1,6 @@
-"""A cache of the session's own, a LLaMA of a few thousand numbers, and adapters that look trained."""
+"""A LLaMA of a few thousand numbers, and adapters that look trained."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +10,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.glora import GLoRAConfig, GLoRALinear
-from glora_llm.models.resolve import ResolvedModel, resolve
-from glora_llm.schema import ModelSection
 
 Fill = Callable[..., None]
 Llama = Callable[..., LlamaForCausalLM]
@@ -42,19 +35,6 @@ def glora_layers(model: nn.Module) -> dict[str, Any]:
 
 def slot_values(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if "slot_" in name}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GLORA_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="session")
-def tiny(cache: Path) -> ResolvedModel:
-    return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,7 @@
 """Runs that look trained: the adapter of a recipe on the tiny LLaMA with seeded values, saved as a run saves it."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
-
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,10 @@ from glora_llm import recipe as recipes
 from glora_llm.adapter import inject, save_adapter
 from glora_llm.evaluation.command import load_adapted
 from glora_llm.models.causal_lm import load_base
-from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.plan import Plan, make_plan
 from glora_llm.run import base_identity
 from glora_llm.run_folder import RunFolder
-from glora_llm.schema import ModelSection, Recipe
+from glora_llm.schema import Recipe
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 3], [1, 90, 91, 92, 93, 94, 95, 3]])
@@ -54,19 +49,6 @@ Train = Callable[..., Trained]
 def logits(model: Any) -> Tensor:
     found: Tensor = model(input_ids=IDS).logits.float()
     return found
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GLORA_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="session")
-def tiny(cache: Path) -> ResolvedModel:
-    return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
 
 
 @pytest.fixture(scope="session")

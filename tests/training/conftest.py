@@ -1,19 +1,10 @@
-"""A cache of the session's own, and the trainings that many tests look at."""
+"""The trainings that many tests look at."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.training.launching import finished, launch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("GLORA_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")
