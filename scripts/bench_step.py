@@ -63,17 +63,18 @@ def main() -> int:
             step()
         print(json.dumps(peak_memory_gb(device())))
         return 0
-    lines, failed = [], False
+    lines: list[str] = []
+    failed = False
     for quantization in arguments.quantization:
         methods = [name for name in METHODS if quantization == "none" or name != "PEFT GLoRA r 8"]
         times = interleaved(methods, quantization, arguments)
         memory = {name: memory_of(name, quantization, arguments) for name in methods}
-        lines += table(quantization, times, memory)
-        failed |= not within(quantization, times, memory, lines)
-    text = "\n".join(lines)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+        part = table(quantization, times, memory)
+        failed |= not within(quantization, times, memory, part)
+        print("\n".join(part), flush=True)
+        lines += part
+        if arguments.out:
+            arguments.out.write_text("\n".join(lines) + "\n")
     return int(failed)
 
 
@@ -93,7 +94,7 @@ def make_step(name: str, quantization: str, arguments: Any) -> Callable[[], None
         (loss / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        loss.item()
 
     return step
 
