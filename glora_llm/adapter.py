@@ -64,7 +64,7 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
 
     if section.method in LORA_VARIANTS:
         config_class: Any = LoraConfig
-        wanted = LORA_VARIANTS[section.method]
+        wanted = dict(LORA_VARIANTS[section.method])
     else:
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         known.pop("glora_llm", None)  # ours, and its section is method glora

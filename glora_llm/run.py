@@ -104,6 +104,7 @@ class Run:
     def go(self) -> None:
         """Build, resume, train, score and save."""
         self.began, self.earlier_seconds = time.time(), 0.0
+        self.data_digest = self.plan.data.train.digest()  # reads all training tokens: once a launch
         self._build()
         self._claim()
         start = self._resume()
@@ -166,7 +167,7 @@ class Run:
         if found is None:
             return None
         tensors, trainer = checkpoint.read(found, [item.name for item in self.trainables])
-        if trainer["data_digest"] != self.plan.data.train.digest():
+        if trainer["data_digest"] != self.data_digest:
             raise UserError(
                 f"The training rows differ from those that {found} was trained on: {self.plan.recipe.data.source} has "
                 "changed since. Put the data back, or choose another output.dir."
@@ -224,7 +225,7 @@ class Run:
             "applied": self.engine.applied,
             "samples": step * self.plan.recipe.training.global_batch,
             "seed": self.plan.recipe.training.seed,
-            "data_digest": self.plan.data.train.digest(),
+            "data_digest": self.data_digest,
             "seconds": self.earlier_seconds + time.time() - self.began,
         }
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from glora_llm.errors import CheckFailed, UserError
-from glora_llm.evaluation.command import load_adapted, load_merged, score_model
+from glora_llm.evaluation.command import device, load_adapted, load_merged, score_model
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
@@ -57,7 +57,7 @@ def merge_run(
         write_merged(plan, adapter, out, base_dtype, dtype or plan.recipe.merge.dtype)
     batches, text = comparison_batches(plan)
     before = answers(lambda: load_adapted(plan, adapter), batches)
-    after = answers(lambda: _load_lora(plan, out) if to == "lora" else load_merged(out), batches)
+    after = answers(lambda: load_adapted(plan, out) if to == "lora" else load_merged(out), batches)
     report = compare(before, after, text)
     values = report.as_dict()
     if to == "model" and quantize == "nf4":
@@ -115,10 +115,6 @@ def _require_mergeable(plan: Plan, adapter: Path) -> None:
         raise UserError(obstacle)
 
 
-def _load_lora(plan: Plan, adapter: Path) -> Any:
-    return load_adapted(plan, adapter)
-
-
 def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:
     """Replace the merged folder by its nf4 twin; return what that costs against the unmerged model."""
     section = plan.recipe.model.model_copy(update={"quantization": "nf4"})
@@ -126,7 +122,7 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
     shutil.rmtree(quantised, ignore_errors=True)
 
     def load() -> Any:
-        model = load_base(section, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), zero3=False)
+        model = load_base(section, out, device(), zero3=False)
         model.config.use_cache = True
         model.save_pretrained(quantised)
         return model.eval()

@@ -32,13 +32,12 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     """
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     config = layers.model.get_base_model().config
-    linears = layers.decoder | set(layers.layers)
     stored = StoredTensors(plan.base.folder)
     size = stored.numbers() * SIZES[dtype]
     with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
         for name in tqdm(stored.names(), desc="merge", disable=None, unit="tensor"):
-            for written, value in _merged(name, stored, layers, linears, plan, base_dtype):
+            for written, value in _merged(name, stored, layers, base_dtype):
                 writer.add(written, value)
                 if written.endswith(".bias"):
                     biased.add(written.removesuffix(".bias"))
@@ -53,7 +52,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
 
 
 def _merged(
-    name: str, stored: StoredTensors, layers: AdapterLayers, linears: set[str], plan: Plan, dtype: torch.dtype
+    name: str, stored: StoredTensors, layers: AdapterLayers, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what the merged model stores for one tensor of the base (a weight may bring a bias along)."""
     owner, _, kind = name.rpartition(".")
@@ -68,7 +67,7 @@ def _merged(
         yield name, weight
         if bias is not None:
             yield f"{owner}.bias", bias
-    elif owner in linears and kind == "weight":
+    elif owner in layers.decoder and kind == "weight":
         yield name, layers.trained_weight(owner, stored, dtype)
     else:
         yield name, stored.get(name)
