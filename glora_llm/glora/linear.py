@@ -58,10 +58,7 @@ def effective(w0: Tensor, b0: Tensor | None, s: Slots, composition: str) -> tupl
     if s.b_shift is not None:
         weight += s.b_shift[:, None]
     bias = frozen_and_shifted_bias(b0, s, w0.shape[0])
-    if s.c is not None:
-        prompt = w0 @ s.c
-        bias = prompt if bias is None else bias + prompt
-    return weight, bias
+    return weight, _plus(bias, None if s.c is None else w0 @ s.c)
 
 
 def frozen_and_shifted_bias(b0: Tensor | None, s: Slots, out_features: int) -> Tensor | None:
@@ -120,7 +117,7 @@ class _OnePass(torch.autograd.Function):
         thin = _thin(x if dropped is None else dropped, a_up, b_up)
         through, prompt = _through_weight(weight, a_down, c)
         down = _stack_scaled(through, b_down, scales)
-        full_bias = bias if prompt is None else prompt if bias is None else bias + prompt
+        full_bias = _plus(bias, prompt)
         if gain is None:
             y, plain = torch.nn.functional.linear(x, weight, full_bias), None
         else:
@@ -144,7 +141,7 @@ class _OnePass(torch.autograd.Function):
         r = 0 if a_up is None else a_up.shape[0]
         weight = ctx.read_weight()
         wants_c, wants_bias = ctx.needs_input_grad[-2:]
-        total = dy.sum(0) if wants_c or wants_bias else None
+        total = dy.sum(0) if wants_c or wants_bias else None  # what a bias sees; c sees the same through W0
         dgain = None if gain is None else _reduce_like(gain, dy * plain)
         dx = (dy if gain is None else dy * (1 + gain)) @ weight
         dshift = da_up = db_up = ddropped = dthrough = db_down = None
@@ -179,7 +176,7 @@ class _Hadamard(torch.autograd.Function):
         assert x is not None and a_down is not None and a_up is not None
         weight = read_weight()
         delta = _hadamard_delta(weight, scales, a_down, a_up, b_down, b_up)
-        full_bias = _add_prompt(bias, weight, c)
+        full_bias = _plus(bias, _through_weight(weight, None, c)[1])
         if dropped is None:
             y = torch.nn.functional.linear(x, delta.add_(weight), full_bias)
         else:
@@ -196,7 +193,9 @@ class _Hadamard(torch.autograd.Function):
         x, dropped, a_down, a_up, b_down, b_up, shift = ctx.saved_tensors
         a_scale, b_scale = ctx.scales
         weight = ctx.read_weight()
-        dc, dbias = _bias_gradients(ctx, dy, weight)
+        wants_c, wants_bias = ctx.needs_input_grad[-2:]
+        total = dy.sum(0) if wants_c or wants_bias else None
+        _, dc = _through_weight(weight.t(), None, total if wants_c else None)
         delta = _hadamard_delta(weight, ctx.scales, a_down, a_up, b_down, b_up)
         if dropped is None:
             dx, ddropped = dy @ delta.add_(weight), None
@@ -212,6 +211,7 @@ class _Hadamard(torch.autograd.Function):
             db_down, db_up = b_scale * (dweight @ b_up.t()), b_scale * (b_down.t() @ dweight)
         dproduct = dweight.mul_(weight)
         da_down, da_up = a_scale * (dproduct @ a_up.t()), a_scale * (a_down.t() @ dproduct)
+        dbias = total if wants_bias else None
         return None, None, dx, ddropped, da_down, da_up, db_down, db_up, None, dshift, dc, dbias
 
 
@@ -262,21 +262,11 @@ def _stack(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
     return present[0] if len(present) == 1 else torch.cat(present)
 
 
-def _add_prompt(bias: Tensor | None, weight: Tensor, c: Tensor | None) -> Tensor | None:
+def _plus(bias: Tensor | None, prompt: Tensor | None) -> Tensor | None:
     """Return bias + W0 c: what W0 makes of a constant input is itself a bias."""
-    if c is None:
+    if prompt is None:
         return bias
-    prompt = torch.mv(weight, c)
     return prompt if bias is None else bias + prompt
-
-
-def _bias_gradients(ctx: Any, dy: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dc, dbias): the bias sees the sum over rows, c the same through W0."""
-    wants_c, wants_bias = ctx.needs_input_grad[-2], ctx.needs_input_grad[-1]
-    if not (wants_c or wants_bias):
-        return None, None
-    total = dy.sum(0)
-    return (torch.mv(weight.t(), total) if wants_c else None), (total if wants_bias else None)
 
 
 def _reduce_like(parameter: Tensor, gradient: Tensor) -> Tensor:
