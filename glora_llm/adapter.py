@@ -2,17 +2,27 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import lr_factors
-from glora_llm.glora.path import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
-from glora_llm.schema import AdapterSection, SlotSetting
+from glora_llm.glora.path import (
+    DEFAULT_SLOTS,
+    PRESET_COMPOSITION,
+    PRESETS,
+    Genome,
+    genome_from_json,
+    genome_to_slots,
+)
+from glora_llm.glora.supernet import require_known
+from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
 from glora_llm.training.optim import Trainable
 
 # Methods that are LoRA with one switch.
@@ -35,10 +45,13 @@ def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
         "modules_to_save": section.modules_to_save,
     }
     if section.method == "glora":
+        sampled = section.paths == "sample"
         slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
         return GLoRAConfig(
             slots=slots,
-            paths={pattern: _plain(path) for pattern, path in (section.paths or {}).items()},
+            paths={pattern: _plain(path) for pattern, path in _patterns(section).items()},
+            genome=None if section.genome is None else genome_to_slots(read_genome(Path(section.genome))),
+            supernet=(section.supernet or SupernetSection()).model_dump() if sampled else None,
             rank=section.rank,
             alpha=section.alpha,
             rank_stabilized=section.rank_stabilized,
@@ -49,6 +62,21 @@ def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
             **shared,
         )
     return _peft_config(section, shared, steps)
+
+
+def _patterns(section: AdapterSection) -> Mapping[str, Any]:
+    return section.paths if isinstance(section.paths, dict) else {}
+
+
+def read_genome(file: Path) -> Genome:
+    """Read a genome file.
+
+    Raises:
+        UserError: when it is not there, or names unknown slots or modes.
+    """
+    if not file.is_file():
+        raise UserError(f"There is no genome file {file}; a search writes RUN/genome.json.")
+    return genome_from_json(file.read_text())
 
 
 def _plain(slots: Any) -> dict[str, Any]:
@@ -122,8 +150,10 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
 
 def _require_matches(model: nn.Module, section: AdapterSection) -> None:
     """Check that every pattern of adapter.paths matches a layer."""
-    names = [name for name, module in model.named_modules() if isinstance(module, GLoRALinear)]
-    for pattern in section.paths or ():
+    names = list(adapted_layers(model))
+    if section.genome is not None:
+        require_known(read_genome(Path(section.genome)), names)
+    for pattern in _patterns(section):
         if not any(re.search(pattern, name) for name in names):
             raise UserError(
                 f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
@@ -153,6 +183,27 @@ def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
     return {id(p): ratio for layer in layers for p in layer.lora_B.parameters()}
 
 
+def load_start(items: list[Trainable], folder: Path) -> None:
+    """Set what is trained to the weights of an adapter folder of the same slots.
+
+    Raises:
+        UserError: when a weight is missing, left over, or of another shape.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"adapter.weights: {folder} holds no adapter_model.safetensors.")
+    weights = load_file(file)
+    for item in items:
+        name = item.name.replace(".default", "")
+        weight = weights.pop(name, None)
+        if weight is None or weight.shape != item.parameter.shape:
+            got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+            raise UserError(f"adapter.weights: {name} {got} in {folder}; expected {tuple(item.parameter.shape)}.")
+        item.parameter.data.copy_(weight)
+    if weights:
+        raise UserError(f"adapter.weights: {folder} has {next(iter(weights))}, which this adapter has not.")
+
+
 def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name: str) -> None:
     """Write a PEFT adapter folder from float32 master weights (`master/NAME` -> tensor)."""
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
@@ -162,10 +213,19 @@ def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name
     (folder / "README.md").unlink(missing_ok=True)
 
 
+def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """Return the GLoRA layers of a PEFT model by their names in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, GLoRALinear)
+    }
+
+
 def adapted_with_bias(model: nn.Module) -> list[str]:
     """Return the names of the layers whose merged form needs a bias (C or E is active)."""
     return [
-        name.removeprefix("base_model.model.")
-        for name, module in model.named_modules()
-        if isinstance(module, GLoRALinear) and any(path.touches_bias() for path in module.path.values())
+        name
+        for name, layer in adapted_layers(model).items()
+        if any(path.touches_bias() for path in layer.path.values())
     ]

@@ -51,6 +51,18 @@ examples:
 
 A merge that changes the answers by more than the recipe's merge.* bounds ends with exit code 1."""
 
+SEARCH = """\
+Search a trained supernet (a run with adapter.paths=sample) for the best path of every layer within a limit.
+
+examples:
+  glora-llm search runs/llama2_glora_search                          with the `search` section of its recipe
+  glora-llm search runs/llama2_glora_search --budget 1.0M,0.5M,0.25M one genome for each limit, from one supernet
+  glora-llm search runs/llama2_glora_search search.strategy=evolution search.metric=exact_match
+
+Candidates are scored on validation rows, never on test rows. RUN/genome.json is the genome of the first limit, readable
+and editable by hand: `glora-llm merge RUN` uses it. RUN/search/ has the others, the archive and the pictures.
+A search that was stopped goes on where it was: the same command again. On several ranks: the command that trained."""
+
 EVALUATE = """\
 Score a run on held-out rows: of the adapter on its base model, or of the merged model.
 
@@ -129,12 +141,19 @@ def command_parser() -> argparse.ArgumentParser:
     _add_merge_arguments(command)
     command.set_defaults(command=merge)
 
+    command = commands.add_parser("search", help="search a supernet", description=SEARCH, formatter_class=style)
+    command.add_argument("run", metavar="RUN", type=Path, help="the run folder (output.dir of the recipe)")
+    command.add_argument("--budget", metavar="LIMITS", help="search.budget: 0.5M, or several as 1.0M,0.5M")
+    command.add_argument("overrides", metavar="search.key=value", nargs="*", help="changes to the search section")
+    command.set_defaults(command=search)
+
     command = commands.add_parser("evaluate", help="score a run", description=EVALUATE, formatter_class=style)
     command.add_argument("run", metavar="RUN", type=Path, help="the run folder (output.dir of the recipe)")
     command.add_argument(
         "--split", default="test", choices=("test", "validation"), help="rows to score (default: test)"
     )
     command.add_argument("--merged", metavar="DIR", type=Path, help="score this merged model instead of the adapter")
+    command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     command.set_defaults(command=evaluate)
 
     command = commands.add_parser("recipes", help="list or print recipes", description=RECIPES, formatter_class=style)
@@ -162,6 +181,7 @@ def _add_merge_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the recipe's)"
     )
     parser.add_argument("--quantize", choices=("none", "nf4"), help="quantise the result (default: the recipe's)")
+    parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
 
 
@@ -185,7 +205,21 @@ def merge(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from glora_llm.merge.command import merge_run
 
-    merge_run(arguments.run, arguments.out, arguments.dtype, arguments.to, arguments.quantize, arguments.step)
+    a = arguments
+    merge_run(a.run, a.out, a.dtype, a.to, a.quantize, a.step, a.genome)
+    return 0
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Run `glora-llm search`."""
+    RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    from glora_llm.quiet import quiet_libraries
+
+    quiet_libraries()
+    from glora_llm.search_run import search_command
+
+    budget = [f"search.budget={arguments.budget}"] if arguments.budget else []
+    search_command(arguments.run, [*budget, *arguments.overrides])
     return 0
 
 
@@ -197,7 +231,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from glora_llm.evaluation.command import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.merged)
+    evaluate_run(arguments.run, arguments.split, arguments.merged, arguments.genome)
     return 0
 
 

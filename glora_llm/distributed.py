@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +56,13 @@ def start() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def share(value: Any, device: torch.device) -> Any:
+    """Return the first rank's value on all ranks."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=device)
+    return values[0]
 
 
 def stop() -> None:

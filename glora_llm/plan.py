@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapter import adapted_with_bias, inject
+from glora_llm.adapter import adapted_layers, adapted_with_bias, inject
 from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.sampler import GlobalSampler, permutation
@@ -21,6 +21,7 @@ from glora_llm.models.cache import cache_root
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import AdapterSection, Recipe
+from glora_llm.search.space import space_of
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
 
 Batch = dict[str, torch.Tensor]
@@ -102,10 +103,27 @@ def check_combination(recipe: Recipe) -> None:
             f"adapter.method adalora reads whole gradients after each step, which training.deepspeed "
             f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
+    if recipe.search is not None:
+        check_search(recipe)
     if recipe.evaluation.test_before and recipe.data.test is None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def check_search(recipe: Recipe) -> None:
+    """Check that a recipe has what a search needs.
+
+    Raises:
+        UserError: when it is no supernet, or has no validation rows.
+    """
+    if recipe.adapter.paths != "sample":
+        raise UserError(
+            "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
+            "take `search` away (search=null)."
+        )
+    if recipe.data.validation is None:
+        raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
 
 
 def batch_identity(recipe: Recipe, world: int) -> str:
@@ -155,6 +173,9 @@ def describe(plan: Plan, world: int) -> str:
     model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    if recipe.search is not None:
+        measured = recipe.search.limit != "parameters"  # what that costs is not known yet
+        space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
     obstacle = merge_obstacle(model.get_base_model().config, model)
     if obstacle and recipe.merge.after_training:
         raise UserError(f"merge.after_training: {obstacle}")

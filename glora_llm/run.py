@@ -3,8 +3,8 @@
 import contextlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from torch import distributed as dist
 from glora_llm import distributed
 from glora_llm import recipe as recipes
 from glora_llm.adalora import RankAllocation
-from glora_llm.adapter import inject, save_adapter, trainables
+from glora_llm.adapter import adapted_layers, inject, load_start, save_adapter, trainables
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import means, score_rows
 from glora_llm.models import causal_lm
-from glora_llm.plan import Batch, Plan, batch_identity, describe, make_plan
+from glora_llm.plan import Plan, batch_identity, describe, make_plan
 from glora_llm.run_folder import RunFolder
 from glora_llm.schema import Recipe
+from glora_llm.search.draws import Supernet
+from glora_llm.search_run import search_after_training
+from glora_llm.subnet import finetune_recipe, is_supernet
 from glora_llm.training import checkpoint
+from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
 from glora_llm.training.flops import measure_cost
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
@@ -57,6 +61,10 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     dist.barrier()
     with distributed.first_failure(folder.path, ranks.rank, lambda: _advice(folder)):
         Run(plan, folder, ranks).go()
+        if recipe.search and recipe.search.finetune_steps:
+            tuned = finetune_recipe(folder)
+            folder = RunFolder(Path(tuned.output.dir))
+            Run(make_plan(tuned), folder, ranks).go()
     distributed.stop()
     if ranks.first and recipe.merge.after_training and not (folder.path / "merged").exists():
         from glora_llm.merge.command import merge_run
@@ -123,10 +131,13 @@ class Run:
             batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
             validate=self._validate if self.plan.data.validation else None,
             save=self._save,
-            diagnose=self._first_bad_module,
+            diagnose=partial(first_bad_module, self.model, self.engine.score),
+            before_micro_step=self.supernet.draw if self.supernet else lambda _step, _micro: None,
         )
         last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
         self._finish(log, last, start)
+        if recipe.search:
+            self._search(log)
 
     def _build(self) -> None:
         recipe, device = self.plan.recipe, self.ranks.device
@@ -142,6 +153,9 @@ class Run:
         if self.loaded:
             for item in self.trainables:
                 item.parameter.data.copy_(self.loaded[0][f"master/{item.name}"])
+        elif recipe.adapter.weights:
+            load_start(self.trainables, Path(recipe.adapter.weights))
+        self.supernet = self._supernet() if is_supernet(recipe) else None
         labels = self.plan.data.label_sequences
         objective = CausalLMObjective(self.model.get_base_model(), LabelTrie.build(labels) if labels else None)
         self.allocation = RankAllocation(self.model) if recipe.adapter.method == "adalora" else None
@@ -149,6 +163,11 @@ class Run:
         self.engine = Engine(objective, self.trainables, recipe.training, dtype, device, penalty)
         if self.allocation:
             self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
+
+    def _supernet(self) -> Supernet:
+        section = self.plan.recipe.adapter.supernet
+        rank = self.ranks.rank if section and section.draws == "per_rank" else None
+        return Supernet(adapted_layers(self.model), self.plan.recipe.training.seed, rank)
 
     def _claim(self) -> None:
         """Write whose folder this is: now that nothing of the recipe and of the checkpoint can be refused any more."""
@@ -159,9 +178,8 @@ class Run:
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""
-        chosen = [checkpoint.newest(self.folder.checkpoints) if self.ranks.first else None]
-        dist.broadcast_object_list(chosen, src=0, device=self.ranks.device)
-        found = chosen[0]
+        newest = checkpoint.newest(self.folder.checkpoints) if self.ranks.first else None
+        found = distributed.share(newest, self.ranks.device)
         if found is None and self.plan.recipe.output.resume == "must":
             raise UserError(f"output.resume is must, and {self.folder.checkpoints} has no complete checkpoint.")
         if found is None:
@@ -213,6 +231,8 @@ class Run:
 
     def _validate(self, step: int) -> dict[str, float]:
         last = step == self.plan.steps
+        if self.supernet:
+            self.supernet.largest()
         return self._score("validation", None if last else self.plan.recipe.evaluation.max_rows)
 
     def _save(self, step: int) -> None:
@@ -251,6 +271,8 @@ class Run:
             log.say(f"training had ended already, after step {self.plan.steps}")
             return
         tensors = dict(self.engine.state())
+        if self.supernet:
+            self.supernet.largest()
         scores = self._score("test", None)
         if not self.ranks.first:
             return
@@ -269,31 +291,16 @@ class Run:
             }
         )
 
+    def _search(self, log: MetricLog) -> None:
+        results = search_after_training(self.plan, self.folder, self.model, self.engine, self.ranks, log.say)
+        if results:
+            self._record({"search": results, "test_genome": self._score("test", None)})
+
     def _record(self, values: dict[str, Any]) -> None:
         if self.ranks.first:
             self.folder.update_summary(values)
 
-    def _first_bad_module(self, batches: Sequence[Batch]) -> str:
-        """Run the step's batches again with a hook on every module; all ranks do the same forward passes."""
-        bad: list[str] = []
-
-        def look(name: str) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                if isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
-                    bad.append(name)
-
-            return hook
-
-        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
-        try:
-            for batch in batches:
-                self.engine.score(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return bad[0] if bad else "none: the forward pass is finite, the gradient is not"
-
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude={"description"})
-    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}

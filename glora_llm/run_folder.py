@@ -15,7 +15,7 @@ FREE_KEYS = {
     "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps"},
     "model": {"attention", "kernels", "gradient_checkpointing", "dtype"},  # base.json holds the dtype itself
 }
-FREE_SECTIONS = {"description", "evaluation", "merge", "output"}
+FREE_SECTIONS = {"description", "evaluation", "search", "merge", "output"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, as PEFT saves it."""
         return self.path / "adapter"
+
+    @property
+    def search(self) -> Path:
+        """What a search wrote: journal, archive, pictures, and the chosen genome as an adapter."""
+        return self.path / "search"
+
+    @property
+    def genome(self) -> Path:
+        """The chosen genome of a supernet."""
+        return self.path / "genome.json"
 
     def recipe(self) -> Recipe:
         """Return the run's recipe.

@@ -52,6 +52,14 @@ class SlotSetting(Section):
 Slots = dict[Slot, Mode | SlotSetting]
 
 
+class SupernetSection(Section):
+    """What `adapter.paths: sample` draws from: at every micro step each layer draws a path of these."""
+
+    modes: dict[Slot, list[Mode]] | None = key(None, "modes allowed, by slot; a slot that is not named may be any")
+    ranks: list[PositiveInt] = key([8, 4, 2], "ranks of mode lora; smaller ones share the first columns of the largest")
+    draws: Literal["shared", "per_rank"] = key("shared", "whether all ranks draw the same paths")
+
+
 class AdapterSection(Section):
     """What is trained: GLoRA, one of its presets, or any method of PEFT."""
 
@@ -65,9 +73,14 @@ class AdapterSection(Section):
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     composition: Literal["product", "hadamard"] = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
     slots: Slots | None = key(None, "mode (or mode, rank, alpha) by slot; default A lora, B lora, C vector, E vector")
-    paths: dict[str, Slots] | None = key(
-        None, "slots of single layers: regular expression on the module name -> slots; the last match wins"
+    paths: dict[str, Slots] | Literal["sample"] | None = key(
+        None,
+        "slots of single layers: regular expression on the module name -> slots, the last match wins; or `sample`: "
+        "train a supernet, from which a search chooses the slots of each layer",
     )
+    supernet: SupernetSection | None = key(None, "what `paths: sample` draws from; none: everything")
+    genome: str | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
+    weights: str | None = key(None, "an adapter folder to begin with, of the same slots (what a genome inherits)")
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
         None, "factor on training.lr by slot; what is not named keeps its measured default", "x training.lr"
@@ -79,7 +92,14 @@ class AdapterSection(Section):
     def _one_source_of_slots(self) -> "AdapterSection":
         if self.preset and self.slots:
             raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
-        given = [n for n in ("preset", "slots", "paths", "lr_factors") if getattr(self, n) is not None]
+        chosen = [n for n in ("preset", "slots", "paths", "genome") if getattr(self, n) is not None]
+        if len(chosen) > 1 and ("genome" in chosen or self.paths == "sample"):
+            name = "genome" if "genome" in chosen else "paths: sample"
+            raise ValueError(f"{name} says all about the slots: adapter.{chosen[0]}=null takes {chosen[0]} away")
+        if self.supernet and self.paths != "sample":
+            raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
+        only_glora = ("preset", "slots", "paths", "genome", "lr_factors")
+        given = [n for n in only_glora if getattr(self, n) is not None]
         if self.method != "glora" and given:
             raise ValueError(
                 f"{given[0]} belongs to method glora, not to '{self.method}': adapter.{given[0]}=null takes it away"
@@ -165,6 +185,29 @@ class EvaluationSection(Section):
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
 
 
+class SearchSection(Section):
+    """The search for a path for every layer of a supernet, scored on validation rows alone."""
+
+    strategy: Literal["additive", "evolution", "random"] = key(
+        "additive", "additive: effects of single slots, fitted and raced; evolution: the GLoRA paper's; random"
+    )
+    budget: list[str] | str | int | float | None = key(
+        None, "limit such as 0.5M, 250k or a number; several (a list, or 1.0M,0.5M) give one genome each", "limit"
+    )
+    limit: Literal["parameters", "seconds", "megabytes"] = key(
+        "parameters", "what budget limits: parameters, or what the slots add to a step, measured for every mode"
+    )
+    metric: Literal["loss", "exact_match", "label_accuracy"] = key("loss", "score of a candidate on validation rows")
+    max_rows: PositiveInt | None = key(None, "score on at most this many validation rows (seeded choice)", "rows")
+    seed: Annotated[int, Field(ge=0)] = key(0, "of the search's draws")
+    passes: PositiveInt = key(100, "additive, random: forward passes over all rows for one limit", "passes")
+    population: PositiveInt = key(50, "evolution: random candidates at the start, and candidates of a generation")
+    parents: PositiveInt = key(10, "evolution: best candidates that breed")
+    generations: PositiveInt = key(20, "evolution: generations after the first population")
+    mutation_probability: Annotated[float, Field(gt=0, le=1)] = key(0.2, "evolution: of a slot, in a mutated candidate")
+    finetune_steps: Annotated[int, Field(ge=0)] = key(0, "train the genome further, in RUN/finetuned", "steps")
+
+
 class MergeSection(Section):
     """The merge after training, and its bounds."""
 
@@ -203,5 +246,6 @@ class Recipe(Section):
     data: DataSection
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+    search: SearchSection | None = None
     merge: MergeSection = MergeSection()
     output: OutputSection

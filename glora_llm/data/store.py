@@ -1,7 +1,8 @@
 """Token sets on disk: flat arrays, memory-mapped when read."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,7 @@ class TokenSet:
     def __init__(self, folder: Path, role: Literal["train", "validation", "test"], name: str):
         self.role = role
         self.name = name
+        self._sealed = ""
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._targets = np.load(folder / "targets.npy", mmap_mode="r")
         self._samples = np.load(folder / "samples.npy")
@@ -58,13 +60,25 @@ class TokenSet:
 
         Raises:
             IndexError: when there is no such row.
+            RuntimeError: when the rows are sealed.
         """
+        if self._sealed:
+            raise RuntimeError(f"the {self.role} rows were read while {self._sealed}")
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of '{self.name}', which has rows 0 to {len(self) - 1}")
         bounds = self._samples[self._rows[i] : self._rows[i + 1] + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         starts = [int(start) - first for start in bounds[:-1]]
         return Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+
+    @contextlib.contextmanager
+    def sealed(self, why: str) -> Iterator[None]:
+        """Let every read of a row fail, while something is chosen that these rows will judge."""
+        self._sealed = why
+        try:
+            yield
+        finally:
+            self._sealed = ""
 
     def digest(self) -> str:
         """Return a SHA-256 over all tokens and targets in row order: what a run was trained on."""

@@ -1,5 +1,6 @@
 """`glora-llm evaluate RUN`, and the table that a run ends with."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,20 @@ from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import means, score_rows
 from glora_llm.plan import Plan, make_plan
 from glora_llm.run_folder import RunFolder
+from glora_llm.subnet import deployed
 from glora_llm.training.objectives import CausalLMObjective, LabelTrie
 
 
-def evaluate_run(run: Path, split: str, merged: Path | None) -> None:
+def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
     """Score a run's adapter, or its merged model, on one split, and print the scores.
 
     Raises:
         UserError: when the folder is no run, or the recipe has no such rows.
     """
     folder = RunFolder(run)
-    plan = make_plan(folder.recipe())
-    model = load_merged(merged) if merged else load_adapted(plan, folder.adapter)
+    recipe, adapter = (folder.recipe(), folder.adapter) if merged else deployed(folder, folder.adapter, genome)
+    plan = make_plan(recipe)
+    model = load_merged(merged) if merged else load_adapted(plan, adapter)
     scores = score_model(plan, model, split)
     for name, value in scores.items():
         print(f"{name:28s} {value:.4f}")
@@ -73,6 +76,19 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
     rows = plan.rows(split)
     if rows is None:
         raise UserError(f"The recipe has no {split} rows: set data.{split}.")
+    table = score_rows(
+        rows.lengths().tolist(),
+        lambda indices: plan.batch(rows, indices),
+        score_of(plan, model),
+        lambda filled: filled,
+        plan.recipe.evaluation.batch,
+        title=split,
+    )
+    return means(table, split, plan.has_answers, plan.data.label_sequences is not None)
+
+
+def score_of(plan: Plan, model: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """Return batch -> TokenScores of a model in this process alone."""
     labels = plan.data.label_sequences
     objective = CausalLMObjective(model, LabelTrie.build(labels) if labels else None).eval()
 
@@ -80,15 +96,7 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
         with torch.no_grad():
             return objective(**{name: tensor.to(device()) for name, tensor in batch.items()}, score=True)
 
-    table = score_rows(
-        rows.lengths().tolist(),
-        lambda indices: plan.batch(rows, indices),
-        score,
-        lambda filled: filled,
-        plan.recipe.evaluation.batch,
-        title=split,
-    )
-    return means(table, split, plan.has_answers, labels is not None)
+    return score
 
 
 def print_summary(folder: RunFolder) -> None:
@@ -99,7 +107,12 @@ def print_summary(folder: RunFolder) -> None:
     summary = folder.summary()
     columns = [
         (title, {name.partition("/")[2]: value for name, value in summary[key].items()})
-        for key, title in (("test_before", "before"), ("test", "after"), ("test_merged", "merged"))
+        for key, title in (
+            ("test_before", "before"),
+            ("test", "after"),
+            ("test_genome", "genome"),
+            ("test_merged", "merged"),
+        )
         if summary.get(key)
     ]
     console = Console(width=100)

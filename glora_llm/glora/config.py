@@ -7,7 +7,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from glora_llm.errors import UserError
-from glora_llm.glora.path import DEFAULT_SLOTS, Path, make_path, path_for
+from glora_llm.glora.path import DEFAULT_SLOTS, Path, genome_from_slots, make_path, path_for
+from glora_llm.glora.supernet import SlotChoices, slot_choices
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -31,6 +32,9 @@ class GLoRAConfig(PeftConfig):
         target_modules: names, one regular expression, or `all-linear`.
         slots: slot -> mode, or slot -> {mode, rank, alpha}; default A lora, B lora, C vector, E vector.
         paths: regular expression on the module's name -> slots, for single layers; the last match wins.
+        genome: layer name -> slots, as in a genome file, instead of `slots` and `paths`; a layer that it does not name
+            has no slot.
+        supernet: {modes: slot -> modes, ranks}: allocate all of them, a path is drawn at every micro step.
         rank: r of mode lora.
         alpha: mode lora is scaled by alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
         composition: of A in mode lora: `product` W0 (A_d A_u), or `hadamard` W0 * (A_d A_u).
@@ -44,6 +48,8 @@ class GLoRAConfig(PeftConfig):
     exclude_modules: str | list[str] | None = field(default=None)
     slots: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_SLOTS))
     paths: dict[str, dict[str, Any]] = field(default_factory=dict)
+    genome: dict[str, dict[str, Any]] | None = None
+    supernet: dict[str, Any] | None = None
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
@@ -60,10 +66,20 @@ class GLoRAConfig(PeftConfig):
             raise UserError(f"composition is '{self.composition}'; expected product or hadamard.")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        self._genome = None if self.genome is None else genome_from_slots(self.genome)
         self.path_of("")
+
+    @property
+    def choices(self) -> SlotChoices | None:
+        """What each slot may be in a supernet; None where the paths are fixed."""
+        if self.supernet is None:
+            return None
+        return slot_choices(self.supernet.get("modes"), self.supernet.get("ranks") or [self.rank], self.alpha)
 
     def path_of(self, name: str) -> Path:
         """Return the path of the layer `name`."""
+        if self._genome is not None:
+            return self._genome.get(name, Path(()))
 
         def build(slots: dict[str, Any]) -> Path:
             return make_path(slots, self.rank, self.alpha, self.rank_stabilized)

@@ -13,8 +13,9 @@ from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
-from glora_llm.glora.modes import Lora, make_slot
+from glora_llm.glora.modes import make_slot, slot_values
 from glora_llm.glora.path import SLOTS, Path
+from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
 
 
 class GLoRALinear(nn.Module, BaseTunerLayer):
@@ -25,7 +26,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(f"slot_{slot}" for slot in SLOTS)
-    other_param_names = ("composition", "path", "dropout")
+    other_param_names = ("composition", "path", "dropout", "choices")
 
     # Typed here because PEFT's mixin comes after nn.Module, whose attributes may be anything.
     get_base_layer: Callable[[], Any]
@@ -43,6 +44,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         self.composition: dict[str, str] = {}
         self.path: dict[str, Path] = {}
         self.dropout: dict[str, float] = {}
+        self.choices: dict[str, SlotChoices] = {}  # of adapters that are supernets
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -54,7 +56,10 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         Raises:
             UserError: for D on a layer without bias, where it does nothing.
         """
-        if config.d_without_bias == "none" and self.b0 is None:
+        choices = config.choices
+        if choices:
+            path = largest_path(choices, self.b0 is not None)
+        elif config.d_without_bias == "none" and self.b0 is None:
             path = path.without("D")
         if path["D"].mode != "none" and self.b0 is None:
             raise UserError(
@@ -63,26 +68,26 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             )
         self.composition[adapter_name], self.path[adapter_name] = config.composition, path
         self.dropout[adapter_name] = config.dropout
-        for slot, spec in path.active():
-            made = make_slot(slot, spec, config.composition, self.out_features, self.in_features, generator)
-            getattr(self, f"slot_{slot}")[adapter_name] = made
+        shape = (config.composition, self.out_features, self.in_features, generator)
+        if choices:
+            self.choices[adapter_name] = choices
+            for slot in SLOTS if self.b0 is not None else "ABCE":
+                getattr(self, f"slot_{slot}")[adapter_name] = make_choices(slot, choices[slot], *shape)
+        for slot, spec in () if choices else path.active():
+            getattr(self, f"slot_{slot}")[adapter_name] = make_slot(slot, spec, *shape)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def slots(self, adapter_name: str) -> Slots:
-        """Return the current values of an adapter's slots, with their autograd history."""
+    def slots(self, adapter_name: str, read: Callable[[Tensor], Tensor] | None = None) -> Slots:
+        """Return the current values of an adapter's slots on its path, with their autograd history.
+
+        Args:
+            read: what stands for a parameter in the graph; None: the parameter itself.
+        """
         found: dict[str, Any] = {}
-        for slot in SLOTS:
-            modules = getattr(self, f"slot_{slot}")
-            if adapter_name not in modules:
-                continue
-            mode = modules[adapter_name]
-            if isinstance(mode, Lora) and slot != "C":
-                key = slot.lower()
-                found |= {f"{key}_down": mode.down, f"{key}_up": mode.up, f"{key}_scale": mode.scale}
-            else:
-                field_of = {"A": "a_gain", "B": "b_shift"}.get(slot, slot.lower())
-                found[field_of] = mode.value().reshape(-1)
+        for slot, spec in self.path[adapter_name].active():
+            owner = getattr(self, f"slot_{slot}")[adapter_name]
+            found |= slot_values(slot, spec, owner, read or _itself)
         return Slots(**found)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -113,18 +118,24 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             x = x.to(self._dtype())
         dropout = self.dropout[adapter_name]
         dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
-        dtype = x.dtype
+        dtype, read = x.dtype, None
+        if adapter_name in self.choices and torch.is_grad_enabled():
+            x, read = gate(x, self._parameters_of(adapter_name))
         with torch.autocast(device, enabled=False):
             y = glora_linear(
                 x,
                 lambda: dense_weight(self.base_layer, dtype),
                 self.out_features,
                 self.b0,
-                self.slots(adapter_name),
+                self.slots(adapter_name, read),
                 self.composition[adapter_name],
                 dropped,
             )
         return y if torch.is_autocast_enabled(device) else y.to(given)
+
+    def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        slots = [getattr(self, f"slot_{slot}") for slot in SLOTS]
+        return [p for modules in slots if adapter_name in modules for p in modules[adapter_name].parameters()]
 
     @property
     def b0(self) -> Tensor | None:
@@ -192,3 +203,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "glora_llm." + super().__repr__()
+
+
+def _itself(parameter: Tensor) -> Tensor:
+    return parameter

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.modes import Lora
 from glora_llm.glora.path import SLOTS
 
 # Measured: docs/benchmarks/learning_rates.md.
@@ -25,7 +24,7 @@ def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: flo
         if not isinstance(layer, GLoRALinear):
             continue
         for slot in SLOTS:
-            for mode in getattr(layer, f"slot_{slot}").values():
-                for parameter in mode.parameters():
-                    zero_start = isinstance(mode, Lora) and parameter is mode.down
+            for mode in getattr(layer, f"slot_{slot}").modules():
+                for name, parameter in mode.named_parameters(recurse=False):
+                    zero_start = name == "down"
                     yield id(parameter), factors[slot] * (loraplus_ratio if zero_start else 1.0)

@@ -4,11 +4,15 @@ Letters: O out_features, I in_features, r rank.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glora_llm.glora.path import SlotSpec
+
+Read = Callable[[Tensor], Tensor]  # a parameter -> what stands for it in the graph
 
 
 class Lora(nn.Module):
@@ -17,21 +21,16 @@ class Lora(nn.Module):
     Args:
         rows: rows of the product.
         columns: columns of the product.
-        spec: rank and scale.
+        spec: its rank.
         generator: draws `up`; the default generator if None.
     """
 
     def __init__(self, rows: int, columns: int, spec: SlotSpec, generator: torch.Generator | None = None):
         super().__init__()
-        self.scale = spec.scale
         self.down = nn.Parameter(torch.zeros(rows, spec.rank))
         self.up = nn.Parameter(torch.empty(spec.rank, columns))
         if self.up.device.type != "meta":
             nn.init.kaiming_uniform_(self.up, a=math.sqrt(5), generator=generator)
-
-    def value(self) -> Tensor:
-        """Return the slot as one (rows, columns) matrix."""
-        return self.scale * (self.down @ self.up)
 
 
 class Vector(nn.Module):
@@ -41,10 +40,6 @@ class Vector(nn.Module):
         super().__init__()
         self.vector = nn.Parameter(torch.zeros(size))
 
-    def value(self) -> Tensor:
-        """Return the vector, (size,)."""
-        return self.vector
-
 
 class Scalar(nn.Module):
     """A slot as one number, shape (1,), zero at the start."""
@@ -53,9 +48,15 @@ class Scalar(nn.Module):
         super().__init__()
         self.scalar = nn.Parameter(torch.zeros(1))
 
-    def value(self) -> Tensor:
-        """Return the number, (1,)."""
-        return self.scalar
+
+class Choices(nn.Module):
+    """All modes that a slot of a supernet may have, under the names that each has alone: down, up, vector, scalar."""
+
+    def __init__(self, modes: Iterable[nn.Module]):
+        super().__init__()
+        for module in modes:
+            for name, parameter in module.named_parameters():
+                self.register_parameter(name, parameter)
 
 
 def make_slot(
@@ -77,3 +78,30 @@ def make_slot(
     if spec.mode == "vector":
         return Vector(in_features if slot == "C" else out_features)
     return Scalar()
+
+
+def slot_values(slot: str, spec: SlotSpec, owner: Any, read: Read) -> dict[str, Any]:
+    """Return the fields of `linear.Slots` that a slot fills.
+
+    Args:
+        owner: the slot's parameters: of one mode, or of all; only those of the spec's mode are read.
+        read: what stands for a parameter in the graph.
+    """
+    key = slot.lower()
+    if spec.mode != "lora":
+        return {{"A": "a_gain", "B": "b_shift"}.get(slot, key): read(getattr(owner, spec.mode))}
+    down, up = read(owner.down), read(owner.up)
+    if down.shape[1] != spec.rank:  # ranks share columns
+        down, up = down[:, : spec.rank].contiguous(), up[: spec.rank]
+    if slot == "C":
+        return {key: (spec.scale * (down @ up)).reshape(-1)}
+    return {f"{key}_down": down, f"{key}_up": up, f"{key}_scale": spec.scale}
+
+
+def slot_numel(slot: str, spec: SlotSpec, composition: str, out_features: int, in_features: int) -> int:
+    """Return the number of elements that `make_slot` allocates; 0 for mode none."""
+    if spec.mode == "none":
+        return 0
+    with torch.device("meta"):
+        made = make_slot(slot, spec, composition, out_features, in_features)
+    return sum(parameter.numel() for parameter in made.parameters())

@@ -131,13 +131,17 @@ def path_for(name: str, default: Path, patterns: Mapping[str, Path]) -> Path:
     return chosen
 
 
-def genome_to_json(genome: Genome) -> str:
-    """Return a genome as JSON, a layer a line, readable and editable by hand."""
-    layers = {
+def genome_to_slots(genome: Genome) -> dict[str, dict[str, Any]]:
+    """Return a genome as plain values: layer name -> slot -> mode, or {mode, rank, scale} of mode lora."""
+    return {
         name: {slot: dataclasses.asdict(spec) if spec.mode == "lora" else spec.mode for slot, spec in path.active()}
         for name, path in genome.items()
     }
-    lines = [f"  {json.dumps(name)}: {json.dumps(slots)}" for name, slots in layers.items()]
+
+
+def genome_to_json(genome: Genome) -> str:
+    """Return a genome as JSON, a layer a line, readable and editable by hand."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(slots)}" for name, slots in genome_to_slots(genome).items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -145,13 +149,38 @@ def genome_from_json(text: str) -> Genome:
     """Read what `genome_to_json` wrote.
 
     Raises:
-        UserError: for an unknown slot or mode.
+        UserError: when it is no JSON object of layers, or for an unknown slot or mode.
     """
-    genome = {}
-    for name, slots in json.loads(text).items():
-        scales = {slot: given["scale"] for slot, given in slots.items() if isinstance(given, dict)}
+    try:
+        layers = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"genome: not valid JSON: {error}.") from error
+    if not isinstance(layers, dict) or not all(isinstance(slots, dict) for slots in layers.values()):
+        raise UserError('genome: expected an object such as {"model.layers.0.mlp.up_proj": {"B": "vector"}}.')
+    return genome_from_slots(layers)
+
+
+def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
+    """Read what `genome_to_slots` returned.
+
+    Raises:
+        UserError: for an unknown slot or mode, or mode lora without rank and scale.
+    """
+    return {name: _path_from_slots(name, slots) for name, slots in layers.items()}
+
+
+def _path_from_slots(name: str, slots: Mapping[str, Any]) -> Path:
+    for slot, given in slots.items():
+        lora = given == "lora" or (isinstance(given, dict) and given.get("mode") == "lora")
+        if isinstance(given, dict) and "mode" not in given:
+            raise UserError(f"genome: slot {slot} of {name} has no mode: {given}.")
+        if lora and not (isinstance(given, dict) and {"rank", "scale"} <= set(given)):
+            raise UserError(f'genome: slot {slot} of {name}: mode lora is {{"mode": "lora", "rank": 8, "scale": 2.0}}.')
+    scales = {slot: given["scale"] for slot, given in slots.items() if isinstance(given, dict) and "scale" in given}
+    try:
         path = make_path(slots, rank=1, alpha=1.0)
-        genome[name] = Path(
-            tuple((slot, dataclasses.replace(spec, scale=scales.get(slot, spec.scale))) for slot, spec in path.slots)
-        )
-    return genome
+    except UserError as error:
+        raise UserError(f"genome: {name}: {error}") from None
+    return Path(
+        tuple((slot, dataclasses.replace(spec, scale=scales.get(slot, spec.scale))) for slot, spec in path.slots)
+    )

@@ -13,9 +13,10 @@ from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
 from glora_llm.models.causal_lm import load_base
-from glora_llm.plan import Plan, make_plan, merge_obstacle
+from glora_llm.plan import Plan, make_plan
 from glora_llm.run_folder import RunFolder
 from glora_llm.schema import MergeSection
+from glora_llm.subnet import deployed
 from glora_llm.training import checkpoint
 
 
@@ -26,6 +27,7 @@ def merge_run(
     to: str = "model",
     quantize: str | None = None,
     step: int | None = None,
+    genome: Path | None = None,
 ) -> None:
     """Merge or export a run's adapter, compare the result with the unmerged model, and write merge_report.json.
 
@@ -36,15 +38,17 @@ def merge_run(
         to: `model`, or `lora` for a plain LoRA adapter.
         quantize: `nf4` quantises the merged model again; None: the recipe's merge.quantize.
         step: a kept checkpoint; None: the end of the run.
+        genome: of a supernet; None: RUN/genome.json.
 
     Raises:
         UserError: when something does not fit; nothing is written then.
         CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
     """
     folder = RunFolder(run)
-    plan = make_plan(folder.recipe())
-    base_dtype = require_same_base(folder, plan)
     adapter = folder.adapter if step is None else _checkpoint_adapter(folder, step)
+    recipe, adapter = deployed(folder, adapter, genome)
+    plan = make_plan(recipe)
+    base_dtype = require_same_base(folder, plan)
     quantize = quantize or plan.recipe.merge.quantize
     if to == "lora" and (dtype or quantize == "nf4"):
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
@@ -53,7 +57,6 @@ def merge_run(
     if to == "lora":
         write_lora(plan, adapter, out, base_dtype)
     else:
-        _require_mergeable(plan, adapter)
         write_merged(plan, adapter, out, base_dtype, dtype or plan.recipe.merge.dtype)
     batches, text = comparison_batches(plan)
     before = answers(lambda: load_adapted(plan, adapter), batches)
@@ -65,7 +68,13 @@ def merge_run(
     (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
     _print(values, out)
     _require_within(report, plan.recipe.merge, out)
-    usual = to == "model" and step is None and quantize == "none" and out.resolve() == (run / "merged").resolve()
+    usual = (
+        genome is None
+        and to == "model"
+        and step is None
+        and quantize == "none"
+        and out.resolve() == (run / "merged").resolve()
+    )
     if usual and plan.data.test is not None:
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
@@ -104,15 +113,6 @@ def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:
     if problem:
         raise UserError(f"{found} is broken: {problem}.")
     return found / "adapter"
-
-
-def _require_mergeable(plan: Plan, adapter: Path) -> None:
-    from glora_llm.merge.layers import AdapterLayers
-
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
-    obstacle = merge_obstacle(layers.model.get_base_model().config, layers.model)
-    if obstacle:
-        raise UserError(obstacle)
 
 
 def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:

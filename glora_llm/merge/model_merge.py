@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glora_llm.errors import UserError
 from glora_llm.merge.folder_writer import FolderWriter
 from glora_llm.merge.frozen import StoredTensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
-from glora_llm.plan import Plan
+from glora_llm.plan import Plan, merge_obstacle
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -28,10 +29,13 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
         dtype: of the written weights.
 
     Raises:
-        UserError: when `out` exists, the disk is too small, or the adapter does not fit.
+        UserError: when `out` exists, the disk is too small, or the adapter does not fit or cannot be merged.
     """
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     config = layers.model.get_base_model().config
+    obstacle = merge_obstacle(config, layers.model)
+    if obstacle:
+        raise UserError(obstacle)
     stored = StoredTensors(plan.base.folder)
     size = stored.numbers() * SIZES[dtype]
     with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:

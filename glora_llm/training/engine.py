@@ -160,8 +160,13 @@ class Engine:
         self.adam = AdamState(self.ds, self.stage)
         self.applied = 0  # optimizer steps that were applied: Adam's own count
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, before_micro_step: Callable[[int], None] = lambda _: None
+    ) -> StepResult:
         """Run one optimizer step over this rank's micro batches.
+
+        Args:
+            before_micro_step: is called with the number of each micro batch (a supernet draws its paths then).
 
         The loss is the sum over targets divided by the number of targets of the whole step on all ranks, so it does
         not depend on how the step is cut into micro batches and ranks.
@@ -171,6 +176,7 @@ class Engine:
         self.ds.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         for index, batch in enumerate(batches):
+            before_micro_step(index)
             loss = self.ds(**self._to_device(batch))
             share = loss * (self.world / targets)
             if self.penalty is not None and index == 0:

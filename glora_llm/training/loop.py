@@ -4,7 +4,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -31,14 +32,14 @@ class Hooks:
         validate: step -> validation metrics, or None where there is no validation data.
         save: (step) writes a checkpoint.
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
-        before_step: called before the step's forward passes (the supernet draws its paths here).
+        before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
     """
 
     batches: Callable[[int], Sequence[Batch]]
     validate: Callable[[int], dict[str, float]] | None
     save: Callable[[int], None]
     diagnose: Callable[[Sequence[Batch]], str]
-    before_step: Sequence[Callable[[int], None]] = field(default_factory=tuple)
+    before_micro_step: Callable[[int, int], None] = lambda _step, _micro: None
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,9 @@ def fit(
     for step in range(start, schedule.total):
         began = time.perf_counter()
         seed_step(settings.seed, step, engine.rank)
-        for call in hooks.before_step:
-            call(step)
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
-        result = engine.train_step(batches, lr)
+        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step))
         bad = bad + 1 if result.skipped else 0
         done = step + 1
         if bad >= settings.max_bad_steps:

@@ -197,11 +197,11 @@ def test_paths_by_pattern_and_ranks_by_slot(llama: Llama) -> None:
             assert active == {"A", "E"} and layer.slot_A["default"].scalar.shape == (1,)
         elif "layers.1." in name:
             assert active == {"B"} and layer.slot_B["default"].down.shape == (layer.out_features, 4)
-            assert layer.slot_B["default"].scale == 5.0 / 4
+            assert layer.path["default"]["B"].scale == 5.0 / 4
         else:
             a, b = layer.slot_A["default"], layer.slot_B["default"]
-            assert a.down.shape == (layer.in_features, 3) and a.scale == 6.0 / 3
-            assert b.up.shape == (2, layer.in_features) and b.scale == 5.0 / 2
+            assert a.down.shape == (layer.in_features, 3) and layer.path["default"]["A"].scale == 6.0 / 3
+            assert b.up.shape == (2, layer.in_features) and layer.path["default"]["B"].scale == 5.0 / 2
 
 
 def test_an_adapter_made_again_starts_the_same(llama: Llama) -> None:

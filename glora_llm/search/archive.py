@@ -1,0 +1,113 @@
+"""What has been scored: a journal that survives a kill, and the exact Pareto front of score against parameters."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glora_llm.errors import UserError
+from glora_llm.search.space import Code
+
+
+class Scored(NamedTuple):
+    """One candidate that was scored on all rows."""
+
+    code: Code
+    score: float
+    parameters: int
+    cost: float
+    generation: int
+
+
+def pareto_front(candidates: Sequence[Scored]) -> list[Scored]:
+    """Return the candidates that no other one beats in both score and parameters, smallest first."""
+    front: list[Scored] = []
+    for candidate in sorted(candidates, key=lambda c: (c.parameters, -c.score, c.code.tobytes())):
+        if not front or candidate.score > front[-1].score:
+            front.append(candidate)
+    return front
+
+
+def best(candidates: Sequence[Scored]) -> Scored:
+    """Return the candidate of the highest score; the smaller one of two alike."""
+    return min(candidates, key=lambda c: (-c.score, c.parameters, c.code.tobytes()))
+
+
+class Journal:
+    """Scores of (genome, row), each scored once; appended to a file after every candidate.
+
+    Args:
+        file: `journal.jsonl`; None keeps all in memory.
+        identity: what the scores depend on (supernet, rows, metric); the file's first line.
+        rows: number of rows.
+        lines: what the file holds already, as `read` returned it (the first rank reads, all ranks know).
+
+    Raises:
+        UserError: when the file belongs to another supernet, other rows or another metric.
+    """
+
+    def __init__(self, file: Path | None, identity: dict[str, Any], rows: int, lines: Sequence[str] = ()):
+        self.file, self.rows = file, rows
+        self.values: dict[bytes, NDArray[np.float64]] = {}
+        self.samples = 0
+        entries = list(_whole_lines(lines))
+        if entries and entries[0] != identity:
+            differing = sorted(k for k in identity if entries[0].get(k) != identity[k])
+            raise UserError(
+                f"{file} was scored with another {', '.join(differing)}. Delete {file.parent if file else file} to "
+                "search anew, or put back what was changed."
+            )
+        for entry in entries[1:]:
+            self._keep(bytes.fromhex(entry["code"]), np.array(entry["rows"]), np.array(entry["values"]))
+        if file is not None:
+            kept = entries or [identity]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp")  # without a last line that was cut off
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            os.replace(temporary, file)
+
+    @staticmethod
+    def read(file: Path) -> list[str]:
+        """Return the lines of a journal, none where there is no file."""
+        return file.read_text().splitlines() if file.is_file() else []
+
+    def missing(self, code: Code, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return those of `rows` that have no score of this genome yet."""
+        known = self.values.get(code.tobytes())
+        return rows if known is None else rows[np.isnan(known[rows])]
+
+    def record(self, code: Code, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        """Keep the scores of some rows, on disk too."""
+        self._keep(code.tobytes(), rows, values)
+        if self.file is not None:
+            entry = {"code": code.tobytes().hex(), "rows": rows.tolist(), "values": values.tolist()}
+            with self.file.open("a") as out:
+                out.write(json.dumps(entry) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+
+    def _keep(self, key: bytes, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        self.values.setdefault(key, np.full(self.rows, np.nan))[rows] = values
+        self.samples += len(rows)
+
+    def get(self, code: Code, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return scores that are known, (rows)."""
+        return self.values[code.tobytes()][rows]
+
+    def score(self, code: Code) -> float | None:
+        """Return the mean over all rows, or None where not all are scored."""
+        known = self.values.get(code.tobytes())
+        return None if known is None or np.isnan(known).any() else float(known.mean())
+
+
+def _whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what was written in full: a kill may cut the last line off."""
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

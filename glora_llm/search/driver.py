@@ -1,0 +1,127 @@
+"""Runs a strategy: answers its questions from the journal or by the scorer, on one rank or on all."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import glora_llm.search.additive  # noqa: F401 - registers itself
+from glora_llm.errors import UserError
+from glora_llm.glora.path import Genome
+from glora_llm.schema import SearchSection
+from glora_llm.search.archive import Journal, Scored, best
+from glora_llm.search.space import Code, Space
+from glora_llm.search.strategies import STRATEGIES, Ask
+
+Rows = NDArray[np.int64]
+
+
+class Scorer(Protocol):
+    """Scores genomes on rows, sharing the work between the ranks as it sees fit."""
+
+    at_once: int  # genomes that are scored side by side
+
+    def __call__(self, requests: Sequence[tuple[Genome, Rows]]) -> list[NDArray[np.float64]]:
+        """Return the scores of each request's rows, on all ranks alike; all ranks must call it together."""
+        ...
+
+    def agree(self, text: str) -> bool:
+        """Tell whether all ranks gave the same text."""
+        ...
+
+
+class Progress(NamedTuple):
+    """Where a search is, told after every generation and candidate."""
+
+    generation: int
+    best: float  # score of the best candidate that is scored on all rows; -inf before the first
+    mean: float  # of what was scored in this question
+    samples: int  # forward passes of single rows of this search, those known from a journal included
+    candidates: int  # scored on all rows
+
+
+@dataclass
+class Found:
+    """What a search came to."""
+
+    candidates: list[Scored] = field(default_factory=list)
+    samples: int = 0  # rows scored, each genome and row once
+    seconds: float = 0.0  # of scoring in this launch
+    history: list[Progress] = field(default_factory=list)
+
+    @property
+    def best(self) -> Scored:
+        """The candidate of the highest score on all rows."""
+        return best(self.candidates)
+
+
+def search(
+    space: Space,
+    settings: SearchSection,
+    limit: float,
+    scorer: Scorer,
+    journal: Journal,
+    tell: Callable[[Progress], None] = lambda _: None,
+) -> Found:
+    """Search for the best genome within a limit.
+
+    Args:
+        limit: in the unit of the space's costs.
+        journal: scores known so far; it decides how many rows there are.
+        tell: is called after every question of the strategy.
+
+    Raises:
+        UserError: when ranks ask different questions.
+    """
+    found, seen, counted = Found(), set[bytes](), dict[bytes, set[int]]()
+    strategy = STRATEGIES.get(settings.strategy)(space, settings, limit, journal.rows)
+    began, ask = time.perf_counter(), next(strategy, None)
+    while ask is not None:
+        _require_same(ask, scorer)
+        values = _answer(ask, space, scorer, journal)
+        for code in ask.codes:
+            rows = counted.setdefault(code.tobytes(), set())
+            found.samples += len(set(ask.rows.tolist()) - rows)
+            rows.update(ask.rows.tolist())
+            score = journal.score(code) if len(rows) == journal.rows else None
+            if score is not None and code.tobytes() not in seen:
+                seen.add(code.tobytes())
+                found.candidates.append(Scored(code, score, space.size(code), space.cost(code), ask.generation))
+        top = best(found.candidates).score if found.candidates else -np.inf
+        progress = Progress(ask.generation, top, float(values.mean()), found.samples, len(found.candidates))
+        found.history.append(progress)
+        tell(progress)
+        try:
+            ask = strategy.send(values)
+        except StopIteration:
+            ask = None
+    found.seconds = time.perf_counter() - began
+    return found
+
+
+def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
+    """Score what the journal does not know yet, and return (candidates, rows)."""
+    unknown: dict[bytes, tuple[Code, Rows]] = {}
+    for code in ask.codes:
+        rows = journal.missing(code, ask.rows)
+        if len(rows):
+            unknown[code.tobytes()] = (code, rows)
+    todo = list(unknown.values())
+    for start in range(0, len(todo), scorer.at_once):
+        group = todo[start : start + scorer.at_once]
+        for (code, rows), values in zip(group, scorer([(space.genome(c), r) for c, r in group]), strict=True):
+            journal.record(code, rows, values)
+    return np.array([journal.get(code, ask.rows) for code in ask.codes])
+
+
+def _require_same(ask: Ask, scorer: Scorer) -> None:
+    text = b"".join(code.tobytes() for code in ask.codes) + ask.rows.tobytes()
+    if not scorer.agree(hashlib.sha256(text).hexdigest()):
+        raise UserError(
+            "The ranks of this search disagree on the next candidates: they do not run the same recipe or the same "
+            "version. Nothing is lost: start all of them again in the same way."
+        )

@@ -1,0 +1,193 @@
+"""What a search may choose: for every layer and slot one of its modes (and ranks), coded as small integers.
+
+A *code* is a uint8 array (G,) with one gene for every (layer, slot); G is layers x slots. What a code costs is the sum
+over its genes of a table, so limits on parameters, time and memory are all kept by the same few lines, and every code
+that leaves this module is within its limit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.glora.layer import GLoRALinear
+from glora_llm.glora.modes import slot_numel
+from glora_llm.glora.path import Genome, Path, SlotSpec
+from glora_llm.glora.supernet import SlotChoices, require_known
+from glora_llm.schema import SearchSection
+from glora_llm.search.limits import limits
+
+Code = NDArray[np.uint8]
+
+
+class LayerShape(NamedTuple):
+    """One adapted linear."""
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+
+class Gene(NamedTuple):
+    """One slot of one layer, and what it may be."""
+
+    layer: int
+    slot: str
+    specs: tuple[SlotSpec, ...]
+
+
+Value = Callable[[LayerShape, str, SlotSpec], float]
+
+
+class Space:
+    """All genomes of a supernet.
+
+    Args:
+        layers: the adapted linears, in a fixed order.
+        choices: slot -> what it may be.
+        composition: of A in mode lora.
+        cost: (layer, slot, spec) -> what the slot costs, in the unit of the limit; None: trainable parameters.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], choices: SlotChoices, composition: str, cost: Value | None = None):
+        self.layers, self.choices, self.composition = tuple(layers), choices, composition
+        self.genes = [
+            Gene(index, slot, choices[slot])
+            for index, layer in enumerate(self.layers)
+            for slot in choices
+            if slot != "D" or layer.has_bias
+        ]
+        widest = max(len(gene.specs) for gene in self.genes)
+        self.parameters = self._table(widest, self._numel)
+        self.costs = self.parameters if cost is None else self._table(widest, cost)
+        odds = self._table(widest, lambda _, slot, spec: _odds(choices[slot], spec), missing=0.0)
+        self._cumulative = odds.cumsum(1) / odds.sum(1, keepdims=True)
+        self._last = np.array([len(gene.specs) - 1 for gene in self.genes], np.uint8)
+
+    def _table(self, widest: int, value: Value, missing: float = np.inf) -> NDArray[np.float64]:
+        """Return (G, widest) values of (layer, slot, spec); `missing` where a gene has fewer choices."""
+        table = np.full((len(self.genes), widest), missing)
+        known: dict[Any, float] = {}  # layers of one shape are alike
+        for row, gene in enumerate(self.genes):
+            layer = self.layers[gene.layer]
+            for column, spec in enumerate(gene.specs):
+                key = (layer[1:], gene.slot, spec)
+                if key not in known:
+                    known[key] = float(value(layer, gene.slot, spec))
+                table[row, column] = known[key]
+        return table
+
+    def _numel(self, layer: LayerShape, slot: str, spec: SlotSpec) -> int:
+        return slot_numel(slot, spec, self.composition, layer.out_features, layer.in_features)
+
+    def cost(self, code: Code) -> float:
+        """Return what a code costs, in the unit of the limit."""
+        return float(self.costs[np.arange(len(code)), code].sum())
+
+    def size(self, code: Code) -> int:
+        """Return the trainable parameters of a code."""
+        return int(self.parameters[np.arange(len(code)), code].sum())
+
+    def require_limit(self, limit: float, text: str) -> None:
+        """Check that a limit can be kept.
+
+        Raises:
+            UserError: when it is below the smallest genome.
+        """
+        smallest = float(self.costs.min(1).sum())
+        if limit < smallest:
+            raise UserError(
+                f"search.budget {text} is below the smallest genome, which has {smallest:,.6g}: every slot costs at "
+                "least that much by adapter.supernet.modes. Raise the budget, or allow mode none."
+            )
+
+    def random(self, rng: np.random.Generator, limit: float) -> Code:
+        """Draw a code as the supernet draws its paths (a mode, then a rank), made cheaper until it is legal."""
+        return self.repair(self._draw(rng), rng, limit)
+
+    def _draw(self, rng: np.random.Generator) -> Code:
+        above = (rng.random((len(self.genes), 1)) > self._cumulative).sum(1)
+        return np.minimum(above, self._last).astype(np.uint8)
+
+    def mutate(self, code: Code, rng: np.random.Generator, limit: float, probability: float) -> Code:
+        """Draw each gene anew with a probability."""
+        fresh = self._draw(rng)
+        return self.repair(np.where(rng.random(len(code)) < probability, fresh, code), rng, limit)
+
+    def cross(self, one: Code, other: Code, rng: np.random.Generator, limit: float) -> Code:
+        """Take each gene from one of two parents."""
+        return self.repair(np.where(rng.random(len(one)) < 0.5, one, other), rng, limit)
+
+    def repair(self, code: Code, rng: np.random.Generator, limit: float) -> Code:
+        """Make random genes cheaper until the code is within the limit (which the cheapest one is)."""
+        code, cost = code.copy(), self.cost(code)
+        while cost > limit:
+            here = self.costs[np.arange(len(code)), code]
+            cheaper = self.costs < here[:, None]
+            gene = rng.choice(np.flatnonzero(cheaper.any(1)))
+            code[gene] = rng.choice(np.flatnonzero(cheaper[gene]))
+            cost = self.cost(code)
+        return code
+
+    def genome(self, code: Code) -> Genome:
+        """Return the paths that a code stands for."""
+        slots: list[list[tuple[str, SlotSpec]]] = [[] for _ in self.layers]
+        for gene, choice in zip(self.genes, code, strict=True):
+            spec = gene.specs[choice]
+            if spec.mode != "none":
+                slots[gene.layer].append((gene.slot, spec))
+        return {layer.name: Path(tuple(path)) for layer, path in zip(self.layers, slots, strict=True)}
+
+    def code(self, genome: Mapping[str, Path]) -> Code:
+        """Return the code of a genome.
+
+        Raises:
+            UserError: for a layer or a mode that this space does not have.
+        """
+        require_known(dict(genome), [layer.name for layer in self.layers])
+        found = np.zeros(len(self.genes), np.uint8)
+        for row, gene in enumerate(self.genes):
+            spec = genome.get(self.layers[gene.layer].name, Path(()))[gene.slot]
+            if spec not in gene.specs:
+                names = [_text(other) for other in gene.specs]
+                raise UserError(
+                    f"genome: slot {gene.slot} of {self.layers[gene.layer].name} cannot be {_text(spec)}; this "
+                    f"supernet has: {', '.join(names)}.{nearest(_text(spec), names)}"
+                )
+            found[row] = gene.specs.index(spec)
+        return found
+
+    def uniform(self, path: Path) -> Code:
+        """Return the code that gives every layer the same path (without D where there is no bias)."""
+        return self.code({layer.name: path if layer.has_bias else path.without("D") for layer in self.layers})
+
+
+def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: Value | None = None) -> Space:
+    """Return what may be chosen in a supernet.
+
+    Args:
+        layers: of the supernet, by name.
+        value: cost of a slot in the unit of the limit; None: its parameters.
+
+    Raises:
+        UserError: when a limit is below the smallest genome, or is no number.
+    """
+    first = next(iter(layers.values()))
+    shapes = [LayerShape(n, layer.out_features, layer.in_features, layer.b0 is not None) for n, layer in layers.items()]
+    space = Space(shapes, first.choices["default"], first.composition["default"], value)
+    for text, limit in limits(settings).items():
+        space.require_limit(limit, text)
+    return space
+
+
+def _text(spec: SlotSpec) -> str:
+    return f"lora of rank {spec.rank}" if spec.mode == "lora" else spec.mode
+
+
+def _odds(specs: Sequence[SlotSpec], spec: SlotSpec) -> float:
+    """A mode is drawn first, each alike, then a rank of it."""
+    modes = [other.mode for other in specs]
+    return 1 / len(set(modes)) / modes.count(spec.mode)

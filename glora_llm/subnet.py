@@ -1,0 +1,81 @@
+"""One genome of a supernet as a plain GLoRA adapter: its weights are inherited, nothing is trained."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from glora_llm.adapter import read_genome
+from glora_llm.errors import UserError
+from glora_llm.glora.path import genome_to_slots
+from glora_llm.glora.supernet import inherit
+from glora_llm.run_folder import RunFolder
+from glora_llm.schema import Recipe
+
+
+def is_supernet(recipe: Recipe) -> bool:
+    """Tell whether a recipe trains a supernet."""
+    return recipe.adapter.paths == "sample"
+
+
+def deployed(folder: RunFolder, adapter: Path, genome: Path | None = None) -> tuple[Recipe, Path]:
+    """Return the recipe and the adapter folder that merge and evaluate use.
+
+    Of a supernet that is the chosen genome: RUN/genome.json, as a search wrote it or as someone edited it.
+
+    Args:
+        adapter: the run's adapter, or one of a checkpoint.
+        genome: another genome file.
+
+    Raises:
+        UserError: when a supernet has no genome, or a genome does not fit it, or is given for a plain run.
+    """
+    recipe = folder.recipe()
+    if not is_supernet(recipe):
+        if genome is not None:
+            raise UserError(f"--genome is for a supernet, and {folder.path} is none (adapter.paths is not `sample`).")
+        return recipe, adapter
+    file = genome or folder.genome
+    if not file.is_file():
+        raise UserError(
+            f"{folder.path} is a supernet, and there is no {file}: `glora-llm search {folder.path}` finds one."
+        )
+    out = folder.search / ("adapter" if genome is None else f"adapter-{genome.stem}")
+    extract(adapter, file, out)
+    section = recipe.adapter.model_copy(update={"paths": None, "supernet": None, "genome": str(file)})
+    return recipe.model_copy(update={"adapter": section, "search": None}), out
+
+
+def extract(supernet: Path, genome: Path, out: Path) -> None:
+    """Write a PEFT folder with the weights that a genome inherits.
+
+    Raises:
+        UserError: when there is no supernet adapter, or the genome does not fit it.
+    """
+    file = supernet / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{supernet} holds no adapter: the run has not ended. Train on.")
+    paths = read_genome(genome)
+    weights = inherit(load_file(file), paths)
+    config = json.loads((supernet / "adapter_config.json").read_text())
+    config |= {"supernet": None, "genome": genome_to_slots(paths)}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def finetune_recipe(folder: RunFolder) -> Recipe:
+    """Return the recipe that trains a search's genome further, in RUN/finetuned.
+
+    Raises:
+        UserError: as `deployed`.
+    """
+    search = folder.recipe().search
+    assert search is not None
+    recipe, weights = deployed(folder, folder.adapter)
+    changes = {
+        "adapter": recipe.adapter.model_copy(update={"weights": str(weights)}),
+        "training": recipe.training.model_copy(update={"steps": search.finetune_steps, "epochs": None}),
+        "output": recipe.output.model_copy(update={"dir": str(folder.path / "finetuned")}),
+    }
+    return recipe.model_copy(update=changes)
