@@ -164,7 +164,8 @@ def _lines(root: yaml.Node | None, file: str) -> dict[Location, int]:
 def _apply(values: dict[str, Any], override: str, source: Source) -> None:
     name, equals, text = override.partition("=")
     parts = name.split(".")
-    if not equals or not all(parts) or len(parts) < 2:
+    whole = name in Recipe.model_fields  # `search=null` takes a section away
+    if not equals or not all(parts) or (len(parts) < 2 and not whole):
         raise UserError(f"'{override}' is not an override: expected section.key=value, such as training.lr=1e-4.")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader

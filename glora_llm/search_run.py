@@ -225,7 +225,7 @@ def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict
     allowed = list(limits(settings).items()) if settings.limit == "parameters" else []
     figures = {
         "pareto": search_figures.pareto(candidates, front, allowed, settings.metric),
-        "generations": search_figures.generations(first.history),
+        "generations": search_figures.generations(first.history, settings.metric),
         "modes": search_figures.modes(space.genome(first.best.code)),
         "sizes": search_figures.sizes(_shares(space, first.best.code)),
     }

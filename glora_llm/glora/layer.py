@@ -134,8 +134,10 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         return y if torch.is_autocast_enabled(device) else y.to(given)
 
     def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """Return all modes' parameters, each read as an attribute: under ZeRO 3 that gathers a partitioned one."""
         slots = [getattr(self, f"slot_{slot}") for slot in SLOTS]
-        return [p for modules in slots if adapter_name in modules for p in modules[adapter_name].parameters()]
+        owners = [modules[adapter_name] for modules in slots if adapter_name in modules]
+        return [getattr(owner, name) for owner in owners for name, _ in owner.named_parameters()]
 
     @property
     def b0(self) -> Tensor | None:

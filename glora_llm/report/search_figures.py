@@ -65,14 +65,14 @@ def pareto(
 
 
 def _dots(figure: Any, axes: Any, candidates: Sequence[Scored]) -> None:
-    sizes, scores = [one.parameters for one in candidates], [one.score for one in candidates]
+    parameters, scores = [one.parameters for one in candidates], [one.score for one in candidates]
     numbers = [one.generation for one in candidates]
     style = {"s": 18, "linewidths": 0, "alpha": 0.8, "zorder": 3}
     if len(set(numbers)) <= 1:
         label = f"candidate (all of generation {numbers[0]})" if numbers else "candidate"
-        axes.scatter(sizes, scores, color=BLUE, label=label, **style)
+        axes.scatter(parameters, scores, color=BLUE, label=label, **style)
         return
-    dots = axes.scatter(sizes, scores, c=numbers, cmap=LATER_IS_DARKER, **style)
+    dots = axes.scatter(parameters, scores, c=numbers, cmap=LATER_IS_DARKER, **style)
     axes.scatter([], [], color=LATER_IS_DARKER(0.6), label="candidate", **style)  # the legend's
     bar = figure.colorbar(dots, ax=axes, label="Generation", pad=0.02, aspect=30)
     bar.locator = MaxNLocator(integer=True)
@@ -80,12 +80,12 @@ def _dots(figure: Any, axes: Any, candidates: Sequence[Scored]) -> None:
     bar.outline.set_visible(False)
 
 
-def _parameter_axis(axes: Any, sizes: Sequence[float]) -> None:
-    """Make x logarithmic where sizes differ by more than 10 times; 0 has a place of its own then."""
-    positive = [size for size in sizes if size > 0]
-    if positive and max(positive) > 10 * min(sizes):
+def _parameter_axis(axes: Any, places: Sequence[float]) -> None:
+    """Make x logarithmic where places on it differ by more than 10 times; 0 has a place of its own then."""
+    positive = [place for place in places if place > 0]
+    if positive and max(positive) > 10 * min(places):
         subs = (1.0, 2.0, 5.0) if max(positive) < 1000 * min(positive) else (1.0,)
-        if min(sizes) > 0:
+        if min(places) > 0:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=subs))
         else:
@@ -188,8 +188,7 @@ def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
     down = max(1, math.ceil(len(kinds) / across))
     cell = min(0.26, max(0.14, 9 / max(1, columns)))
     width = max(cell * columns, *(0.085 * len(kind) + 0.1 for kind in kinds), 0.6)
-    size = (max(5.6, across * (width + 0.2) + 2.0), down * (cell * len(SLOTS) + 0.4) + 0.9)
-    figure = _figure(size)
+    figure = _figure((max(5.6, across * (width + 0.2) + 2.0), down * (cell * len(SLOTS) + 0.4) + 0.9))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     full = len(kinds) == down * across  # or the numbers of the layers stand below every row
     for number, panel in enumerate(grid.flat):
@@ -227,8 +226,7 @@ def sizes(shares: Mapping[str, int]) -> Figure:
     total = table.sum()
 
     width = min(11.0, max(2.6, 0.21 * len(columns)))
-    height = max(3.8, 0.3 * len(kinds) + 1.5)
-    figure = _figure((width + 4.4, height))
+    figure = _figure((width + 4.4, max(3.8, 0.3 * len(kinds) + 1.5)))
     by_layer, by_kind = figure.subplots(1, 2, width_ratios=(width, 3.0))
     for number, (kind, row) in enumerate(zip(kinds, table, strict=True)):
         style = {

@@ -21,6 +21,7 @@ SHARE_FITTED = 0.7  # of the passes; the rest is the race's
 PARTS = 16  # the rows are scored in so many parts while effects are fitted
 MUTATED = 0.15  # share of the slots that is drawn anew around the best genome so far
 RACERS = 16
+SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
 
 
@@ -42,8 +43,12 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
         values = yield Ask([code], parts[part], turn)
         fit.add(code, part, float(values.mean()))
     proposals += _propose(space, fit, limit, rng)
-    left = round(settings.passes * (1 - SHARE_FITTED) * rows)
+    left = round(settings.passes * (1 - SHARE_FITTED) * rows) - len(SMALLER) * rows
     yield from _race(list(_unique(reversed(proposals)))[:RACERS], order, ROUNDS, left)
+    effects = fit.effects()
+    smaller = [space.cost(proposals[-1]) * share for share in SMALLER]
+    codes = [best_within(space, effects, size) for size in smaller if size >= space.costs.min(1).sum()]
+    yield Ask(codes, np.arange(rows), ROUNDS)  # what less would cost: the rest of the Pareto front
 
 
 def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> list[Code]:

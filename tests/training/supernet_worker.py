@@ -1,0 +1,110 @@
+"""Trains supernets under every ZeRO stage, resumes some and searches one, in one launch of two ranks.
+
+deepspeed --num_gpus 2 tests/training/supernet_worker.py OUT
+
+OUT holds data.jsonl and zero3_partitioned.json, a DeepSpeed configuration that keeps no parameter whole.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from glora_llm import distributed, recipe, run
+from glora_llm.glora.path import genome_to_slots
+from glora_llm.plan import make_plan
+from glora_llm.quiet import quiet_libraries
+from glora_llm.run_folder import RunFolder
+from glora_llm.search.draws import Supernet
+
+PARTITIONED = "zero3_partitioned"
+STAGES = ("zero0", "zero1", "zero2", "zero3", PARTITIONED)
+MICRO_BATCH = {"one": 4, "several": 2}  # micro steps of an optimizer step -> micro batch of a rank
+KINDS = tuple(f"{draws}-{micro_steps}" for draws in ("shared", "per_rank") for micro_steps in MICRO_BATCH)
+RESUMED = ("zero1-shared-several", "zero3-per_rank-several", f"{PARTITIONED}-shared-one")
+SEARCHED = "zero1-shared-several"  # what all searches search
+SEARCHES = tuple(f"{strategy}-{stage}" for strategy in ("additive", "evolution") for stage in ("zero1", PARTITIONED))
+BUDGETS = ("3k", "1.5k")
+drawn: list[tuple[int, int, Any]] = []  # step, micro step, path of every layer
+whole = Supernet.draw
+
+
+def settings(out: Path) -> list[str]:
+    """Return the overrides of all trainings."""
+    return [
+        "adapter.targets=[k_proj, down_proj]",
+        "training.steps=4",
+        "training.warmup=0",
+        "training.global_batch=8",
+        f"data.source={out / 'data.jsonl'}",
+        "data.max_rows=null",
+        "data.validation=8",
+        "data.test=null",
+        "data.max_test_rows=null",
+        "merge.after_training=false",
+        "output.save_every=1",
+        "output.keep=5",
+    ]
+
+
+def trained_as(out: Path, name: str) -> list[str]:
+    """Return the overrides of the training STAGE-DRAWS-MICRO_STEPS."""
+    stage, draws, micro_steps = name.split("-")
+    micro_batch = f"training.micro_batch={MICRO_BATCH[micro_steps]}"
+    return [*settings(out), "search=null", deepspeed(out, stage), micro_batch, f"adapter.supernet.draws={draws}"]
+
+
+def searched_as(out: Path, strategy: str, stage: str) -> list[str]:
+    """Return the overrides of a search."""
+    keys = [f"strategy={strategy}", f"budget=[{', '.join(BUDGETS)}]", "passes=6", "population=5", "generations=3"]
+    more = [override for override in trained_as(out, SEARCHED) if override != "search=null"]
+    return [*more, deepspeed(out, stage), *(f"search.{key}" for key in keys)]
+
+
+def deepspeed(out: Path, stage: str) -> str:
+    """Return the override that sets the stage."""
+    return f"training.deepspeed={out / f'{stage}.json' if stage == PARTITIONED else stage}"
+
+
+def noted(self: Supernet, step: int, micro_step: int) -> None:
+    """Draw, and note what every layer will compute."""
+    whole(self, step, micro_step)
+    genome = {name: layer.path["default"] for name, layer in self.layers.items()}
+    drawn.append((step, micro_step, genome_to_slots(genome)))
+
+
+def go(folder: Path, overrides: list[str], ranks: distributed.Ranks) -> None:
+    """Do what a launch does in `folder`; leave there what each rank drew."""
+    drawn.clear()
+    plan = make_plan(recipe.load("tiny_cpu_search", [*overrides, f"output.dir={folder}"]))
+    run.Run(plan, RunFolder(folder), ranks).go()
+    (folder / f"draws-{ranks.rank}.json").write_text(json.dumps(drawn))
+
+
+def copied(ranks: distributed.Ranks, source: Path, target: Path) -> Path:
+    """Return a copy of a folder, which the first rank makes."""
+    if ranks.first:
+        shutil.copytree(source, target)
+    return target
+
+
+def main() -> None:
+    """Train, resume, search."""
+    quiet_libraries()
+    Supernet.draw = noted  # type: ignore[method-assign]
+    out, ranks = Path(sys.argv[-1]), distributed.start()
+    for kind in KINDS:
+        for stage in STAGES:
+            go(out / f"{stage}-{kind}", trained_as(out, f"{stage}-{kind}"), ranks)
+    for name in RESUMED:
+        copied(ranks, out / name / "checkpoints" / "step-2", out / f"{name}-resumed" / "checkpoints" / "step-2")
+        go(out / f"{name}-resumed", trained_as(out, name), ranks)
+    for name in SEARCHES:
+        folder = copied(ranks, out / SEARCHED, out / f"search-{name}")
+        go(folder, searched_as(out, *name.split("-")), ranks)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
