@@ -84,11 +84,14 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _saved(linear: GLoRALinear, layer: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the bytes that the layer keeps for its backward pass, each tensor counted once."""
+    """Return the bytes that the layer keeps for its backward pass, each tensor counted once; its own are there anyway."""
     kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in linear.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x = torch.randn(tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
