@@ -194,7 +194,7 @@ def load_start(items: list[Trainable], folder: Path) -> None:
         raise UserError(f"adapter.weights: {folder} holds no adapter_model.safetensors.")
     weights = load_file(file)
     for item in items:
-        name = item.name.replace(".default", "")
+        name = item.name.replace(".modules_to_save.default", "").replace(".default", "")  # as PEFT saves it
         weight = weights.pop(name, None)
         if weight is None or weight.shape != item.parameter.shape:
             got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"

@@ -85,7 +85,7 @@ Recipes are looked for in ./recipes first, then in the package. A path to a YAML
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `glora-llm` and return its exit code."""
-    arguments = command_parser().parse_args(argv)
+    arguments = parsed(command_parser(), argv)
     return guarded(lambda: arguments.command(arguments))
 
 
@@ -93,8 +93,18 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py`, one rank of `glora-llm train`, and return its exit code."""
     parser = argparse.ArgumentParser("train.py", description=TRAIN, formatter_class=argparse.RawTextHelpFormatter)
     add_train_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return guarded(lambda: train(arguments))
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand behind options too, where argparse itself takes no positional."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def guarded(task: Callable[[], int]) -> int:

@@ -66,9 +66,11 @@ def share(value: Any, device: torch.device) -> Any:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group; DeepSpeed's own groups go with it, so that this process may join another."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
 
 
 def _free_port() -> str:

@@ -105,6 +105,11 @@ def check_combination(recipe: Recipe) -> None:
         )
     if recipe.search is not None:
         check_search(recipe)
+    elif recipe.merge.after_training and recipe.adapter.paths == "sample":
+        raise UserError(
+            "merge.after_training merges the genome that a search chose, and this recipe trains a supernet without "
+            "searching it: give it a `search` section (search={} has all defaults), or set merge.after_training=false."
+        )
     if recipe.evaluation.test_before and recipe.data.test is None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:

@@ -140,6 +140,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Return dotted key -> plain value, of the sections that are there."""
+    values = recipe.model_dump(mode="json", exclude={"description"})
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}
+
+
 def _lines(root: yaml.Node | None, file: str) -> dict[Location, int]:
     """Return the line of every key and list entry, and refuse a key that stands twice in one mapping."""
     found: dict[Location, int] = {}

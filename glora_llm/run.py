@@ -62,7 +62,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     with distributed.first_failure(folder.path, ranks.rank, lambda: _advice(folder)):
         Run(plan, folder, ranks).go()
         if recipe.search and recipe.search.finetune_steps:
-            tuned = finetune_recipe(folder)
+            tuned = distributed.share(finetune_recipe(folder) if ranks.first else None, ranks.device)
             folder = RunFolder(Path(tuned.output.dir))
             Run(make_plan(tuned), folder, ranks).go()
     distributed.stop()
@@ -230,10 +230,9 @@ class Run:
         return means(table, split, self.plan.has_answers, self.plan.data.label_sequences is not None)
 
     def _validate(self, step: int) -> dict[str, float]:
-        last = step == self.plan.steps
         if self.supernet:
             self.supernet.largest()
-        return self._score("validation", None if last else self.plan.recipe.evaluation.max_rows)
+        return self._score("validation", None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint; a failed write is reported and training goes on with the older ones."""
@@ -277,7 +276,7 @@ class Run:
         if not self.ranks.first:
             return
         self._write_adapter(tensors, self.folder.adapter)
-        log.hyperparameters(_flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
+        log.hyperparameters(recipes.flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
         self._record(
             {
                 "steps": self.plan.steps,
@@ -299,8 +298,3 @@ class Run:
     def _record(self, values: dict[str, Any]) -> None:
         if self.ranks.first:
             self.folder.update_summary(values)
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.model_dump(mode="json", exclude={"description"})
-    return {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}

@@ -15,7 +15,7 @@ FREE_KEYS = {
     "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps"},
     "model": {"attention", "kernels", "gradient_checkpointing", "dtype"},  # base.json holds the dtype itself
 }
-FREE_SECTIONS = {"description", "evaluation", "search", "merge", "output"}
+FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,8 @@ class RunFolder:
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
     """Return the dotted keys that a run is bound to."""
-    flat = {}
-    for section, values in recipe.model_dump(mode="json").items():
-        if section in FREE_SECTIONS:
-            continue
-        for key, value in values.items():
-            if key not in FREE_KEYS.get(section, ()):
-                flat[f"{section}.{key}"] = value
-    return flat
+    return {name: value for name, value in recipes.flat(recipe).items() if not _is_free(*name.split(".", 1))}
+
+
+def _is_free(section: str, key: str) -> bool:
+    return section in FREE_SECTIONS or key in FREE_KEYS.get(section, ())

@@ -50,13 +50,15 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
     """Write a PEFT folder with the weights that a genome inherits.
 
     Raises:
-        UserError: when there is no supernet adapter, or the genome does not fit it.
+        UserError: when there is no supernet adapter, or the genome does not fit it or has no slot at all.
     """
     file = supernet / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{supernet} holds no adapter: the run has not ended. Train on.")
     paths = read_genome(genome)
     weights = inherit(load_file(file), paths)
+    if not any(True for path in paths.values() for _ in path.active()):
+        raise UserError(f"{genome}: every slot of every layer is none, and that is the base model as it was.")
     config = json.loads((supernet / "adapter_config.json").read_text())
     config |= {"supernet": None, "genome": genome_to_slots(paths)}
     out.mkdir(parents=True, exist_ok=True)
@@ -65,17 +67,26 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
 
 
 def finetune_recipe(folder: RunFolder) -> Recipe:
-    """Return the recipe that trains a search's genome further, in RUN/finetuned.
+    """Return the recipe that trains a search's genome further, in RUN/finetuned (one process calls this).
+
+    The genome is copied there: another search, or an editor, may change RUN/genome.json.
 
     Raises:
-        UserError: as `deployed`.
+        UserError: as `deployed`, or when RUN/finetuned began with another genome.
     """
     search = folder.recipe().search
     assert search is not None
     recipe, weights = deployed(folder, folder.adapter)
+    tuned, genome = RunFolder(folder.path / "finetuned"), folder.genome.read_text()
+    if tuned.genome.is_file() and tuned.genome.read_text() != genome:
+        raise UserError(
+            f"{tuned.path} was trained from another genome than {folder.genome} holds now. Delete {tuned.path}, or put "
+            "that genome back."
+        )
+    tuned.write("genome.json", genome)
     changes = {
-        "adapter": recipe.adapter.model_copy(update={"weights": str(weights)}),
+        "adapter": recipe.adapter.model_copy(update={"genome": str(tuned.genome), "weights": str(weights)}),
         "training": recipe.training.model_copy(update={"steps": search.finetune_steps, "epochs": None}),
-        "output": recipe.output.model_copy(update={"dir": str(folder.path / "finetuned")}),
+        "output": recipe.output.model_copy(update={"dir": str(tuned.path), "resume": "auto"}),
     }
     return recipe.model_copy(update=changes)

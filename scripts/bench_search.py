@@ -85,7 +85,9 @@ class Bench:
         journal = Journal(None, {}, len(self.scorer.numbers))
         (limit,) = limits(settings).values()
         found = search(self.space, settings, limit, self.scorer, journal)
-        print(f"{strategy}, seed {seed}: {found.best.score:.4f}, {found.samples} rows, {found.seconds:.0f} s", flush=True)
+        print(
+            f"{strategy}, seed {seed}: {found.best.score:.4f}, {found.samples} rows, {found.seconds:.0f} s", flush=True
+        )
         return found, journal.get(found.best.code, np.arange(len(self.scorer.numbers)))
 
 
@@ -105,8 +107,8 @@ def table(results: dict[str, list[tuple[Found, Any]]], rows: int) -> tuple[list[
     for name, runs in results.items():
         scores = [found.best.score for found, _ in runs]
         shares, needed = [], []
-        for (found, _), (reference, best_rows) in zip(runs, results[REFERENCE], strict=True):
-            error = max(_paired_error(values, best_rows) for _, values in runs)
+        for (found, values), (reference, best_rows) in zip(runs, results[REFERENCE], strict=True):
+            error = _paired_error(values, best_rows)
             needed.append(reached(found, reference.best.score - error))
             shares.append(needed[-1] / reference.samples)
         share = statistics.median(shares)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from glora_llm.schema import Recipe, SlotSetting
+from glora_llm.schema import Recipe, SlotSetting, SupernetSection
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
 OPENING = """\
@@ -28,6 +28,8 @@ quotes. `null` is the same as leaving the key out; where a meaning says "none:",
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 PLURAL = {"text": "texts", "anything": "values"}
+# Models inside of sections -> their titles.
+NESTED: dict[type[BaseModel], str] = {SlotSetting: "A slot's setting", SupernetSection: "A supernet"}
 
 
 def main() -> int:
@@ -52,13 +54,12 @@ def reference() -> str:
     parts.append("## Top level\n\n" + _table(top))
     for name, field in Recipe.model_fields.items():
         if _is_section(field):
-            section = typing.cast(type[BaseModel], field.annotation)
+            section = _section(field)
             needed = " Required." if field.is_required() else " May be left out."
             parts.append(f"## {name}\n\n{section.__doc__}{needed}\n\n{_table(section.model_fields.items())}")
             if name == "adapter":
-                parts.append(
-                    f"### A slot's setting\n\n{SlotSetting.__doc__}\n\n{_table(SlotSetting.model_fields.items())}"
-                )
+                for kind, title in NESTED.items():
+                    parts.append(f"### {title}\n\n{kind.__doc__}\n\n{_table(kind.model_fields.items())}")
     return "\n".join(parts)
 
 
@@ -88,8 +89,8 @@ def describe(kind: Any, metadata: typing.Sequence[Any] = ()) -> str:
     elif origin is dict:
         inner = describe(arguments[1])
         words = f"mapping of {_plural(describe(arguments[0]))} to {f'({inner})' if ' ' in inner else inner}"
-    elif kind is SlotSetting:
-        words = "a slot's setting"
+    elif kind in NESTED:
+        words = NESTED[kind][0].lower() + NESTED[kind][1:]
     else:
         words = WORDS[kind]
     limits = [
@@ -110,7 +111,14 @@ def _plural(words: str) -> str:
 
 
 def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+
+
+def _section(field: FieldInfo) -> type[BaseModel]:
+    """Return the section's class; one that may be null is `SearchSection | None`."""
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    return next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
 
 
 def _default(field: FieldInfo) -> str:

@@ -119,8 +119,10 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         dropout = self.dropout[adapter_name]
         dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
         dtype, read = x.dtype, None
-        if adapter_name in self.choices and torch.is_grad_enabled():
-            x, read = gate(x, self._parameters_of(adapter_name))
+        if adapter_name in self.choices:
+            parameters = self._parameters_of(adapter_name)
+            if torch.is_grad_enabled():
+                x, read = gate(x, parameters)
         with torch.autocast(device, enabled=False):
             y = glora_linear(
                 x,
@@ -134,10 +136,13 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         return y if torch.is_autocast_enabled(device) else y.to(given)
 
     def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """Return all modes' parameters, each read as an attribute: under ZeRO 3 that gathers a partitioned one."""
+        """Return all modes' parameters, each read as an attribute: under ZeRO 3 that gathers a partitioned one.
+
+        All of them in every pass, whatever the path: DeepSpeed expects the same ones in the same order each time.
+        """
         slots = [getattr(self, f"slot_{slot}") for slot in SLOTS]
         owners = [modules[adapter_name] for modules in slots if adapter_name in modules]
-        return [getattr(owner, name) for owner in owners for name, _ in owner.named_parameters()]
+        return [getattr(owner, name) for owner in owners for name in owner._parameters]
 
     @property
     def b0(self) -> Tensor | None:

@@ -170,13 +170,16 @@ def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
 
 
 def _path_from_slots(name: str, slots: Mapping[str, Any]) -> Path:
+    scales: dict[str, Any] = {}
     for slot, given in slots.items():
-        lora = given == "lora" or (isinstance(given, dict) and given.get("mode") == "lora")
-        if isinstance(given, dict) and "mode" not in given:
+        values = {"mode": given} if isinstance(given, str) else given
+        if not isinstance(values, dict) or not isinstance(values.get("mode"), str):
             raise UserError(f"genome: slot {slot} of {name} has no mode: {given}.")
-        if lora and not (isinstance(given, dict) and {"rank", "scale"} <= set(given)):
-            raise UserError(f'genome: slot {slot} of {name}: mode lora is {{"mode": "lora", "rank": 8, "scale": 2.0}}.')
-    scales = {slot: given["scale"] for slot, given in slots.items() if isinstance(given, dict) and "scale" in given}
+        if values["mode"] == "lora":
+            rank, scales[slot] = values.get("rank"), values.get("scale")
+            if type(rank) is not int or rank < 1 or type(scales[slot]) not in (int, float):
+                known = '{"mode": "lora", "rank": 8, "scale": 2.0}'
+                raise UserError(f"genome: slot {slot} of {name}: mode lora is {known}.")
     try:
         path = make_path(slots, rank=1, alpha=1.0)
     except UserError as error:

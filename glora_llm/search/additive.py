@@ -3,10 +3,12 @@
 A supernet's score is close to a sum over its slots. So instead of scoring few genomes on all rows, many genomes are
 scored on a few rows each, and the effects of all choices are fitted at once. For a sum the best genome within a limit
 is found without a forward pass. New samples are taken around it, the fit is repeated, and in the end the proposals
-race: on growing parts of the rows, compared row by row with the best of them, what is surely worse is dropped.
+race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row by row. The
+winners breed, and their children race with them.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Generator, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +16,19 @@ from numpy.typing import NDArray
 from glora_llm.schema import SearchSection
 from glora_llm.search.effects import Fit, best_within
 from glora_llm.search.space import Code, Space
-from glora_llm.search.strategies import STRATEGIES, Ask, Strategy
+from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
-ROUNDS = 5  # fits, each after an equal share of the samples
-SHARE_FITTED = 0.7  # of the passes; the rest is the race's
-PARTS = 16  # the rows are scored in so many parts while effects are fitted
-MUTATED = 0.15  # share of the slots that is drawn anew around the best genome so far
-RACERS = 16
-SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
+ROUNDS = 10  # fits, each after an equal share of the samples
+SHARE_FITTED = 0.55  # of the passes; the rest is for the races
+PARTS = 16  # the rows are cut in so many; while effects are fitted, so many genomes are scored on one part at a time
+PROPOSED = 3  # genomes after each fit
+MUTATED = 0.2  # share of the slots that is drawn anew around the best genome so far
+RACERS = 20
+RACE_COST = 0.32  # passes of a race for each racer: an eighth of the rows, half as many racers for each next part
+BRED = 0.02  # share of the slots that is drawn anew in a child of two winners of a race
+WINNERS = 4
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
+SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
 
 
 @STRATEGIES.register("additive")
@@ -31,24 +37,41 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(rows)
     parts = [np.sort(part) for part in np.array_split(order, min(PARTS, rows))]
-    samples = max(2 * ROUNDS, round(settings.passes * SHARE_FITTED * len(parts)))
+    asks = max(ROUNDS, round(settings.passes * SHARE_FITTED))
     fit = Fit(space)
     proposals: list[Code] = []
-    for number in range(samples):
-        turn = number * ROUNDS // samples
-        if turn > len(proposals) // 3:
+    for number in range(asks):
+        turn = number * ROUNDS // asks
+        if turn > len(proposals) // PROPOSED:
             proposals += _propose(space, fit, limit, rng)
-        code = space.mutate(proposals[-1], rng, limit, MUTATED) if proposals else space.random(rng, limit)
         part = number % len(parts)
-        values = yield Ask([code], parts[part], turn)
-        fit.add(code, part, float(values.mean()))
+        codes = [_sample(space, proposals, limit, rng) for _ in parts]
+        values = yield Ask(codes, parts[part], turn)
+        for code, score in zip(codes, values.mean(1), strict=True):
+            fit.add(code, part, float(score))
     proposals += _propose(space, fit, limit, rng)
-    left = round(settings.passes * (1 - SHARE_FITTED) * rows) - len(SMALLER) * rows
-    yield from _race(list(_unique(reversed(proposals)))[:RACERS], order, ROUNDS, left)
-    effects = fit.effects()
-    smaller = [space.cost(proposals[-1]) * share for share in SMALLER]
-    codes = [best_within(space, effects, size) for size in smaller if size >= space.costs.min(1).sum()]
-    yield Ask(codes, np.arange(rows), ROUNDS)  # what less would cost: the rest of the Pareto front
+    smaller = _smaller(space, fit, space.cost(proposals[-1]))
+    left = round(settings.passes * (1 - SHARE_FITTED) - len(smaller)) * rows
+    field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
+    racers = _unique(reversed(proposals))[:field]
+    for lap in itertools.count(ROUNDS):
+        winners, used = yield from _race(racers, order, lap)
+        left -= used
+        if left < used:
+            break
+        children = [_child(space, winners, limit, rng) for _ in range(field - len(winners))]
+        racers = _unique([*winners, *children])
+    yield Ask(smaller, np.arange(rows), lap)
+
+
+def _sample(space: Space, proposals: list[Code], limit: float, rng: np.random.Generator) -> Code:
+    return space.mutate(proposals[-1], rng, limit, MUTATED) if proposals else space.random(rng, limit)
+
+
+def _smaller(space: Space, fit: Fit, cost: float) -> list[Code]:
+    """Return the best sums at shares of a cost: what less would do, the rest of the Pareto front."""
+    effects, least = fit.effects(), space.costs.min(1).sum()
+    return [best_within(space, effects, max(least, cost * share)) for share in SMALLER]
 
 
 def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> list[Code]:
@@ -58,24 +81,35 @@ def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> 
     return [best_within(space, fit.effects(half), limit) for half in (*halves, None)]
 
 
-def _unique(codes: Iterable[Code]) -> Iterable[Code]:
-    return {code.tobytes(): code for code in codes}.values()
+def _child(space: Space, winners: list[Code], limit: float, rng: np.random.Generator) -> Code:
+    one, other = (winners[rng.integers(len(winners))] for _ in range(2))
+    return space.mutate(space.cross(one, other, rng, limit), rng, limit, BRED)
 
 
-def _race(racers: list[Code], order: NDArray[np.int64], generation: int, samples: int) -> Strategy:
-    """Score racers on a part of the rows, drop what is surely worse than the best, double the part, to the end."""
-    done, end = 0, max(8, len(order) // 8)
+def _unique(codes: Iterable[Code]) -> list[Code]:
+    return list({code.tobytes(): code for code in codes}.values())
+
+
+def _race(
+    racers: list[Code], order: NDArray[np.int64], generation: int
+) -> Generator[Ask, Values, tuple[list[Code], int]]:
+    """Score racers on a part of the rows, keep the better half without what is surely worse than the best, go on.
+
+    Returns:
+        the best, best first, and the row scores that were asked for.
+    """
+    done, end, used = 0, max(2, len(order) // 8), 0
     scores = np.zeros((len(racers), 0))
-    while racers and done < len(order):
+    ranked = list(racers)
+    while done < len(order):
         values = yield Ask(racers, np.sort(order[done:end]), generation)
+        used += values.size
         scores = np.hstack([scores, values])
-        leader = scores[scores.mean(1).argmax()]
-        behind = leader - scores
+        behind = scores[scores.mean(1).argmax()] - scores
         error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1])
-        keep = behind.mean(1) <= WORSE * error
-        racers, scores = [r for r, kept in zip(racers, keep, strict=True) if kept], scores[keep]
+        best_first = np.argsort(-scores.mean(1), kind="stable")
+        ranked = [racers[index] for index in best_first] + ranked[len(racers) :]
+        keep = [i for i in best_first[: max(2, len(racers) // 2)] if behind[i].mean() <= WORSE * error[i]]
+        racers, scores = [racers[index] for index in keep], scores[keep]
         done, end = end, min(len(order), 2 * end)
-        samples -= values.size
-        affordable = max(1, samples // max(1, end - done))
-        best = np.argsort(-scores.mean(1), kind="stable")[:affordable]
-        racers, scores = [racers[index] for index in best], scores[best]
+    return ranked[:WINNERS], used

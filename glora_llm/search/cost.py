@@ -84,7 +84,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
 
 
 def _saved(linear: GLoRALinear, layer: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the bytes that the layer keeps for its backward pass, each tensor counted once; its own are there anyway."""
+    """Return the bytes that the layer keeps for its backward pass beside its own parameters, each tensor once."""
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in linear.parameters()}
 

@@ -18,6 +18,7 @@ from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask
 
 Rows = NDArray[np.int64]
+WORST = -1e6  # the score of a row whose loss is not finite: no such genome wins
 
 
 class Scorer(Protocol):
@@ -114,7 +115,7 @@ def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray
     for start in range(0, len(todo), scorer.at_once):
         group = todo[start : start + scorer.at_once]
         for (code, rows), values in zip(group, scorer([(space.genome(c), r) for c, r in group]), strict=True):
-            journal.record(code, rows, values)
+            journal.record(code, rows, np.nan_to_num(values, nan=WORST, posinf=WORST, neginf=WORST))
     return np.array([journal.get(code, ask.rows) for code in ask.codes])
 
 

@@ -51,8 +51,7 @@ class Fit:
             left_out = alpha / ((vectors**2) @ inverse)
             return float((left_out**2).sum()), alpha
 
-        error, alpha = min((solve(noise) for noise in NOISES), key=lambda found: found[0])
-        self.explained = 1 - error / max(float((scores**2).sum()), 1e-300)
+        _, alpha = min((solve(noise) for noise in NOISES), key=lambda found: found[0])
         weights = features.T @ alpha / scale
         return np.where(self.there, weights[self.columns].sum(0), -np.inf)
 

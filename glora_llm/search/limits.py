@@ -20,7 +20,7 @@ def limits(settings: SearchSection) -> dict[str, float]:
     parts = settings.budget if isinstance(settings.budget, list) else str(settings.budget).split(",")
     found = {}
     for part in parts:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e-?\d+)?)\s*([kKmMgG]?)\s*", part)
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([kKmMgG]?)\s*", part)
         if match is None:
             raise UserError(f"search.budget '{part}' is no limit; expected something like 0.5M, 250k or 1000000.")
         found[part.strip()] = float(match[1]) * UNITS[match[2].lower()]

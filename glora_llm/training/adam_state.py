@@ -14,8 +14,11 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor
+from torch import distributed as dist
 
 from glora_llm.training.optim import Trainable
 
@@ -119,10 +122,23 @@ class AdamState:
         if self.stage == 0:
             target = p.data if key is None else self.optimizer.state[p][key]
             target.copy_(value)
+        elif self.stage == 3:
+            mine = _partition(p, value).to(p.device)
+            safe_set_local_fp32_param(p, mine) if key is None else safe_set_local_optimizer_state(p, mine, key)
         elif key is None:
             safe_set_full_fp32_param(p, value.to(p.device))
         else:
             safe_set_full_optimizer_state(p, value.to(p.device), key)
+
+
+def _partition(parameter: Any, value: Tensor) -> Tensor:
+    """Return this rank's part of a full tensor under ZeRO 3, zeros behind its end.
+
+    DeepSpeed's own setter of full tensors fails where the elements do not divide by the ranks: a scalar, say.
+    """
+    group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
+    return padded.narrow(0, size * dist.get_rank(group), size)
 
 
 def _is_bnb(optimizer: torch.optim.Optimizer) -> bool:

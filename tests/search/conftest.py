@@ -27,7 +27,7 @@ def layers(depth: int, has_bias: bool = True) -> list[LayerShape]:
     ]
 
 
-def make_space(depth: int = 3, composition: str = "product", has_bias: bool = True, **modes: Sequence[str]) -> Space:
+def make_space(depth: int = 3, composition: str = "product", has_bias: bool = True, /, **modes: Sequence[str]) -> Space:
     """3 x (5 + 4 + 5) = 42 genes at the default depth."""
     return Space(layers(depth, has_bias), slot_choices(modes, [8, 4, 2], 16.0), composition)
 
@@ -95,7 +95,7 @@ class Toy:
         return bool(text)
 
 
-def run(toy: Toy, limit: float = float("inf"), journal: Journal | None = None, **keys: object) -> Found:
+def run(toy: Toy, limit: float = float("inf"), journal: Journal | None = None, /, **keys: object) -> Found:
     """Search a toy with a journal in memory, or with the one that is given."""
     return search(toy.space, settings(**keys), limit, toy, journal or Journal(None, {}, len(toy.noise)))
 

@@ -69,15 +69,15 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_tokens(dtype: str, si
         assert grown == pytest.approx(32 * per_token * size / 1e6, abs=1e-12), (slot, mode, rank)
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [("float32", 4 * (32 + 8)), ("bfloat16", 2 * (32 + 8 + 16))])
-def test_what_is_there_anyway_counts_once(dtype: str, kept: int) -> None:
-    """B of rank 4 keeps U (T, r) and its scaled down (O, r), and in bfloat16 a copy of up (r, I); D keeps b0 itself."""
-    weights = 16 * (8 + 16)
-    costs = measured(32, dtype=dtype)
-    assert megabytes(costs, "B", "lora", 4) == pytest.approx(4 * (weights + kept) / 1e6, abs=1e-12)
-    assert megabytes(costs, "D", "vector") == pytest.approx(16 * 8 / 1e6, abs=1e-12)
-    hadamard = measured(32, "hadamard", "float32")
-    assert megabytes(hadamard, "A", "lora", 4) == pytest.approx(4 * 16 * (8 + 16) / 1e6, abs=1e-12)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_what_is_there_anyway_counts_once(dtype: str, size: int) -> None:
+    """B keeps U (T, r) and its scaled down (O, r) beside up, a parameter; A as hadamard its factors alone; D b0."""
+    weights, kept = 16 * (8 + 16), size * (32 + 8)
+    costs, hadamard = measured(32, dtype=dtype), measured(32, "hadamard", dtype)
+    assert megabytes(costs, "D", "vector") == 16 * 8 / 1e6
+    for rank in (2, 4, 8):
+        assert megabytes(costs, "B", "lora", rank) == pytest.approx(rank * (weights + kept) / 1e6, abs=1e-12)
+        assert megabytes(hadamard, "A", "lora", rank) == pytest.approx(rank * weights / 1e6, abs=1e-12)
 
 
 def test_layers_of_one_shape_share_a_cost() -> None:

@@ -75,7 +75,7 @@ def test_every_code_that_leaves_the_space_is_legal(space: Space, limit: float) -
         made = [
             space.random(rng, limit),
             space.mutate(free[0], rng, limit, 0.2),
-            space.cross(*free, rng, limit),
+            space.cross(free[0], free[1], rng, limit),
             space.repair(free[1], rng, limit),
         ]
         assert all(is_legal(space, code, limit) for code in made)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from glora_llm.search.driver import Found
-from glora_llm.search.strategies import STRATEGIES
 from glora_llm.search.space import Space
+from glora_llm.search.strategies import STRATEGIES
 from tests.search.conftest import ROWS, Toy, is_legal, make_space, run, settings, smallest
 
 SPACE = make_space()
@@ -74,7 +74,9 @@ def test_every_candidate_is_legal(name: str, space: Space, share: float | None) 
 @pytest.mark.parametrize("passes", [20, 40])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_samples_is_kept(name: str, passes: int) -> None:
-    keys = {"population": 4, "parents": 2, "generations": passes // 4 - 1} if name == "evolution" else {"passes": passes}
+    keys = (
+        {"population": 4, "parents": 2, "generations": passes // 4 - 1} if name == "evolution" else {"passes": passes}
+    )
     allowed = passes_of(name, keys) * ROWS
     assert allowed == passes * ROWS
     for seed in SEEDS:

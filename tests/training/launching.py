@@ -22,10 +22,10 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)} | more
 
 
-def finished(command: list[str]) -> "subprocess.CompletedProcess[str]":
-    """Run a launch to its end, whatever that is."""
+def finished(command: list[str], timeout: float = 900, **more: str) -> "subprocess.CompletedProcess[str]":
+    """Run a launch to its end, whatever that is, with `more` in its environment."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False
+        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

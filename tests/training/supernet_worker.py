@@ -22,9 +22,15 @@ PARTITIONED = "zero3_partitioned"
 STAGES = ("zero0", "zero1", "zero2", "zero3", PARTITIONED)
 MICRO_BATCH = {"one": 4, "several": 2}  # micro steps of an optimizer step -> micro batch of a rank
 KINDS = tuple(f"{draws}-{micro_steps}" for draws in ("shared", "per_rank") for micro_steps in MICRO_BATCH)
+TRAINED = tuple(
+    f"{stage}-{kind}"
+    for kind in KINDS
+    for stage in STAGES
+    if kind in ("shared-several", "per_rank-one") or stage not in ("zero1", "zero2")
+)
 RESUMED = ("zero1-shared-several", "zero3-per_rank-several", f"{PARTITIONED}-shared-one")
 SEARCHED = "zero1-shared-several"  # what all searches search
-SEARCHES = tuple(f"{strategy}-{stage}" for strategy in ("additive", "evolution") for stage in ("zero1", PARTITIONED))
+SEARCHES = ("additive-zero1", "additive-zero3", "evolution-zero1", f"evolution-{PARTITIONED}")
 BUDGETS = ("3k", "1.5k")
 drawn: list[tuple[int, int, Any]] = []  # step, micro step, path of every layer
 whole = Supernet.draw
@@ -34,7 +40,7 @@ def settings(out: Path) -> list[str]:
     """Return the overrides of all trainings."""
     return [
         "adapter.targets=[k_proj, down_proj]",
-        "training.steps=4",
+        "training.steps=3",
         "training.warmup=0",
         "training.global_batch=8",
         f"data.source={out / 'data.jsonl'}",
@@ -57,7 +63,7 @@ def trained_as(out: Path, name: str) -> list[str]:
 
 def searched_as(out: Path, strategy: str, stage: str) -> list[str]:
     """Return the overrides of a search."""
-    keys = [f"strategy={strategy}", f"budget=[{', '.join(BUDGETS)}]", "passes=6", "population=5", "generations=3"]
+    keys = [f"strategy={strategy}", f"budget=[{', '.join(BUDGETS)}]", "passes=3", "population=5", "generations=3"]
     more = [override for override in trained_as(out, SEARCHED) if override != "search=null"]
     return [*more, deepspeed(out, stage), *(f"search.{key}" for key in keys)]
 
@@ -94,11 +100,10 @@ def main() -> None:
     quiet_libraries()
     Supernet.draw = noted  # type: ignore[method-assign]
     out, ranks = Path(sys.argv[-1]), distributed.start()
-    for kind in KINDS:
-        for stage in STAGES:
-            go(out / f"{stage}-{kind}", trained_as(out, f"{stage}-{kind}"), ranks)
+    for name in TRAINED:
+        go(out / name, trained_as(out, name), ranks)
     for name in RESUMED:
-        copied(ranks, out / name / "checkpoints" / "step-2", out / f"{name}-resumed" / "checkpoints" / "step-2")
+        copied(ranks, out / name / "checkpoints" / "step-1", out / f"{name}-resumed" / "checkpoints" / "step-1")
         go(out / f"{name}-resumed", trained_as(out, name), ranks)
     for name in SEARCHES:
         folder = copied(ranks, out / SEARCHED, out / f"search-{name}")

@@ -1,0 +1,114 @@
+"""The genome that a search found against the best single path for all layers, with the weights of the same supernet.
+
+  python scripts/compare_search.py RUN [RUN ...]
+
+For each run: every path of which all layers together keep the limit is ranked by the effects fitted to what the search
+scored (RUN/search/journal.jsonl); the best 12 are scored on all validation rows, and the best of them and the genome on
+the test rows. Prints a Markdown line for each, with means and ranges over the runs at the end.
+"""
+
+import argparse
+import itertools
+import statistics
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from glora_llm.adapter import adapted_layers, read_genome
+from glora_llm.errors import UserError
+from glora_llm.evaluation.command import load_adapted, score_model, score_of
+from glora_llm.evaluation.genomes import RowScorer
+from glora_llm.glora.path import Path
+from glora_llm.glora.supernet import set_paths
+from glora_llm.plan import make_plan
+from glora_llm.quiet import quiet_libraries
+from glora_llm.run_folder import RunFolder
+from glora_llm.schema import SearchSection
+from glora_llm.search.archive import Journal
+from glora_llm.search.effects import Fit
+from glora_llm.search.limits import limits
+from glora_llm.search.space import Code, Space, space_of
+
+FINALISTS = 12
+
+
+def main() -> int:
+    """Compare, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", type=File, nargs="+")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    print("| run | path | parameters | validation loss | test loss | test exact match |\n|---|---|---|---|---|---|")
+    found: dict[str, list[float]] = {}
+    for run in arguments.runs:
+        for name, cells, exact in compare(run):
+            print(f"| {run.name} | {name} | " + " | ".join(cells) + f" | {exact:.3f} |", flush=True)
+            found.setdefault(name.partition(" (")[0], []).append(exact)
+    for name, values in found.items():
+        spread = f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        print(f"\n{name}: test exact match {spread}, {len(values)} runs")
+    return 0
+
+
+def compare(run: File) -> list[tuple[str, list[str], float]]:
+    """Return (name, cells, test exact match) of the genome and of the best uniform path of one run."""
+    folder = RunFolder(run)
+    plan = make_plan(folder.recipe())
+    model = load_adapted(plan, folder.adapter)
+    layers = adapted_layers(model)
+    settings = plan.recipe.search or SearchSection()
+    space = space_of(layers, settings)
+    limit = next(iter(limits(settings).values()))
+    validation = plan.rows("validation")
+    assert validation is not None
+    numbers = plan.choice(validation, settings.max_rows)
+    scorer = RowScorer(plan, layers, numbers, "loss", score_of(plan, model), lambda table: table)
+    rows = np.arange(len(numbers))
+    effects = _effects(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
+    uniform = sorted(_uniform(space, limit), key=lambda code: -effects[np.arange(len(code)), code].sum())[:FINALISTS]
+    scores = {c.tobytes(): float(scorer([(space.genome(c), rows)])[0].mean()) for c in tqdm(uniform, desc="uniform")}
+    best = max(uniform, key=lambda code: scores[code.tobytes()])
+    chosen = space.code(read_genome(folder.genome))
+    text = ", ".join(f"{slot} {spec.mode} {spec.rank or ''}".strip() for slot, spec in _first(space, best).active())
+    result = []
+    for name, code in (("genome of the search", chosen), (f"best uniform path ({text})", best)):
+        score = float(scorer([(space.genome(code), rows)])[0].mean())
+        set_paths(layers, space.genome(code))
+        test = score_model(plan, model, "test")
+        cells = [f"{space.size(code):,}", f"{-score:.4f}", f"{test['test/loss']:.4f}"]
+        result.append((name, cells, test["test/exact_match"]))
+    return result
+
+
+def _effects(space: Space, lines: list[str], rows: int) -> Any:
+    """Fit the effects to a journal, each row's own difficulty taken out."""
+    journal = Journal(None, {}, rows, ["{}", *lines[1:]])
+    table = np.array(list(journal.values.values()))
+    table -= np.nanmean(table, 0)
+    fit = Fit(space)
+    for key, values in zip(journal.values, table, strict=True):
+        fit.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
+    return fit.effects()
+
+
+def _uniform(space: Space, limit: float) -> list[Code]:
+    slots = [slot for slot in space.choices if any(gene.slot == slot for gene in space.genes)]
+    found = []
+    for specs in itertools.product(*(space.choices[slot] for slot in slots)):
+        pairs = [pair for pair in zip(slots, specs, strict=True) if pair[1].mode != "none"]
+        code = space.uniform(Path(tuple(pairs)))
+        if space.cost(code) <= limit:
+            found.append(code)
+    if not found:
+        raise UserError("No single path for all layers is within the limit of this search.")
+    return found
+
+
+def _first(space: Space, code: Code) -> Path:
+    return next(iter(space.genome(code).values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""Supernets of the tiny LLaMA, trained in this process."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from glora_llm import distributed
+from glora_llm.adapter import adapted_layers, read_genome
+from glora_llm.cli import main
+from glora_llm.evaluation.command import load_adapted
+from glora_llm.glora.path import Path as SlotPath
+from glora_llm.glora.supernet import set_paths
+from glora_llm.plan import make_plan
+from glora_llm.run_folder import RunFolder
+from tests.merge.conftest import logits
+from tests.test_run import alone, forget_launch, write_rows
+
+__all__ = ["alone"]
+BUDGETS = {"3k": 3000, "1.5k": 1500, "0.7k": 700}
+SEARCH = ["--budget", ",".join(BUDGETS), "search.passes=6"]
+Copy = Callable[..., Path]
+
+
+def overrides(data: Path, out: Path) -> list[str]:
+    """A supernet on four linears, of 7,900 parameters, trained for three steps."""
+    return [
+        f"data.source={data}", "data.validation=8", "data.test=8", "data.max_rows=null", "data.max_test_rows=null",
+        "training.steps=3", "training.warmup=0", "training.global_batch=8", "adapter.targets=[k_proj, down_proj]",
+        "output.save_every=1", "output.keep=5", "merge.after_training=false", f"output.dir={out}",
+    ]  # fmt: skip
+
+
+def train(data: Path, out: Path, *more: str) -> int:
+    """Run `glora-llm train` in this process, and forget that it was a launch."""
+    try:
+        return main(["train", "--recipe", "tiny_cpu_search", *overrides(data, out), *more])
+    finally:
+        distributed.stop()
+        forget_launch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are cut in the same way however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Path:
+    """The run folder of a supernet that nobody has searched, and its rows beside it."""
+    folder = tmp_path_factory.mktemp("supernet")
+    assert train(write_rows(folder / "data.jsonl", 60), folder / "run", "search=null") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def searched(supernet: Path) -> Path:
+    """The same with a genome for each of three limits."""
+    run = supernet.with_name("searched")
+    shutil.copytree(supernet, run)
+    assert main(["search", str(run), *SEARCH]) == 0
+    return run
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Copy:
+    """Return what copies a run folder into the test's own folder."""
+
+    def copied(run: Path, name: str = "copy") -> Path:
+        shutil.copytree(run, tmp_path / name)
+        return tmp_path / name
+
+    return copied
+
+
+def supernet_logits(run: Path, genome: Path, adapter: Path | None = None) -> Tensor:
+    """What a supernet computes on the paths of a genome: nothing is inherited or merged."""
+    folder = RunFolder(run)
+    model = load_adapted(make_plan(folder.recipe()), adapter or folder.adapter)
+    layers, paths = adapted_layers(model), read_genome(genome)
+    set_paths(layers, {name: paths.get(name, SlotPath(())) for name in layers})
+    return logits(model)
+
+
+def journal(run: Path) -> list[tuple[str, int]]:
+    """Return what a journal holds scores of: (genome, row), one for each score."""
+    entries = [json.loads(line) for line in (run / "search" / "journal.jsonl").read_text().splitlines()[1:]]
+    return [(entry["code"], row) for entry in entries for row in entry["rows"]]
