@@ -31,7 +31,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["merge"], ["evaluate"], ["recipes"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["train"], ["merge"], ["search"], ["evaluate"], ["recipes"]], ids=" ".join)
 def test_help_teaches_by_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -66,6 +66,7 @@ def test_these_commands_import_nothing_heavy(command: list[str]) -> None:
         (["train", "--recipe", "quickstart", "training.lrr=1"], "Did you mean 'lr'?"),
         (["merge", "recipes", "--out", "x"], "error: recipes is no run folder"),
         (["evaluate", "nowhere"], "error: nowhere is no run folder"),
+        (["search", "nowhere", "--budget", "1M"], "error: nowhere is no run folder"),
         (["recipes", "quickstart", "lr"], "is not an override"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
@@ -136,10 +137,12 @@ def test_merge_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_folde
     assert cli.main(["merge", str(run_folder), "--out", "a"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "b", "--to", "lora", "--dtype", "float32", "--step", "4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "c", "--quantize", "nf4"]) == 0
+    assert cli.main(["merge", str(run_folder), "--out", "d", "--genome", "g.json"]) == 0
     assert [given for given, _ in calls] == [
-        (run_folder, Path("a"), None, "model", None, None),
-        (run_folder, Path("b"), "float32", "lora", None, 4),
-        (run_folder, Path("c"), None, "model", "nf4", None),
+        (run_folder, Path("a"), None, "model", None, None, None),
+        (run_folder, Path("b"), "float32", "lora", None, 4, None),
+        (run_folder, Path("c"), None, "model", "nf4", None, None),
+        (run_folder, Path("d"), None, "model", None, None, Path("g.json")),
     ]
 
 
@@ -147,7 +150,52 @@ def test_evaluate_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_fo
     calls = stand_in(monkeypatch, "evaluation.command", "evaluate_run")
     assert cli.main(["evaluate", str(run_folder)]) == 0
     assert cli.main(["evaluate", str(run_folder), "--split", "validation", "--merged", "m"]) == 0
-    assert [given for given, _ in calls] == [(run_folder, "test", None), (run_folder, "validation", Path("m"))]
+    assert cli.main(["evaluate", str(run_folder), "--genome", "g.json"]) == 0
+    assert [given for given, _ in calls] == [
+        (run_folder, "test", None, None),
+        (run_folder, "validation", Path("m"), None),
+        (run_folder, "test", None, Path("g.json")),
+    ]
+
+
+def test_search_hands_over_its_limits_and_overrides(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> None:
+    """A limit is an override like the others, which may stand on both sides of it."""
+    calls = stand_in(monkeypatch, "search_run", "search_command")
+    passes, seed = "search.passes=3", "search.seed=1"
+    assert cli.main(["search", str(run_folder)]) == 0
+    assert cli.main(["search", str(run_folder), passes, "--budget", "1.0M,0.5M"]) == 0
+    assert cli.main(["search", str(run_folder), "--budget", "8k", passes]) == 0
+    assert cli.main(["search", str(run_folder), passes, "--budget", "8k", seed]) == 0
+    assert [given for given, _ in calls] == [
+        (run_folder, []),
+        (run_folder, ["search.budget=1.0M,0.5M", passes]),
+        (run_folder, ["search.budget=8k", passes]),
+        (run_folder, ["search.budget=8k", passes, seed]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["search", "runs/a", "--budgt", "8k"],
+        ["search", "runs/a", "--budget", "8k", "passes"],
+        ["merge", "runs/a", "--out", "b", "merge.dtype=float32"],
+        ["train", "--recipe", "tiny_cpu", "training.lr=1", "--dryrun"],
+    ],
+    ids=" ".join,
+)
+def test_what_no_command_takes_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 2
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+def test_overrides_may_stand_before_and_behind_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "run", "train")
+    assert cli.main(["train", "training.lr=1e-4", "--recipe", "quickstart", "training.seed=3"]) == 0
+    assert cli.train_main(["training.lr=1e-4", "--recipe", "quickstart", "training.seed=3"]) == 0
+    assert [(checked.training.lr, checked.training.seed) for (checked,), _ in calls] == [(1e-4, 3)] * 2
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_a_misspelt_key_is_named_with_its_place_and_the_nearest_key(tmp_path: Pa
         ("training.epochs=1", "give exactly one of steps and epochs"),
         ("training.lr", "is not an override: expected section.key=value"),
         ("lr=1", "is not an override: expected section.key=value"),
+        ("training=3", "command line, training=3: training: got 3 (integer), expected a section of keys"),
         ("model.name_or_path.x=3", "'name_or_path' holds a value, not a section of keys."),
     ],
 )
@@ -185,6 +186,16 @@ def test_overrides_win_and_the_last_one_counts(tmp_path: Path) -> None:
     assert loaded.training.steps == 9
     assert loaded.adapter.slots == {"A": "none"}
     assert loaded.adapter.targets == ["q_proj", "v_proj"]
+
+
+def test_a_whole_section_may_be_given_or_taken_away(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    assert recipe.load(file).search is None
+    searched = recipe.load(file, ["search={}"])
+    assert searched.search is not None and searched.search.strategy == "additive"
+    changed = recipe.load(file, ["search={passes: 5}", "search.seed=3"]).search
+    assert changed is not None and (changed.passes, changed.seed) == (5, 3)
+    assert recipe.load(file, ["search.passes=5", "search=null"]).search is None
 
 
 def test_a_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:

@@ -90,6 +90,26 @@ def supernet_logits(run: Path, genome: Path, adapter: Path | None = None) -> Ten
     return logits(model)
 
 
+def mark(file: Path) -> None:
+    """Mark the first score of a journal: the mark is there as long as this line is kept."""
+    lines = file.read_text().splitlines(keepends=True)
+    lines[1] = json.dumps(json.loads(lines[1]) | {"mark": 1}) + "\n"
+    file.write_text("".join(lines))
+
+
+def unmark(file: Path) -> None:
+    """Take the mark away again.
+
+    Raises:
+        KeyError: when it is gone.
+    """
+    lines = file.read_text().splitlines(keepends=True)
+    entry = json.loads(lines[1])
+    del entry["mark"]
+    lines[1] = json.dumps(entry) + "\n"
+    file.write_text("".join(lines))
+
+
 def journal(run: Path) -> list[tuple[str, int]]:
     """Return what a journal holds scores of: (genome, row), one for each score."""
     entries = [json.loads(line) for line in (run / "search" / "journal.jsonl").read_text().splitlines()[1:]]

@@ -1,6 +1,7 @@
 """`search.finetune_steps`: the genome is trained further from the weights that it inherits, as a run of its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from glora_llm.evaluation.command import load_adapted, score_model
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
 from tests.merge.conftest import logits
-from tests.supernet.conftest import train
+from tests.supernet.conftest import Copy, train
 from tests.test_run import contents, write_rows
 
 SEARCH = [
@@ -84,9 +85,17 @@ def test_another_search_does_not_touch_it(run: Path, tmp_path: Path, capsys: pyt
 
 
 def test_training_again_finds_all_of_it_done(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where a checkpoint is asked for."""
     weights = (run / "finetuned" / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert train(run.with_name("data.jsonl"), run, *SEARCH, "output.resume=must") == 0
+    assert train(run.with_name("data.jsonl"), run, *SEARCH) == 0
     said = capsys.readouterr().out
     assert "training had ended already, after step 3" in said and "training had ended already, after step 2" in said
     assert (run / "finetuned" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_a_launch_that_ended_before_its_fine_tuning_goes_on_with_it(run: Path, copy_of: Copy) -> None:
+    """Also where a checkpoint is asked for: the supernet has one, and fine-tuning has none yet."""
+    again = copy_of(run)
+    shutil.rmtree(again / "finetuned")
+    assert train(run.with_name("data.jsonl"), again, *SEARCH, "output.resume=must") == 0
+    weights = [folder / "finetuned" / "adapter" / "adapter_model.safetensors" for folder in (run, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -112,6 +112,7 @@ def test_a_supernet_without_a_genome(refused: Said, supernet: Path, tmp_path: Pa
     for command in (["merge", supernet, "--out", tmp_path / "out"], ["evaluate", supernet]):
         said = refused(*command)
         assert f"there is no {supernet / 'genome.json'}: `glora-llm search {supernet}` finds one" in said
+        assert "there is no absent.json" in refused(*command, "--genome", "absent.json")
     assert contents(supernet) == before and not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ from glora_llm.run_folder import RunFolder
 from glora_llm.search.draws import Supernet
 from glora_llm.search_run import Launch, run_search
 from glora_llm.subnet import extract
-from tests.supernet.conftest import BUDGETS, SEARCH, Copy, journal, train
+from tests.supernet.conftest import BUDGETS, SEARCH, Copy, journal, mark, train, unmark
 from tests.test_run import contents
 
 ALONE = Launch(True, lambda value: value, torch.device("cpu"))
@@ -77,8 +77,10 @@ def test_a_search_cut_off_anywhere_goes_on(searched: Path, copy_of: Copy, share:
     file = run / "search" / "journal.jsonl"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
+    mark(file)
     (run / "genome.json").unlink()
     assert main(["search", str(run), *SEARCH]) == 0
+    unmark(file)
     assert journal(run) == known and len(set(known)) == len(known)
     assert file.read_bytes() == whole
     for name in ("genome.json", "search/archive.json", *(f"search/genome-{text}.json" for text in BUDGETS)):

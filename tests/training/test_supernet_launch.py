@@ -23,6 +23,7 @@ from glora_llm.glora.path import genome_to_slots
 from glora_llm.models.causal_lm import meta_model
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.search.draws import Supernet
+from tests.supernet.conftest import mark, unmark
 from tests.test_run import write_rows
 from tests.training.launching import ROOT, environment, finished, launch, metrics
 from tests.training.supernet_worker import (
@@ -190,8 +191,10 @@ def test_a_search_that_is_killed_goes_on_and_the_launch_ends_fine_tuned_and_merg
     killed_after(command, run / "search" / "journal.jsonl", len(known) // 3)
     left = len(journal_lines(run))
     assert len(known) // 3 <= left < len(known) and not (run / "genome.json").exists(), "killed too late"
+    mark(run / "search" / "journal.jsonl")
     done = finished(command, timeout=300, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    unmark(run / "search" / "journal.jsonl")
     for file in RESULTS:
         assert (run / file).read_text() == (whole / file).read_text(), file
     assert journal(run) == known, "scored again, or not at all"
