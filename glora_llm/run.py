@@ -45,7 +45,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     """
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
-    _require_resume(recipe, folder)
+    checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
     batch_identity(recipe, distributed.planned_world())
     plan = make_plan(recipe, weights=not dry_run)
     overview = describe(plan, distributed.planned_world())  # the last of the checks, before any weight is loaded
@@ -74,17 +74,6 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         from glora_llm.evaluation.command import print_summary
 
         print_summary(folder)
-
-
-def _require_resume(recipe: Recipe, folder: RunFolder) -> None:
-    """Check output.resume before anything is written."""
-    there = checkpoint.checkpoints(folder.checkpoints)
-    if there and recipe.output.resume == "never":
-        raise UserError(
-            f"output.resume is never, and {there[0]} is there. Choose another output.dir, or output.resume=auto."
-        )
-    if not there and recipe.output.resume == "must":
-        raise UserError(f"output.resume is must, and {folder.checkpoints} has no checkpoint.")
 
 
 def _advice(folder: RunFolder) -> str:
@@ -119,6 +108,7 @@ class Run:
         with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)) as log:
             self._announce(log, start)
             self._train(log, start)
+        self.engine.close()
 
     def _train(self, log: MetricLog, start: int) -> None:
         recipe = self.plan.recipe

@@ -154,6 +154,21 @@ def rotate(root: Path, keep: int) -> None:
             whole += 1
 
 
+def require_resume(root: Path, resume: str) -> None:
+    """Check output.resume before anything is written.
+
+    Raises:
+        UserError: for `never` where there are checkpoints, and for `must` where there are none.
+    """
+    there = checkpoints(root)
+    if there and resume == "never":
+        raise UserError(
+            f"output.resume is never, and {there[0]} is there. Choose another output.dir, or output.resume=auto."
+        )
+    if not there and resume == "must":
+        raise UserError(f"output.resume is must, and {root} has no checkpoint.")
+
+
 def require_space(root: Path, trained_numbers: int, keep: int) -> None:
     """Check that two checkpoints fit on the disk.
 

@@ -235,6 +235,10 @@ class Engine:
         self.adam.restore(self.trainables, tensors, applied)
         self.applied = applied
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks away: under ZeRO 1 and 2 they would keep the model alive beside the next one."""
+        self.ds.destroy()
+
     def bytes_per_rank(self) -> int:
         """Return the bytes of parameters that this rank holds at rest (under ZeRO 3: its partitions)."""
         return sum(_held(p).numel() * _held(p).element_size() for p in self.ds.module.parameters())

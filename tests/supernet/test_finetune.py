@@ -1,5 +1,6 @@
 """`search.finetune_steps`: the genome is trained further from the weights that it inherits, as a run of its own."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from glora_llm.cli import main
 from glora_llm.evaluation.command import load_adapted, score_model
+from glora_llm.glora.layer import GLoRALinear
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
 from tests.merge.conftest import logits
@@ -93,9 +95,18 @@ def test_training_again_finds_all_of_it_done(run: Path, capsys: pytest.CaptureFi
 
 
 def test_a_launch_that_ended_before_its_fine_tuning_goes_on_with_it(run: Path, copy_of: Copy) -> None:
-    """Also where a checkpoint is asked for: the supernet has one, and fine-tuning has none yet."""
-    again = copy_of(run)
+    """Also where a checkpoint is asked for: the supernet has one, and fine-tuning has none yet.
+
+    Neither of its two models is held behind its end: the second is loaded into the memory of the first.
+    """
+    again, before = copy_of(run), layers_alive()
     shutil.rmtree(again / "finetuned")
     assert train(run.with_name("data.jsonl"), again, *SEARCH, "output.resume=must") == 0
     weights = [folder / "finetuned" / "adapter" / "adapter_model.safetensors" for folder in (run, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert layers_alive() == before
+
+
+def layers_alive() -> int:
+    gc.collect()
+    return sum(isinstance(thing, GLoRALinear) for thing in gc.get_objects())
