@@ -1,0 +1,28 @@
+"""Vertical LoRA (VLoRA, arXiv 2406.09315): k layers share one base, each next one adds a low-rank increment.
+
+    W_1 = W_base;   W_l = W_(l-1) + s B_l A_l   for l = 2..k
+
+`make_compounds` turns a model of like layers into it, `from_dense` keeps its weights as truncated increments, and
+`to_dense` writes a plain model out again.
+"""
+
+from glora_llm.vlora.compound import make_compounds
+from glora_llm.vlora.config import VLoRAConfig
+from glora_llm.vlora.convert import Fit, Increment, from_dense, increments, to_dense
+from glora_llm.vlora.count import Count, matrix_count, parameter_count
+from glora_llm.vlora.layer import VLoRALinear, vlora_layers
+
+__all__ = [
+    "Count",
+    "Fit",
+    "Increment",
+    "VLoRAConfig",
+    "VLoRALinear",
+    "from_dense",
+    "increments",
+    "make_compounds",
+    "matrix_count",
+    "parameter_count",
+    "to_dense",
+    "vlora_layers",
+]

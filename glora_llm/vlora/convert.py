@@ -1,0 +1,119 @@
+"""From a dense model to VLoRA and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from glora_llm.vlora.compound import make_plan, put
+from glora_llm.vlora.config import VLoRAConfig
+from glora_llm.vlora.layer import VLoRALinear, vlora_layers
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well an increment of rank r stands for the difference that it was made from.
+
+    Args:
+        layer: number of the layer, from 0.
+        linear: its name inside the layer.
+        rank: r.
+        increment_error: |D - s B A| / |D| (Frobenius), D the difference that remained; 0 where D is zero.
+        weight_error: |D - s B A| / |W_l|: the error of the whole weight.
+    """
+
+    layer: int
+    linear: str
+    rank: int
+    increment_error: float
+    weight_error: float
+
+
+@torch.no_grad()
+def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> list[Fit]:
+    """Turn a dense model into VLoRA, in place, with increments by truncated SVD instead of a new start.
+
+    s B_l A_l is the best rank-r approximation of D_l = W_l - V, where V is what the increment is added to: in a chain
+    the previous layer's weight as it is now, truncated and rounded, so that errors do not add up; in a star the base.
+    With r = min(O, I) the outputs stay the same to rounding. `config.start` plays no part. One SVD a matrix, in
+    float32 (float64 for a float64 model), on the device of the weights.
+
+    Returns:
+        What the rank loses, for each linear of each layer that is not a base.
+
+    Raises:
+        UserError: as `make_compounds`; nothing is changed then.
+    """
+    plan = make_plan(model, layers, config)
+    fits: list[Fit] = []
+    number_of_linears = len(plan.ranks)
+    for index, (name, linears) in enumerate(plan.compounds()):
+        members: list[VLoRALinear] = []
+        for place, linear in enumerate(linears[1:], start=1):
+            made = VLoRALinear(linear, linears[0], members, plan.ranks[name], config)
+            errors = _fit(made, linear.weight)
+            members.append(made)
+            put(model, linear, made)
+            layer = index // number_of_linears * plan.size + place
+            fits.append(Fit(layer, name, made.rank, *errors))
+    return sorted(fits, key=lambda fit: fit.layer)
+
+
+def _fit(made: VLoRALinear, target: Tensor) -> tuple[float, float]:
+    """Set a layer's own increment so that its weight is near `target` (O, I); return the two errors of `Fit`."""
+    made.increment_b.zero_()
+    made.increment_a.zero_()  # the weight is now what the increment is added to
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    difference = target.to(dtype) - made.weight.to(dtype)
+    u, singular, v = torch.linalg.svd(difference, full_matrices=False)
+    root = (singular[: made.rank] / made.scale).sqrt()
+    made.increment_b.copy_(u[:, : made.rank] * root)
+    made.increment_a.copy_(root[:, None] * v[: made.rank])
+    lost, whole_difference, size = (
+        float(torch.linalg.vector_norm(part))
+        for part in (target.to(dtype) - made.weight.to(dtype), difference, target.to(dtype))
+    )
+    return lost / whole_difference if whole_difference else 0.0, lost / size if size else 0.0
+
+
+@torch.no_grad()
+def to_dense(model: nn.Module) -> nn.Module:
+    """Write the weights out, in place: every VLoRALinear becomes a plain `nn.Linear` that holds its composed weight.
+
+    The outputs are the same. What `save_pretrained` then writes is an ordinary checkpoint that loads without this
+    package. Layers inside an adapter's wrapper are replaced there, so an adapter can be merged afterwards. Parameters
+    are new ones: make the optimizer anew. Under ZeRO 3 all ranks must call it together, and the model must leave
+    DeepSpeed.
+
+    Returns:
+        The model.
+    """
+    for layer in vlora_layers(model).values():
+        put(model, layer, layer.dense())
+    return model
+
+
+@dataclass(frozen=True)
+class Increment:
+    """The size of one increment: what the M step of the paper adds between two layers.
+
+    Args:
+        norm: |s B_l A_l|, Frobenius.
+        share: norm / |W_base|; infinite where the base is zero and the increment is not.
+    """
+
+    norm: float
+    share: float
+
+
+def increments(model: nn.Module) -> dict[str, Increment]:
+    """Return name -> size of every increment of a model, for a log; names are those of `model.named_modules()`.
+
+    Under ZeRO 3 all ranks must call it together.
+    """
+    found = {}
+    for name, layer in vlora_layers(model).items():
+        norm, base = layer.increment_norms()
+        found[name] = Increment(norm, norm / base if base else (float("inf") if norm else 0.0))
+    return found

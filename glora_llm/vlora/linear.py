@@ -1,0 +1,186 @@
+"""The VLoRA linear of a layer that shares its compound's base: y = x W' + b, W = W_base + s sum_j B_j A_j.
+
+Source: arXiv 2406.09315; in a chain W_l = W_(l-1) + s B_l A_l is this sum over the layers 2..l, in a star it has one
+term. Letters: T rows of x (tokens), O out_features, I in_features, r rank, R the sum of the ranks (chain: (l - 1) r).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class How(NamedTuple):
+    """What is fixed for one call.
+
+    Args:
+        base: W_base (O, I), which is read whether or not it gets a gradient from this layer.
+        scale: s.
+        composed: form W (O, I) rather than two thin products beside x W_base'.
+        dtype: what is computed in; parameters keep theirs.
+    """
+
+    base: Tensor
+    scale: float
+    composed: bool
+    dtype: torch.dtype
+
+
+def compose(base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], scale: float) -> Tensor:
+    """Return W = W_base + s sum_j B_j A_j, (O, I), in the parameters' dtype: the formula itself. Merging uses this.
+
+    Args:
+        base: W_base, (O, I).
+        ups: the B_j, each (O, r).
+        downs: the A_j, each (r, I).
+        scale: s.
+    """
+    return torch.addmm(base, torch.cat(list(ups), 1), torch.cat(list(downs)), alpha=scale)
+
+
+def is_composed_cheaper(rows: int, out_features: int, in_features: int, increments_alone: bool = False) -> bool:
+    """Tell whether forming W costs fewer operations than the thin products.
+
+    Beside what a dense linear does, with n = O I and w = O + I: composed 2 n R forward, 2 n R for dx and 4 n R for the
+    increments' gradients from dW; thin 2 T R w, 2 T R w and 2 T R w (its dx and gradients share dy B). The first two
+    decide: composed is cheaper from T = O I / (O + I) rows on, half the width of a square matrix. R, and with it
+    rank, topology and the place in the chain, cancel. Where only the increments are trained, dW is not formed and
+    both take their gradients thin, for which composed lacks U and dy B: it needs twice the rows.
+
+    Args:
+        rows: T.
+        increments_alone: whether increments want a gradient from this layer and the base does not.
+    """
+    return out_features * in_features * (2 if increments_alone else 1) < rows * (out_features + in_features)
+
+
+def is_full_gradient_cheaper(rows: int, out_features: int, in_features: int, rank: int) -> bool:
+    """Tell whether the increments' gradients cost fewer operations through dW = dy' x, where the base wants none.
+
+    Through dW: 2 T O I + 4 O I R; thin: 4 T R (O + I). R = rank is that of all increments together.
+    """
+    full, width = out_features * in_features, out_features + in_features
+    return rows * full + 2 * full * rank < 2 * rows * rank * width
+
+
+def vlora_linear(
+    x: Tensor,
+    base: Tensor,
+    ups: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    bias: Tensor | None,
+    scale: float,
+    base_gradient: bool = True,
+    form: str = "auto",
+) -> Tensor:
+    """Compute y = x W' + b with exact gradients; nothing of size (O, I) but the base itself is kept for backward.
+
+    W is formed again in backward, and dW = dy' x is formed once and freed at once: the base gets it, added in place
+    to what the other layers gave, and every increment its thin share, dB_j = s dW A_j', dA_j = s B_j' dW. So one
+    weight and one gradient a matrix are live at a time, as in a dense linear. In bfloat16 the composed W is rounded
+    as a dense weight would be; under autocast it is composed in the parameters' dtype and then cast.
+
+    Args:
+        x: (..., I).
+        base: W_base, (O, I).
+        ups: the B_j, each (O, r).
+        downs: the A_j, each (r, I).
+        bias: this layer's own, (O), or None.
+        scale: s.
+        base_gradient: whether the base gets a gradient from this layer.
+        form: `composed`, `thin`, or `auto`: what `is_composed_cheaper` says, so thin for few rows (decoding). The
+            increments' gradients come from dW where W is composed and the base wants dW anyway, or where
+            `is_full_gradient_cheaper` says so; else they are thin.
+
+    Returns:
+        (..., O), in x's dtype, or autocast's where it is on.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    rows = x.reshape(-1, x.shape[-1])
+    composed = form == "composed"
+    if form == "auto":
+        alone = not (base_gradient and base.requires_grad) and any(factor.requires_grad for factor in (*ups, *downs))
+        out_features, in_features = base.shape
+        composed = is_composed_cheaper(len(rows), out_features, in_features, alone and torch.is_grad_enabled())
+    how = How(base, scale, composed, x.dtype if torch.is_autocast_enabled(device) else base.dtype)
+    with torch.autocast(device, enabled=False):
+        y: Tensor = _Member.apply(how, rows, base if base_gradient else None, bias, *ups, *downs)
+    return y.reshape(*x.shape[:-1], base.shape[0])
+
+
+class _Member(torch.autograd.Function):
+    """Both forms. Kept for backward: x, the parameters themselves, and in the thin form U = x [A_2; ..; A_l]', (T, R).
+
+    The base comes in `how` and, where it gets a gradient, as an argument too: a detached copy of it would keep a
+    gathered weight of ZeRO 3 alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: How, x: Tensor, base: Tensor | None, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        own_bias = None if bias is None else bias.to(how.dtype)
+        thin = None
+        if how.composed:
+            y = torch.nn.functional.linear(x, _weight(how, factors), own_bias)
+        else:
+            up, down = _stacked(factors, how.dtype)
+            thin = x @ down.t()
+            y = torch.nn.functional.linear(x, how.base.to(how.dtype), own_bias).addmm_(thin, up.t(), alpha=how.scale)
+        ctx.save_for_backward(x, how.base, thin, *factors)
+        ctx.how = how._replace(base=None)  # type: ignore[arg-type] # comes back from the saved tensors, checked
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, base, thin, *factors = ctx.saved_tensors
+        how = ctx.how._replace(base=base)
+        _, wants_x, wants_base, wants_bias, *wants_factors = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            through_dw = any(wants_factors) and _through_dw(how, len(x), factors, wants_base)
+            thin_factors = any(wants_factors) and not through_dw
+            up, down = _stacked(factors, how.dtype)
+            dthin = (dy @ up).mul_(how.scale) if thin_factors or not how.composed else None
+            given: Sequence[Tensor | None] = [None] * len(factors)
+            if thin_factors and dthin is not None:
+                thin = x @ down.t() if thin is None else thin
+                given = _cut(factors, (dy.t() @ thin).mul_(how.scale), dthin.t() @ x)
+            dx = None
+            if wants_x:
+                dx = dy @ (_weight(how, factors) if how.composed else how.base.to(how.dtype))
+                if dthin is not None and not how.composed:
+                    dx.addmm_(dthin, down)
+            dbias = dy.sum(0) if wants_bias else None
+            dw = dy.t() @ x if wants_base or through_dw else None
+            if through_dw and dw is not None:
+                given = _cut(factors, (dw @ down.t()).mul_(how.scale), (up.t() @ dw).mul_(how.scale))
+        dfactors = [d if wanted else None for d, wanted in zip(given, wants_factors, strict=True)]
+        return None, dx, dw if wants_base else None, dbias, *dfactors
+
+
+def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return [B_2 | .. | B_l] (O, R) and [A_2; ..; A_l] (R, I) of the factors B_2, .., A_2, .."""
+    half = len(factors) // 2
+    return torch.cat(list(factors[:half]), 1).to(dtype), torch.cat(list(factors[half:])).to(dtype)
+
+
+def _weight(how: How, factors: Sequence[Tensor]) -> Tensor:
+    half = len(factors) // 2
+    return compose(how.base, factors[:half], factors[half:], how.scale).to(how.dtype)
+
+
+def _through_dw(how: How, rows: int, factors: Sequence[Tensor], wants_base: bool) -> bool:
+    rank = sum(up.shape[1] for up in factors[: len(factors) // 2])
+    out_features, in_features = how.base.shape
+    return how.composed if wants_base else is_full_gradient_cheaper(rows, out_features, in_features, rank)
+
+
+def _cut(factors: Sequence[Tensor], dup: Tensor, ddown: Tensor) -> list[Tensor]:
+    """Return dB_2, .., dA_2, .. from those of the stacks, each of its own: a slice would keep the whole stack alive."""
+    ranks = [up.shape[1] for up in factors[: len(factors) // 2]]
+    if len(ranks) == 1:
+        return [dup, ddown]
+    return [part.clone() for part in (*dup.split(ranks, 1), *ddown.split(ranks))]

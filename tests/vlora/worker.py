@@ -1,0 +1,133 @@
+"""Trains a small VLoRA LLaMA at every ZeRO stage on two ranks, and compares each with its dense twin in plain torch.
+
+deepspeed --num_gpus 2 tests/vlora/worker.py OUT.json
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_llm import distributed
+from glora_llm.quiet import quiet_libraries
+from glora_llm.vlora import increments
+from tests.vlora.conftest import shared, small_llama, twin
+
+STEPS, ACCUMULATION, LR = 2, 2, 0.1
+FORMS: dict[str, dict[str, Any]] = {
+    "chain": {},
+    "chain-thin": {"form": "thin"},
+    "star-first": {"topology": "star", "base_gradient": "first"},
+}
+CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+SCENARIOS = {
+    "chain": [(0, "none"), (0, "reentrant"), (1, "non-reentrant"), *product((2, 3), CHECKPOINTING)],
+    "chain-thin": [(3, "non-reentrant")],
+    "star-first": [(2, "reentrant"), (3, "none"), (3, "non-reentrant")],
+}
+
+
+def batch(step: int, part: int, rank: int) -> Tensor:
+    """Return the tokens of one micro batch of one rank, (B, T)."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * part + rank)
+    return torch.randint(0, 32, (2, 20), generator=generator)
+
+
+def model_of(form: str) -> Any:
+    """Return the model of a scenario: all linears of 4 layers in one compound."""
+    model = small_llama()
+    return shared(model, model.model.layers, layers_per_compound=4, **{"form": "composed", **FORMS[form]})
+
+
+def config(stage: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: nothing persistent under stage 3, so whatever is read must be gathered."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+    batches = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": ACCUMULATION}
+    optimizer = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}  # it would clip at 1 by default
+    return {**batches, **optimizer, "zero_optimization": zero, "steps_per_print": 10**9}
+
+
+def reference(form: str, ranks: distributed.Ranks) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Train the dense twin over the batches of all ranks; return losses, gradients by step, and final weights."""
+    model = model_of(form)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    losses, grads = [], []
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for part, rank in product(range(ACCUMULATION), range(ranks.world)):
+            ids = batch(step, part, rank)
+            loss = twin(model, input_ids=ids, labels=ids).loss / (ACCUMULATION * ranks.world)
+            loss.backward()
+            total += loss.detach()
+        losses.append(float(total))
+        grads.append({name: value.grad.clone() for name, value in model.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, grads, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def trained(form: str, stage: int, reentrant: bool | None, expected: Any, ranks: distributed.Ranks) -> dict[str, float]:
+    """Train one scenario; return the largest relative errors of losses, gradients and final weights."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    losses, grads, weights = expected
+    model = model_of(form)
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage), dist_init_required=False)
+    worst = {"loss": 0.0, "gradient": 0.0, "weight": 0.0}
+    for step in range(STEPS):
+        total = torch.zeros(1)
+        for part in range(ACCUMULATION):
+            ids = batch(step, part, ranks.rank)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            total += loss.detach() / (ACCUMULATION * ranks.world)
+            if part + 1 < ACCUMULATION:
+                engine.step()
+        torch.distributed.all_reduce(total)
+        worst["loss"] = max(worst["loss"], abs(float(total) / losses[step] - 1))
+        for name, value in model.named_parameters():
+            got = safe_get_full_grad(value)
+            worst["gradient"] = max(worst["gradient"], error(got, grads[step][name]))
+        engine.step()
+    sizes = increments(model)
+    assert len(sizes) == 21 and all(size.norm > 0 for size in sizes.values())
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        for name, value in model.named_parameters():
+            worst["weight"] = max(worst["weight"], error(value.detach(), weights[name]))
+    engine.destroy()
+    return worst
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Return |got - expected| / |expected|."""
+    return float((got - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    """Run every scenario; the first rank writes what came out."""
+    quiet_libraries()
+    out, ranks = Path(sys.argv[-1]), distributed.start()
+    found: dict[str, Any] = {}
+    for form in FORMS:
+        expected = reference(form, ranks)
+        for stage, name in SCENARIOS[form]:
+            try:
+                found[f"{form}/zero{stage}/{name}"] = trained(form, stage, CHECKPOINTING[name], expected, ranks)
+            except (AssertionError, RuntimeError) as failure:
+                found[f"{form}/zero{stage}/{name}"] = f"{type(failure).__name__}: {failure}"[:500]
+    if ranks.first:
+        out.write_text(json.dumps(found, indent=1))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
