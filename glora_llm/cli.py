@@ -57,7 +57,7 @@ Search a trained supernet (a run with adapter.paths=sample) for the best path of
 examples:
   glora-llm search runs/llama2_glora_search                          with the `search` section of its recipe
   glora-llm search runs/llama2_glora_search --budget 1.0M,0.5M,0.25M one genome for each limit, from one supernet
-  glora-llm search runs/llama2_glora_search search.strategy=evolution search.metric=exact_match
+  glora-llm search runs/llama2_glora_search search.strategy=evolution search.seed=1
 
 Candidates are scored on validation rows, never on test rows. RUN/genome.json is the genome of the first limit, readable
 and editable by hand: `glora-llm merge RUN` uses it. RUN/search/ has the others, the archive and the pictures.

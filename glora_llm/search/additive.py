@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glora_llm.schema import SearchSection
-from glora_llm.search.effects import Fit, best_within
+from glora_llm.search.effects import Effects, Fit, best_within
 from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
@@ -23,9 +23,10 @@ SHARE_FITTED = 0.55  # of the passes; the rest is for the races
 PARTS = 16  # the rows are cut in so many; while effects are fitted, so many genomes are scored on one part at a time
 PROPOSED = 3  # genomes after each fit
 MUTATED = 0.2  # share of the slots that is drawn anew around the best genome so far
-RACERS = 20
+RACERS = 10
 RACE_COST = 0.32  # passes of a race for each racer: an eighth of the rows, half as many racers for each next part
-BRED = 0.02  # share of the slots that is drawn anew in a child of two winners of a race
+BRED = 0.08  # share of the slots that is drawn anew in a child of two winners of a race
+SCREENED = 8  # children that the fitted effects choose one of
 WINNERS = 4
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
 SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
@@ -50,16 +51,18 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
         for code, score in zip(codes, values.mean(1), strict=True):
             fit.add(code, part, float(score))
     proposals += _propose(space, fit, limit, rng)
-    smaller = _smaller(space, fit, space.cost(proposals[-1]))
+    effects = fit.effects()
+    smaller = _smaller(space, effects, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
     racers = _unique(reversed(proposals))[:field]
+    seen: set[tuple[bytes, int]] = set()
     for lap in itertools.count(ROUNDS):
-        winners, used = yield from _race(racers, order, lap)
+        winners, used = yield from _race(racers, order, lap, seen)
         left -= used
-        if left < used:
+        if left < used or not used:
             break
-        children = [_child(space, winners, limit, rng) for _ in range(field - len(winners))]
+        children = [_child(space, winners, effects, limit, rng) for _ in range(field - len(winners))]
         racers = _unique([*winners, *children])
     yield Ask(smaller, np.arange(rows), lap)
 
@@ -68,9 +71,9 @@ def _sample(space: Space, proposals: list[Code], limit: float, rng: np.random.Ge
     return space.mutate(proposals[-1], rng, limit, MUTATED) if proposals else space.random(rng, limit)
 
 
-def _smaller(space: Space, fit: Fit, cost: float) -> list[Code]:
+def _smaller(space: Space, effects: Effects, cost: float) -> list[Code]:
     """Return the best sums at shares of a cost: what less would do, the rest of the Pareto front."""
-    effects, least = fit.effects(), space.costs.min(1).sum()
+    least = space.costs.min(1).sum()
     return [best_within(space, effects, max(least, cost * share)) for share in SMALLER]
 
 
@@ -81,9 +84,13 @@ def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> 
     return [best_within(space, fit.effects(half), limit) for half in (*halves, None)]
 
 
-def _child(space: Space, winners: list[Code], limit: float, rng: np.random.Generator) -> Code:
-    one, other = (winners[rng.integers(len(winners))] for _ in range(2))
-    return space.mutate(space.cross(one, other, rng, limit), rng, limit, BRED)
+def _child(space: Space, winners: list[Code], effects: Effects, limit: float, rng: np.random.Generator) -> Code:
+    """Return the child of two winners that the effects speak best of, out of several."""
+    genes, children = np.arange(len(space.genes)), []
+    for _ in range(SCREENED):
+        one, other = (winners[rng.integers(len(winners))] for _ in range(2))
+        children.append(space.mutate(space.cross(one, other, rng, limit), rng, limit, BRED))
+    return max(children, key=lambda code: float(effects[genes, code].sum()))
 
 
 def _unique(codes: Iterable[Code]) -> list[Code]:
@@ -91,19 +98,24 @@ def _unique(codes: Iterable[Code]) -> list[Code]:
 
 
 def _race(
-    racers: list[Code], order: NDArray[np.int64], generation: int
+    racers: list[Code], order: NDArray[np.int64], generation: int, seen: set[tuple[bytes, int]]
 ) -> Generator[Ask, Values, tuple[list[Code], int]]:
     """Score racers on a part of the rows, keep the better half without what is surely worse than the best, go on.
 
+    Args:
+        seen: (genome, first row of a part) of all races so far; what is in it costs nothing again.
+
     Returns:
-        the best, best first, and the row scores that were asked for.
+        the best, best first, and the row scores that this race cost.
     """
     done, end, used = 0, max(2, len(order) // 8), 0
     scores = np.zeros((len(racers), 0))
     ranked = list(racers)
     while done < len(order):
         values = yield Ask(racers, np.sort(order[done:end]), generation)
-        used += values.size
+        parts = {(code.tobytes(), done) for code in racers}
+        used += len(parts - seen) * values.shape[1]
+        seen |= parts
         scores = np.hstack([scores, values])
         behind = scores[scores.mean(1).argmax()] - scores
         error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1])

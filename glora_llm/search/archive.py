@@ -58,7 +58,7 @@ class Journal:
         if entries and entries[0] != identity:
             differing = sorted(k for k in identity if entries[0].get(k) != identity[k])
             raise UserError(
-                f"{file} was scored with another {', '.join(differing)}. Delete {file.parent if file else file} to "
+                f"{file} was scored with different {', '.join(differing)}. Delete {file.parent if file else file} to "
                 "search anew, or put back what was changed."
             )
         for entry in entries[1:]:

@@ -115,7 +115,7 @@ def test_a_journal_of_something_else_is_refused(key: str, tmp_path: Path) -> Non
     file = tmp_path / "search" / "journal.jsonl"
     filled(file)
     before = file.read_bytes()
-    with pytest.raises(UserError, match=rf"scored with another {key}\. Delete {tmp_path / 'search'} to search anew"):
+    with pytest.raises(UserError, match=rf"scored with different {key}\. Delete {tmp_path / 'search'} to search anew"):
         again(file, IDENTITY | {key: "other"})
     assert file.read_bytes() == before and sorted(file.parent.iterdir()) == [file]
 
@@ -123,5 +123,5 @@ def test_a_journal_of_something_else_is_refused(key: str, tmp_path: Path) -> Non
 def test_a_journal_names_all_that_differs(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     filled(file)
-    with pytest.raises(UserError, match="scored with another metric, rows, supernet"):
+    with pytest.raises(UserError, match="scored with different metric, rows, supernet"):
         again(file, dict.fromkeys(IDENTITY, "other"))

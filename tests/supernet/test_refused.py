@@ -169,9 +169,9 @@ def other_supernet(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "more", "said"),
     [
-        (other_supernet, [], "was scored with another supernet. Delete "),
-        (lambda run: None, ["search.max_rows=4"], "was scored with another rows. Delete "),
-        (lambda run: None, ["search.metric=exact_match"], "was scored with another metric. Delete "),
+        (other_supernet, [], "was scored with different supernet. Delete "),
+        (lambda run: None, ["search.max_rows=4"], "was scored with different rows. Delete "),
+        (lambda run: None, ["search.metric=exact_match"], "was scored with different metric. Delete "),
     ],
     ids=["supernet", "rows", "metric"],
 )
