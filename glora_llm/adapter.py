@@ -15,6 +15,7 @@ from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import lr_factors
 from glora_llm.glora.path import (
     DEFAULT_SLOTS,
+    PEFT_ROOT,
     PRESET_COMPOSITION,
     PRESETS,
     Genome,
@@ -45,13 +46,12 @@ def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
         "modules_to_save": section.modules_to_save,
     }
     if section.method == "glora":
-        sampled = section.paths == "sample"
         slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
         return GLoRAConfig(
             slots=slots,
             paths={pattern: _plain(path) for pattern, path in _patterns(section).items()},
             genome=None if section.genome is None else genome_to_slots(read_genome(Path(section.genome))),
-            supernet=(section.supernet or SupernetSection()).model_dump() if sampled else None,
+            supernet=(section.supernet or SupernetSection()).model_dump() if section.is_supernet else None,
             rank=section.rank,
             alpha=section.alpha,
             rank_stabilized=section.rank_stabilized,
@@ -216,7 +216,7 @@ def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name
 def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     """Return the GLoRA layers of a PEFT model by their names in the base model."""
     return {
-        name.removeprefix("base_model.model."): module
+        name.removeprefix(PEFT_ROOT): module
         for name, module in model.named_modules()
         if isinstance(module, GLoRALinear)
     }

@@ -73,11 +73,15 @@ def drop_stale_build_locks(older_than: float = 1800.0) -> list[Path]:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    stale = [lock for lock in locks if time.time() - lock.stat().st_mtime > older_than]
-    for lock in stale:
-        print(f"{lock} was left by a build that was killed; it is removed, and the build starts again", flush=True)
-        lock.unlink(missing_ok=True)
+    stale = []
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        with contextlib.suppress(FileNotFoundError):  # its build has just ended
+            if time.time() - lock.stat().st_mtime > older_than:
+                lock.unlink()
+                stale.append(lock)
+                print(
+                    f"{lock} was left by a build that was killed; it is removed, and the build starts again", flush=True
+                )
     return stale
 
 

@@ -105,7 +105,7 @@ def check_combination(recipe: Recipe) -> None:
         )
     if recipe.search is not None:
         check_search(recipe)
-    elif recipe.merge.after_training and recipe.adapter.paths == "sample":
+    elif recipe.merge.after_training and recipe.adapter.is_supernet:
         raise UserError(
             "merge.after_training merges the genome that a search chose, and this recipe trains a supernet without "
             "searching it: give it a `search` section (search={} has all defaults), or set merge.after_training=false."
@@ -122,7 +122,7 @@ def check_search(recipe: Recipe) -> None:
     Raises:
         UserError: when it is no supernet, or has no validation rows.
     """
-    if recipe.adapter.paths != "sample":
+    if not recipe.adapter.is_supernet:
         raise UserError(
             "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
             "take `search` away (search=null)."

@@ -24,7 +24,7 @@ from glora_llm.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.search.draws import Supernet
 from glora_llm.search_run import search_after_training
-from glora_llm.subnet import finetune_recipe, is_supernet
+from glora_llm.subnet import finetune_recipe
 from glora_llm.training import checkpoint
 from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
@@ -122,7 +122,7 @@ class Run:
             validate=self._validate if self.plan.data.validation else None,
             save=self._save,
             diagnose=partial(first_bad_module, self.model, self.engine.score),
-            before_micro_step=self.supernet.draw if self.supernet else lambda _step, _micro: None,
+            before_micro_step=self.supernet.draw,
         )
         last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
         self._finish(log, last, start)
@@ -145,7 +145,7 @@ class Run:
                 item.parameter.data.copy_(self.loaded[0][f"master/{item.name}"])
         elif recipe.adapter.weights:
             load_start(self.trainables, Path(recipe.adapter.weights))
-        self.supernet = self._supernet() if is_supernet(recipe) else None
+        self.supernet = self._supernet()
         labels = self.plan.data.label_sequences
         objective = CausalLMObjective(self.model.get_base_model(), LabelTrie.build(labels) if labels else None)
         self.allocation = RankAllocation(self.model) if recipe.adapter.method == "adalora" else None
@@ -155,9 +155,11 @@ class Run:
             self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
 
     def _supernet(self) -> Supernet:
-        section = self.plan.recipe.adapter.supernet
+        """The layers whose paths are drawn; none of them where the recipe fixes the paths."""
+        adapter = self.plan.recipe.adapter
+        layers, section = adapted_layers(self.model) if adapter.is_supernet else {}, adapter.supernet
         rank = self.ranks.rank if section and section.draws == "per_rank" else None
-        return Supernet(adapted_layers(self.model), self.plan.recipe.training.seed, rank)
+        return Supernet(layers, self.plan.recipe.training.seed, rank)
 
     def _claim(self) -> None:
         """Write whose folder this is: now that nothing of the recipe and of the checkpoint can be refused any more."""
@@ -220,8 +222,7 @@ class Run:
         return means(table, split, self.plan.has_answers, self.plan.data.label_sequences is not None)
 
     def _validate(self, step: int) -> dict[str, float]:
-        if self.supernet:
-            self.supernet.largest()
+        self.supernet.largest()
         return self._score("validation", None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows)
 
     def _save(self, step: int) -> None:
@@ -260,8 +261,7 @@ class Run:
             log.say(f"training had ended already, after step {self.plan.steps}")
             return
         tensors = dict(self.engine.state())
-        if self.supernet:
-            self.supernet.largest()
+        self.supernet.largest()
         scores = self._score("test", None)
         if not self.ranks.first:
             return

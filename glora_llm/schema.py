@@ -88,15 +88,20 @@ class AdapterSection(Section):
     modules_to_save: list[str] | None = key(None, "modules trained and saved in full beside the adapter")
     peft: dict[str, Any] | None = key(None, "further arguments of the PEFT method's own config class")
 
+    @property
+    def is_supernet(self) -> bool:
+        """Whether paths are drawn while it trains."""
+        return self.paths == "sample"
+
     @model_validator(mode="after")
     def _one_source_of_slots(self) -> "AdapterSection":
         if self.preset and self.slots:
             raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
         chosen = [n for n in ("preset", "slots", "paths", "genome") if getattr(self, n) is not None]
-        if len(chosen) > 1 and ("genome" in chosen or self.paths == "sample"):
+        if len(chosen) > 1 and ("genome" in chosen or self.is_supernet):
             name = "genome" if "genome" in chosen else "paths: sample"
             raise ValueError(f"{name} says all about the slots: adapter.{chosen[0]}=null takes {chosen[0]} away")
-        if self.supernet and self.paths != "sample":
+        if self.supernet and not self.is_supernet:
             raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
         only_glora = ("preset", "slots", "paths", "genome", "lr_factors")
         given = [n for n in only_glora if getattr(self, n) is not None]

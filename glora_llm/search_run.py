@@ -17,7 +17,7 @@ from glora_llm import recipe as recipes
 from glora_llm.adapter import adapted_layers
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
-from glora_llm.evaluation.command import device, load_adapted, score_model, score_of
+from glora_llm.evaluation.command import device, load_adapted, print_scores, score_model, score_of
 from glora_llm.evaluation.genomes import RowScorer
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
@@ -91,8 +91,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
         print(
             f"{text}: score {found['score']:.4f} with {found['parameters']:,} parameters, {found['passes']:.1f} passes"
         )
-    for name, value in scores.items():
-        print(f"{name:28s} {value:.4f}")
+    print_scores(scores)
     print(f"genome: {folder.genome}; pictures and archive: {folder.search}")
 
 
@@ -121,10 +120,8 @@ def run_search(
     settings = plan.recipe.search or SearchSection()
     layers = adapted_layers(model)
     space = space_of(layers, settings, _measured(plan, folder, layers, settings, launch))
-    validation = plan.rows("validation")
-    assert validation is not None
-    scorer = RowScorer(plan, layers, plan.choice(validation, settings.max_rows), settings.metric, score, gather, *place)
-    journal = _journal(folder, plan, settings, scorer.numbers, launch)
+    scorer = RowScorer.of(plan, layers, settings, score, gather, *place)
+    journal = _journal(folder, scorer, launch)
     results, found = {}, {}
     for text, limit in limits(settings).items():
         with _closed(plan), tqdm(desc=f"search {text}", unit="row", disable=None if launch.first else True) as bar:
@@ -175,21 +172,19 @@ def _measured(
     return value
 
 
-def _journal(folder: RunFolder, plan: Plan, settings: SearchSection, numbers: Sequence[int], launch: Launch) -> Journal:
+def _journal(folder: RunFolder, scorer: RowScorer, launch: Launch) -> Journal:
     file = folder.search / "journal.jsonl"
     told = None
     if launch.first:
         adapter = (folder.adapter / "adapter_model.safetensors").read_bytes()
-        rows = plan.rows("validation")
-        assert rows is not None
         identity = {
             "supernet": hashlib.sha256(adapter).hexdigest(),
-            "rows": hashlib.sha256((rows.digest() + str(list(numbers))).encode()).hexdigest(),
-            "metric": settings.metric,
+            "rows": hashlib.sha256((scorer.rows.digest() + str(list(scorer.numbers))).encode()).hexdigest(),
+            "metric": scorer.metric,
         }
         told = (identity, Journal.read(file))
     identity, lines = launch.share(told)
-    return Journal(file if launch.first else None, identity, len(numbers), lines)
+    return Journal(file if launch.first else None, identity, len(scorer.numbers), lines)
 
 
 def _summary(found: Found, rows: int) -> dict[str, Any]:
@@ -204,21 +199,16 @@ def _summary(found: Found, rows: int) -> dict[str, Any]:
     }
 
 
-def genome_name(text: str) -> str:
-    """Return the file name of a limit's genome."""
-    return f"genome-{text}.json"
-
-
 def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict[str, Found]) -> None:
     """Write what was found: RUN/genome.json is the first limit's."""
     folder.search.mkdir(parents=True, exist_ok=True)
     everything: dict[bytes, Scored] = {}
     for text, part in found.items():
-        genome = genome_to_json(space.genome(part.best.code))
-        (folder.search / genome_name(text)).write_text(genome)
+        (folder.search / f"genome-{text}.json").write_text(genome_to_json(space.genome(part.best.code)))
         everything |= {candidate.code.tobytes(): candidate for candidate in part.candidates}
     first = next(iter(found.values()))
-    folder.write("genome.json", genome_to_json(space.genome(first.best.code)))
+    genome = space.genome(first.best.code)
+    folder.write("genome.json", genome_to_json(genome))
     candidates = list(everything.values())
     front = pareto_front(candidates)
     _write_archive(folder.search / "archive.json", space, settings, candidates, front)
@@ -226,7 +216,7 @@ def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict
     figures = {
         "pareto": search_figures.pareto(candidates, front, allowed, settings.metric),
         "generations": search_figures.generations(first.history, settings.metric),
-        "modes": search_figures.modes(space.genome(first.best.code)),
+        "modes": search_figures.modes(genome),
         "sizes": search_figures.sizes(_shares(space, first.best.code)),
     }
     _show(folder, figures, first)

@@ -13,11 +13,6 @@ from glora_llm.run_folder import RunFolder
 from glora_llm.schema import Recipe
 
 
-def is_supernet(recipe: Recipe) -> bool:
-    """Tell whether a recipe trains a supernet."""
-    return recipe.adapter.paths == "sample"
-
-
 def deployed(folder: RunFolder, adapter: Path, genome: Path | None = None) -> tuple[Recipe, Path]:
     """Return the recipe and the adapter folder that merge and evaluate use.
 
@@ -31,7 +26,7 @@ def deployed(folder: RunFolder, adapter: Path, genome: Path | None = None) -> tu
         UserError: when a supernet has no genome, or a genome does not fit it, or is given for a plain run.
     """
     recipe = folder.recipe()
-    if not is_supernet(recipe):
+    if not recipe.adapter.is_supernet:
         if genome is not None:
             raise UserError(f"--genome is for a supernet, and {folder.path} is none (adapter.paths is not `sample`).")
         return recipe, adapter

@@ -71,13 +71,9 @@ class Bench:
         plan = make_plan(folder.recipe())
         model = load_adapted(plan, folder.adapter)
         layers = adapted_layers(model)
-        self.settings = SearchSection(budget=budget)
+        self.settings = SearchSection(budget=budget, max_rows=rows)
         self.space: Space = space_of(layers, self.settings)
-        validation = plan.rows("validation")
-        assert validation is not None
-        self.scorer = RowScorer(
-            plan, layers, plan.choice(validation, rows), "loss", score_of(plan, model), lambda table: table
-        )
+        self.scorer = RowScorer.of(plan, layers, self.settings, score_of(plan, model), lambda table: table)
 
     def search(self, strategy: str, seed: int) -> tuple[Found, Any]:
         """Search from nothing; return what was found and the best candidate's scores, (rows)."""

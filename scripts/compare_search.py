@@ -9,6 +9,7 @@ the test rows. Prints a Markdown line for each, with means and ranges over the r
 
 import argparse
 import itertools
+import json
 import statistics
 from pathlib import Path as File
 from typing import Any
@@ -61,11 +62,9 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
     settings = plan.recipe.search or SearchSection()
     space = space_of(layers, settings)
     limit = next(iter(limits(settings).values()))
-    validation = plan.rows("validation")
-    assert validation is not None
-    numbers = plan.choice(validation, settings.max_rows)
-    scorer = RowScorer(plan, layers, numbers, "loss", score_of(plan, model), lambda table: table)
-    rows = np.arange(len(numbers))
+    loss = settings.model_copy(update={"metric": "loss"})
+    scorer = RowScorer.of(plan, layers, loss, score_of(plan, model), lambda table: table)
+    rows = np.arange(len(scorer.numbers))
     effects = _effects(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
     uniform = sorted(_uniform(space, limit), key=lambda code: -effects[np.arange(len(code)), code].sum())[:FINALISTS]
     scores = {c.tobytes(): float(scorer([(space.genome(c), rows)])[0].mean()) for c in tqdm(uniform, desc="uniform")}
@@ -84,7 +83,7 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
 
 def _effects(space: Space, lines: list[str], rows: int) -> Any:
     """Fit the effects to a journal, each row's own difficulty taken out."""
-    journal = Journal(None, {}, rows, ["{}", *lines[1:]])
+    journal = Journal(None, json.loads(lines[0]), rows, lines)
     table = np.array(list(journal.values.values()))
     table -= np.nanmean(table, 0)
     fit = Fit(space)

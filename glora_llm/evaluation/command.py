@@ -24,7 +24,11 @@ def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None
     recipe, adapter = (folder.recipe(), folder.adapter) if merged else deployed(folder, folder.adapter, genome)
     plan = make_plan(recipe)
     model = load_merged(merged) if merged else load_adapted(plan, adapter)
-    scores = score_model(plan, model, split)
+    print_scores(score_model(plan, model, split))
+
+
+def print_scores(scores: dict[str, float]) -> None:
+    """Print scores, a line each."""
     for name, value in scores.items():
         print(f"{name:28s} {value:.4f}")
 

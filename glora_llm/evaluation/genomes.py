@@ -15,6 +15,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan import Plan
+from glora_llm.schema import SearchSection
 
 COLUMNS = {"exact_match": 3, "label_accuracy": 4}
 
@@ -45,6 +46,13 @@ class RowScorer:
     rank: int = 0
     world: int = 1
     sharded: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, layers: Mapping[str, GLoRALinear], settings: SearchSection, *launch: Any) -> "RowScorer":
+        """Return the scorer that a search section asks for; `launch` is the rest, from `score_batch` on."""
+        rows = plan.rows("validation")
+        assert rows is not None
+        return cls(plan, layers, plan.choice(rows, settings.max_rows), settings.metric, *launch)
 
     def __post_init__(self) -> None:
         rows = self.plan.rows("validation")

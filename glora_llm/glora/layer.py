@@ -14,7 +14,7 @@ from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.modes import make_slot, slot_values
-from glora_llm.glora.path import SLOTS, Path
+from glora_llm.glora.path import SLOTS, Path, slots_with
 from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
 
 
@@ -71,7 +71,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         shape = (config.composition, self.out_features, self.in_features, generator)
         if choices:
             self.choices[adapter_name] = choices
-            for slot in SLOTS if self.b0 is not None else "ABCE":
+            for slot in slots_with(self.b0 is not None):
                 getattr(self, f"slot_{slot}")[adapter_name] = make_choices(slot, choices[slot], *shape)
         for slot, spec in () if choices else path.active():
             getattr(self, f"slot_{slot}")[adapter_name] = make_slot(slot, spec, *shape)

@@ -116,7 +116,7 @@ class _OnePass(torch.autograd.Function):
         weight = read_weight()
         thin = _thin(x if dropped is None else dropped, a_up, b_up)
         through, prompt = _through_weight(weight, a_down, c)
-        down = _stack_scaled(through, b_down, scales)
+        down = stack_downs(through, b_down, scales)
         full_bias = _plus(bias, prompt)
         if gain is None:
             y, plain = torch.nn.functional.linear(x, weight, full_bias), None
@@ -140,8 +140,7 @@ class _OnePass(torch.autograd.Function):
         a_scale, b_scale = ctx.scales
         r = 0 if a_up is None else a_up.shape[0]
         weight = ctx.read_weight()
-        wants_c, wants_bias = ctx.needs_input_grad[-2:]
-        total = dy.sum(0) if wants_c or wants_bias else None  # what a bias sees; c sees the same through W0
+        prompt_total, dbias = _bias_gradients(ctx, dy)
         dgain = None if gain is None else _reduce_like(gain, dy * plain)
         dx = (dy if gain is None else dy * (1 + gain)) @ weight
         dshift = da_up = db_up = ddropped = dthrough = db_down = None
@@ -149,7 +148,7 @@ class _OnePass(torch.autograd.Function):
             dshift = _reduce_like(shift, dy * x.sum(1, keepdim=True))
             dx = dx + (dy * shift).sum(1, keepdim=True)
         if down is not None:
-            ddown, dthin, up = dy.t() @ thin, dy @ down, _stack(a_up, b_up)
+            ddown, dthin, up = dy.t() @ thin, dy @ down, stack_ups(a_up, b_up)
             dup = dthin.t() @ (x if dropped is None else dropped)
             if a_up is not None:
                 dthrough, da_up = a_scale * ddown[:, :r], dup[:r]
@@ -159,8 +158,7 @@ class _OnePass(torch.autograd.Function):
                 dx.addmm_(dthin, up)
             else:
                 ddropped = dthin @ up
-        da_down, dc = _through_weight(weight.t(), dthrough, total if wants_c else None)
-        dbias = total if wants_bias else None
+        da_down, dc = _through_weight(weight.t(), dthrough, prompt_total)
         return None, None, dx, ddropped, da_down, da_up, db_down, db_up, dgain, dshift, dc, dbias
 
 
@@ -193,9 +191,8 @@ class _Hadamard(torch.autograd.Function):
         x, dropped, a_down, a_up, b_down, b_up, shift = ctx.saved_tensors
         a_scale, b_scale = ctx.scales
         weight = ctx.read_weight()
-        wants_c, wants_bias = ctx.needs_input_grad[-2:]
-        total = dy.sum(0) if wants_c or wants_bias else None
-        _, dc = _through_weight(weight.t(), None, total if wants_c else None)
+        prompt_total, dbias = _bias_gradients(ctx, dy)
+        _, dc = _through_weight(weight.t(), None, prompt_total)
         delta = _hadamard_delta(weight, ctx.scales, a_down, a_up, b_down, b_up)
         if dropped is None:
             dx, ddropped = dy @ delta.add_(weight), None
@@ -211,7 +208,6 @@ class _Hadamard(torch.autograd.Function):
             db_down, db_up = b_scale * (dweight @ b_up.t()), b_scale * (b_down.t() @ dweight)
         dproduct = dweight.mul_(weight)
         da_down, da_up = a_scale * (dproduct @ a_up.t()), a_scale * (a_down.t() @ dproduct)
-        dbias = total if wants_bias else None
         return None, None, dx, ddropped, da_down, da_up, db_down, db_up, None, dshift, dc, dbias
 
 
@@ -236,7 +232,14 @@ def _thin(x: Tensor, a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
     """Return U = x [A_u; B_u]', (T, r_A + r_B); (T, 0) where neither slot is low-rank."""
     if a_up is None and b_up is None:
         return x.new_empty(x.shape[0], 0)
-    return x @ _stack(a_up, b_up).t()
+    return x @ stack_ups(a_up, b_up).t()
+
+
+def _bias_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return what c sees before W0', and dbias: both the sum over rows, None where it is not wanted."""
+    wants_c, wants_bias = ctx.needs_input_grad[-2:]
+    total = dy.sum(0) if wants_c or wants_bias else None
+    return (total if wants_c else None), (total if wants_bias else None)
 
 
 def _through_weight(
@@ -251,13 +254,14 @@ def _through_weight(
     return both[:, :-1], both[:, -1]
 
 
-def _stack_scaled(through: Tensor | None, b_down: Tensor | None, scales: Scales) -> Tensor | None:
+def stack_downs(through: Tensor | None, b_down: Tensor | None, scales: Scales) -> Tensor | None:
     """Return [s_A W0 A_d | s_B B_d], (O, r_A + r_B), or None where neither slot is low-rank."""
     factors = [s * f for s, f in zip(scales, (through, b_down), strict=True) if f is not None]
     return torch.cat(factors, 1) if factors else None
 
 
-def _stack(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
+def stack_ups(a_up: Tensor | None, b_up: Tensor | None) -> Tensor:
+    """Return [A_u; B_u], (r_A + r_B, I); at least one is given."""
     present = [up for up in (a_up, b_up) if up is not None]
     return present[0] if len(present) == 1 else torch.cat(present)
 

@@ -22,6 +22,7 @@ SLOT_MODES: dict[str, tuple[str, ...]] = {
     "E": ("vector", "scalar", "none"),
 }
 SLOTS = tuple(SLOT_MODES)
+PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
 
 # The systems that GLoRA generalises. A preset sets the composition too where the system depends on it.
 PRESETS: dict[str, dict[str, str]] = {
@@ -34,6 +35,11 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 PRESET_COMPOSITION = {"repadapter": "product", "hira": "hadamard"}
 DEFAULT_SLOTS: dict[str, str] = {"A": "lora", "B": "lora", "C": "vector", "D": "none", "E": "vector"}
+
+
+def slots_with(has_bias: bool) -> tuple[str, ...]:
+    """Return the slots that a layer can have: D scales the frozen bias, so it needs one."""
+    return tuple(slot for slot in SLOTS if slot != "D" or has_bias)
 
 
 @dataclasses.dataclass(frozen=True)

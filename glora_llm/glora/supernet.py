@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.modes import Choices, make_slot
-from glora_llm.glora.path import SLOT_MODES, SLOTS, Genome, Path, SlotSpec
+from glora_llm.glora.path import PEFT_ROOT, SLOT_MODES, SLOTS, Genome, Path, SlotSpec, slots_with
 
 SlotChoices = dict[str, tuple[SlotSpec, ...]]  # slot -> what it may be, the largest first
 
@@ -57,7 +57,7 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
 
 def largest_path(choices: SlotChoices, has_bias: bool) -> Path:
     """Return the path with the first choice of every slot; slot D is none where there is no bias."""
-    specs = [(slot, choices[slot][0]) for slot in SLOTS if slot != "D" or has_bias]
+    specs = [(slot, choices[slot][0]) for slot in slots_with(has_bias)]
     return Path(tuple((slot, spec) for slot, spec in specs if spec.mode != "none"))
 
 
@@ -130,7 +130,7 @@ def _first_ranks(tensor: Tensor, spec: SlotSpec, part: str, where: str) -> Tenso
 
 
 def _layer_of(name: str) -> str:
-    return name.split(".slot_", maxsplit=1)[0].removeprefix("base_model.model.")
+    return name.split(".slot_", maxsplit=1)[0].removeprefix(PEFT_ROOT)
 
 
 def require_known(genome: Genome, layers: Sequence[str]) -> None:

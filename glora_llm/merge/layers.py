@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from glora_llm.adapter import inject
 from glora_llm.errors import UserError
 from glora_llm.glora.dense_model import dense_linear
+from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.merge.frozen import StoredTensors, trained_weight
 from glora_llm.models.causal_lm import linear_names, meta_model
 from glora_llm.schema import Recipe
-
-ROOT = "base_model.model."
 
 
 class AdapterLayers:
@@ -49,7 +48,7 @@ class AdapterLayers:
                 f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not."
             )
         self.layers: dict[str, Any] = {
-            name.removeprefix(ROOT): module
+            name.removeprefix(PEFT_ROOT): module
             for name, module in self.model.named_modules()
             if isinstance(module, BaseTunerLayer)
         }
@@ -70,7 +69,7 @@ class AdapterLayers:
 
     def replaced(self, name: str) -> Tensor | None:
         """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
-        return self.weights.get(ROOT + name)
+        return self.weights.get(PEFT_ROOT + name)
 
     @torch.no_grad()
     def merged(self, name: str, w0: Tensor, b0: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +79,7 @@ class AdapterLayers:
             UserError: when a value is not finite.
         """
         layer = self.layers[name]
-        b0 = self.weights.get(f"{ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
+        b0 = self.weights.get(f"{PEFT_ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
         empty = layer.base_layer
         layer.base_layer = dense_linear(w0.float(), None if b0 is None else b0.float(), torch.float32)
         try:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.linear import Slots
+from glora_llm.glora.linear import Slots, stack_downs, stack_ups
+from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.glora.path import Path as SlotPath
 from glora_llm.merge.frozen import StoredTensors
-from glora_llm.merge.layers import ROOT, AdapterLayers
+from glora_llm.merge.layers import AdapterLayers
 from glora_llm.plan import Plan
 
 
@@ -42,9 +43,9 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         w0 = layers.trained_weight(name, stored, base_dtype)
         b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
         up, down, bias = as_lora(w0, b0, layer.slots("default"))
-        tensors[f"{ROOT}{name}.lora_A.weight"], tensors[f"{ROOT}{name}.lora_B.weight"] = up, down
+        tensors[f"{PEFT_ROOT}{name}.lora_A.weight"], tensors[f"{PEFT_ROOT}{name}.lora_B.weight"] = up, down
         if with_bias:
-            tensors[f"{ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
+            tensors[f"{PEFT_ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
         ranks[name] = len(up)
     tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
     temporary = out.with_name(f".writing-{out.name}")
@@ -63,15 +64,12 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
         w0: the frozen weight (O, I).
         b0: the frozen bias (O); D b0 is part of the LoRA's bias.
     """
-    ups, downs = [], []
-    if s.a_down is not None and s.a_up is not None:
-        ups.append(s.a_up)
-        downs.append(s.a_scale * (w0 @ s.a_down))
-    if s.b_down is not None and s.b_up is not None:
-        ups.append(s.b_up)
-        downs.append(s.b_scale * s.b_down)
-    up = torch.cat(ups) if ups else w0.new_zeros(1, w0.shape[1])
-    down = torch.cat(downs, 1) if downs else w0.new_zeros(len(w0), 1)
+    through = None if s.a_down is None else w0 @ s.a_down
+    down = stack_downs(through, s.b_down, (s.a_scale, s.b_scale))
+    if down is None:
+        up, down = w0.new_zeros(1, w0.shape[1]), w0.new_zeros(len(w0), 1)
+    else:
+        up = stack_ups(s.a_up, s.b_up)
     bias = None if s.c is None else w0 @ s.c
     for part in (s.e, None if s.d is None or b0 is None else s.d * b0):
         if part is not None:

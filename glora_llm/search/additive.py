@@ -44,14 +44,14 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     for number in range(asks):
         turn = number * ROUNDS // asks
         if turn > len(proposals) // PROPOSED:
-            proposals += _propose(space, fit, limit, rng)
+            proposals += _propose(space, fit, fit.effects(), limit, rng)
         part = number % len(parts)
         codes = [_sample(space, proposals, limit, rng) for _ in parts]
         values = yield Ask(codes, parts[part], turn)
         for code, score in zip(codes, values.mean(1), strict=True):
             fit.add(code, part, float(score))
-    proposals += _propose(space, fit, limit, rng)
     effects = fit.effects()
+    proposals += _propose(space, fit, effects, limit, rng)
     smaller = _smaller(space, effects, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
@@ -77,11 +77,11 @@ def _smaller(space: Space, effects: Effects, cost: float) -> list[Code]:
     return [best_within(space, effects, max(least, cost * share)) for share in SMALLER]
 
 
-def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> list[Code]:
-    """Return the best sums by the effects as fitted to halves of the samples, and last to all of them."""
+def _propose(space: Space, fit: Fit, effects: Effects, limit: float, rng: np.random.Generator) -> list[Code]:
+    """Return the best sums by effects fitted to halves of the samples, and last by those fitted to all of them."""
     count = len(fit.scores)
     halves = [rng.choice(count, max(2, count // 2), replace=False) for _ in range(2)]
-    return [best_within(space, fit.effects(half), limit) for half in (*halves, None)]
+    return [best_within(space, found, limit) for found in (*map(fit.effects, halves), effects)]
 
 
 def _child(space: Space, winners: list[Code], effects: Effects, limit: float, rng: np.random.Generator) -> Code:

@@ -2,14 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import Path, SlotSpec
+from glora_llm.glora.path import Path, SlotSpec, slots_with
 from glora_llm.search.space import LayerShape, Space
 
 Costs = dict[str, dict[str, float]]  # key of `cost_key` -> {seconds, megabytes}
@@ -35,66 +34,73 @@ def measure(space: Space, tokens: int, dtype: torch.dtype, device: torch.device,
     found: Costs = {}
     where = (space.composition, tokens, dtype, device)
     for layer in {shape[1:]: shape for shape in space.layers}.values():
-        trials: dict[str, tuple[Callable[[], None], GLoRALinear]] = {}
-        for slot in space.choices if layer.has_bias else "ABCE":
-            for spec in space.choices[slot]:
-                trials[cost_key(layer, slot, spec)] = _trial(layer, slot, spec, *where)
-        bare, bare_linear = _trial(layer, "A", SlotSpec("none"), *where)
+        slots = [(slot, spec) for slot in slots_with(layer.has_bias) for spec in space.choices[slot]]
+        found |= {cost_key(layer, slot, spec): {"seconds": 0.0, "megabytes": 0.0} for slot, spec in slots}
+        trials = {
+            cost_key(layer, slot, spec): _Trial(layer, slot, spec, *where)
+            for slot, spec in slots
+            if spec.mode != "none"
+        }
+        bare = _Trial(layer, "A", SlotSpec("none"), *where)
         times: dict[str, list[float]] = {key: [] for key in trials}
         for _ in range(rounds):
-            reference = _seconds(bare, device)
-            for key, (step, _) in trials.items():
-                times[key].append(_seconds(step, device) - reference)
-        kept = _saved(bare_linear, layer, tokens, dtype, device)
-        for key, (_, linear) in trials.items():
-            none = " none " in key
-            weights = 16 * sum(p.numel() for p in linear.parameters() if p.requires_grad)
-            saved = _saved(linear, layer, tokens, dtype, device) - kept
-            seconds = 0.0 if none else max(0.0, statistics.median(times[key]))
-            found[key] = {"seconds": seconds, "megabytes": 0.0 if none else (weights + max(0, saved)) / 1e6}
+            reference = bare.seconds()
+            for key, trial in trials.items():
+                times[key].append(trial.seconds() - reference)
+        kept = bare.saved()
+        for key, trial in trials.items():
+            megabytes = (trial.weights() + max(0, trial.saved() - kept)) / 1e6
+            found[key] = {"seconds": max(0.0, statistics.median(times[key])), "megabytes": megabytes}
     return found
 
 
-def _trial(
-    layer: LayerShape,
-    slot: str,
-    spec: SlotSpec,
-    composition: str,
-    tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Callable[[], None], GLoRALinear]:
-    base = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias, dtype=dtype, device=device)
-    linear = GLoRALinear(base.requires_grad_(False))
-    linear.update_layer("default", GLoRAConfig(composition=composition), Path(((slot, spec),)))
-    linear.set_adapter("default")
-    x = torch.randn(tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
-    dy = torch.randn(tokens, layer.out_features, dtype=dtype, device=device)
-    return lambda: linear(x).backward(dy), linear
+class _Trial:
+    """A linear of a layer's shape with one slot, and an input and an output gradient for it."""
 
+    def __init__(
+        self,
+        layer: LayerShape,
+        slot: str,
+        spec: SlotSpec,
+        composition: str,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        base = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias, dtype=dtype, device=device)
+        self.linear = GLoRALinear(base.requires_grad_(False))
+        self.linear.update_layer("default", GLoRAConfig(composition=composition), Path(((slot, spec),)))
+        self.linear.set_adapter("default")
+        self.x = torch.randn(tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
+        self.dy = torch.randn(tokens, layer.out_features, dtype=dtype, device=device)
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    def seconds(self) -> float:
+        """Return the time of one forward and backward pass."""
+        self._wait()
+        began = time.perf_counter()
+        self.linear(self.x).backward(self.dy)
+        self._wait()
+        return time.perf_counter() - began
 
+    def _wait(self) -> None:
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize(self.x.device)
 
-def _saved(linear: GLoRALinear, layer: LayerShape, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return the bytes that the layer keeps for its backward pass beside its own parameters, each tensor once."""
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in linear.parameters()}
+    def weights(self) -> int:
+        """Return the bytes of the slot's weights, gradient and Adam moments in float32."""
+        return 16 * sum(p.numel() for p in self.linear.parameters() if p.requires_grad)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def saved(self) -> int:
+        """Return the bytes that the layer keeps for its backward pass beside its own parameters, each tensor once."""
+        kept: dict[int, int] = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.linear.parameters()}
 
-    x = torch.randn(tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        linear(x)
-    return sum(kept.values())
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.linear(self.x)
+        return sum(kept.values())

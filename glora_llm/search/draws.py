@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import SLOTS, Path
+from glora_llm.glora.path import Path, slots_with
 from glora_llm.glora.supernet import SlotChoices, largest_path
 
 
@@ -17,7 +17,7 @@ def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> Path:
     """
     generator = random.Random("/".join(map(str, stream)))
     drawn = []
-    for slot in SLOTS if has_bias else "ABCE":
+    for slot in slots_with(has_bias):
         specs = choices[slot]
         mode = generator.choice(list(dict.fromkeys(spec.mode for spec in specs)))
         spec = generator.choice([spec for spec in specs if spec.mode == mode])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.modes import slot_numel
-from glora_llm.glora.path import Genome, Path, SlotSpec
+from glora_llm.glora.path import Genome, Path, SlotSpec, slots_with
 from glora_llm.glora.supernet import SlotChoices, require_known
 from glora_llm.schema import SearchSection
 from glora_llm.search.limits import limits
@@ -57,8 +57,7 @@ class Space:
         self.genes = [
             Gene(index, slot, choices[slot])
             for index, layer in enumerate(self.layers)
-            for slot in choices
-            if slot != "D" or layer.has_bias
+            for slot in slots_with(layer.has_bias)
         ]
         widest = max(len(gene.specs) for gene in self.genes)
         self.parameters = self._table(widest, self._numel)
