@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from glora_llm.errors import CheckFailed, UserError
+from glora_llm.extensions import load_extension
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,6 @@ def start() -> Ranks:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local == 0:
-        drop_stale_build_locks()
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
@@ -57,32 +55,10 @@ def start() -> Ranks:
         local_sizes = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         neighbours = int(next(size for size in local_sizes if size))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    if not gpu:
+        load_extension("ShareMemCommBuilder")  # init_distributed would build it
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
-
-
-def drop_stale_build_locks(older_than: float = 1800.0) -> list[Path]:
-    """Remove the locks of extension builds that were killed: torch would wait for them without end or word.
-
-    Args:
-        older_than: seconds; a build takes a few minutes, so an older lock has no owner.
-
-    Returns:
-        The locks removed.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    stale = []
-    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
-        with contextlib.suppress(FileNotFoundError):  # its build has just ended
-            if time.time() - lock.stat().st_mtime > older_than:
-                lock.unlink()
-                stale.append(lock)
-                print(
-                    f"{lock} was left by a build that was killed; it is removed, and the build starts again", flush=True
-                )
-    return stale
 
 
 def share(value: Any, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from glora_llm.errors import UserError
+from glora_llm.extensions import load_extension
 from glora_llm.schema import TrainingSection
 
 
@@ -69,6 +70,7 @@ def make_optimizer(settings: TrainingSection, groups: list[dict[str, Any]], offl
     if settings.optimizer == "adamw" and offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_extension("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
     if settings.optimizer == "adamw":
         fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
