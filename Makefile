@@ -10,8 +10,8 @@ TESTS  ?= tests
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
-# ninja and deepspeed are found by name; extensions are compiled against the headers of this .venv.
-IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/torch_extensions"
+# ninja and deepspeed are found by name.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help

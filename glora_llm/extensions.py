@@ -7,6 +7,7 @@ knows that its writer is dead.
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,10 +44,18 @@ def load_extension(builder_name: str) -> None:
 
 
 def extensions_root() -> Path:
-    """Return the folder that torch builds extensions below."""
-    from torch.utils.cpp_extension import get_default_build_root
+    """Return the folder that torch builds extensions below: the virtual environment's own, unless the user chose one.
 
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    An extension is compiled against the headers of one environment. Two that share torch's folder in the home
+    directory compile again at every change between them, and overwrite what the other has loaded.
+    """
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        if sys.prefix == sys.base_prefix or not os.access(sys.prefix, os.W_OK):
+            return Path(get_default_build_root())
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
 
 
 def abandoned(root: Path, older_than: float = ABANDONED_SECONDS) -> Iterator[Path]:

@@ -1,7 +1,6 @@
 """What every test relies on: no network, a cache of the session's own, and GPU tests only where there is a GPU."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Extensions are compiled for one environment's headers: two that share a folder would compile in turns.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glora_llm.extensions import LOCK, NOTE, abandoned
+from glora_llm.extensions import LOCK, NOTE, abandoned, extensions_root
 
 LOAD = "from glora_llm.extensions import load_extension; load_extension('ShareMemCommBuilder'); print('loaded')"
 
@@ -30,6 +30,17 @@ def test_the_file_of_a_build_that_we_began_is_abandoned_and_others_only_when_the
     (tmp_path / NOTE).write_text("deepspeed_shm_comm")
     assert set(abandoned(tmp_path)) == {ours, old}
     assert young.exists()
+
+
+def test_every_environment_has_extensions_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "restored at the end")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert extensions_root() == Path("restored at the end"), "the user's choice stands"
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    assert extensions_root() == tmp_path / "torch_extensions" == Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert extensions_root().name == "torch_extensions" and "TORCH_EXTENSIONS_DIR" not in os.environ
 
 
 @pytest.mark.slow
