@@ -8,12 +8,10 @@ resident set on a CPU, allocated on a GPU. Exits with 1 when a bound of BOUNDS i
 """
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from glora_llm.quiet import quiet_libraries
 from glora_llm.schema import AdapterSection, ModelSection, Slots
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.objectives import CausalLMObjective
+from timing import interleaved, ratio
 
 ALL_SLOTS: Slots = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
 METHODS: dict[str, AdapterSection] = {
@@ -67,7 +66,8 @@ def main() -> int:
     failed = False
     for quantization in arguments.quantization:
         methods = [name for name in METHODS if quantization == "none" or name != "PEFT GLoRA r 8"]
-        times = interleaved(methods, quantization, arguments)
+        steps = {name: make_step(name, quantization, arguments) for name in methods}
+        times = interleaved(steps, arguments.rounds)
         memory = {name: memory_of(name, quantization, arguments) for name in methods}
         part = table(quantization, times, memory)
         failed |= not within(quantization, times, memory, part)
@@ -107,31 +107,12 @@ def peft_glora(base: Any) -> Any:
     return get_peft_model(base, GloraConfig(r=8, target_modules=targets))
 
 
-def interleaved(methods: list[str], quantization: str, arguments: Any) -> dict[str, list[float]]:
-    """Return seconds of every step by method; the first round is left out."""
-    steps = {name: make_step(name, quantization, arguments) for name in methods}
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for turn in range(arguments.rounds + 1):
-        for name, step in steps.items():
-            gc.collect()
-            began = time.perf_counter()
-            step()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
 def memory_of(name: str, quantization: str, arguments: Any) -> float:
     """Return the peak memory of three steps in a process of its own, GB."""
     command = [sys.executable, __file__, "--memory-of", name, "--quantization", quantization]
     command += ["--rows", str(arguments.rows), "--tokens", str(arguments.tokens), "--model", arguments.model]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(out.strip().splitlines()[-1]))
-
-
-def ratio(times: dict[str, list[float]], method: str, reference: str) -> float:
-    """Return the median over rounds of time(method) / time(reference)."""
-    return statistics.median(a / b for a, b in zip(times[method], times[reference], strict=True))
 
 
 def table(quantization: str, times: dict[str, list[float]], memory: dict[str, float]) -> list[str]:

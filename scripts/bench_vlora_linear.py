@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.vlora import VLoRAConfig, make_compounds
+from timing import interleaved, ratio
 
 SHAPES = {"768 x 768": (768, 768), "3072 x 768": (768, 3072)}  # O x I; ViT-B's attention and MLP
 FORMS = {
@@ -47,10 +48,9 @@ def main() -> None:
             steps[name] = step(model, rows)
         print(f"\n{shape}, {rows} rows, {arguments.layers} linears, r {arguments.rank}, k {arguments.compound}\n")
         print("| form | CPU s (median) | x dense |\n|---|---|---|")
-        times = interleaved(steps, arguments.rounds)
+        times = interleaved(steps, arguments.rounds, time.process_time)
         for name, values in times.items():
-            ratio = statistics.median(a / b for a, b in zip(values, times["dense"], strict=True))
-            print(f"| {name} | {statistics.median(values):.4f} | {ratio:.3f} |", flush=True)
+            print(f"| {name} | {statistics.median(values):.4f} | {ratio(times, name, 'dense'):.3f} |", flush=True)
 
 
 def stack(shape: tuple[int, int], layers: int) -> Any:
@@ -72,18 +72,6 @@ def step(model: Any, rows: int) -> Callable[[], None]:
             x.grad = None
 
     return run
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return CPU seconds of every run by form; the first round is left out."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, run in steps.items():
-            began = time.process_time()
-            run()
-            if turn:
-                times[name].append(time.process_time() - began)
-    return times
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""A training step of a 12-layer ViT: VLoRA against the dense model, and against the released package's parametrisation.
+
+  python scripts/bench_vlora.py [--rounds 5] [--images 64] [--width 768] [--out FILE.md]
+
+ViT-B's shape on 32 x 32 images in patches of 4 (65 tokens an image, so 64 images are 4,160 tokens), k 4, r 8. Times are
+medians of one interleaved run, ratios medians of the ratios within a round. Memory is the peak over two steps in a
+process of its own: resident set on a CPU, allocated on a GPU. `released` is what vlora 0.1 computes (star, the base
+detached outside the first layer, W = base + B A by plain autograd) on the same parameters. Exits with 1 when a bound
+is not kept.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from glora_llm.evaluation.command import device
+from glora_llm.quiet import quiet_libraries
+from glora_llm.training.loop import peak_memory_gb
+from glora_llm.vlora import VLoRAConfig, make_compounds
+from glora_llm.vlora.layer import VLoRALinear, vlora_layers
+from timing import Times, interleaved, ratio
+
+STAR = {"topology": "star", "base_gradient": "first", "start": "kaiming"}
+FORMS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "chain": {},
+    "star, base from the first layer": STAR,
+    "released": STAR,
+}
+FORWARD_BACKWARD, STEP, PARAMETERS = 1.05, 1.00, 0.30  # x dense, at most
+ADAM_BYTES = 8  # two float32 moments a parameter
+
+
+class Measured(NamedTuple):
+    """One form: trained parameters, those of its linears, and peak memory in GB."""
+
+    parameters: int
+    linears: int
+    gb: float
+
+
+def main() -> int:
+    """Measure, print the table, compare with the bounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--width", type=int, default=768, help="a multiple of 64")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quiet_libraries()
+    if arguments.memory_of:
+        model = make_model(arguments.memory_of, arguments.width)
+        one_pass, adam = make_step(model, arguments.images)
+        for _ in range(2):
+            one_pass()
+            adam()
+        linears = [module for module in layers_of(model).modules() if isinstance(module, nn.Linear)]
+        counts = [sum(p.numel() for p in m.parameters(recurse=False)) for m in linears]
+        total = sum(p.numel() for p in model.parameters())
+        print(json.dumps(Measured(total, sum(counts), peak_memory_gb(device()))))
+        return 0
+    passes, steps = time_all(arguments)
+    measured = {name: measure(name, arguments) for name in FORMS}
+    lines, good = table(passes, steps, measured)
+    print("\n".join(lines))
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n")
+    return int(not good)
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """Return the encoder's layers."""
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == 12]
+    return found[0]
+
+
+def make_model(name: str, width: int) -> Any:
+    """Return the ViT in one form."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64, image_size=32, patch_size=4
+    )
+    model: Any = ViTForImageClassification(config)
+    keys = FORMS[name]
+    if keys is not None:
+        make_compounds(model, list(layers_of(model)), VLoRAConfig(**keys), torch.Generator().manual_seed(0))
+    if name == "released":
+        for layer in vlora_layers(model).values():
+            layer.forward = released(layer)  # type: ignore[assignment, method-assign]
+    return model.to(device()).train()
+
+
+def released(layer: VLoRALinear) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of vlora 0.1 for a layer that is not its compound's first."""
+
+    def forward(x: Tensor) -> Tensor:
+        base, ups, downs = layer.read()
+        return nn.functional.linear(x, base.detach() + ups[0] @ downs[0], layer.bias)
+
+    return forward
+
+
+def make_step(model: Any, images: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return what runs forward and backward, and what runs the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, 32, 32, generator=generator).to(device())
+    labels = torch.randint(0, 2, (images,), generator=generator).to(device())
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def one_pass() -> None:
+        model(pixel_values=pixels, labels=labels).loss.backward()
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+
+    def update() -> None:
+        adam.step()
+        adam.zero_grad()
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+
+    return one_pass, update
+
+
+def time_all(arguments: Any) -> tuple[Times, Times]:
+    """Return seconds of forward and backward, and of whole steps, by form."""
+    adam_seconds: Times = {name: [] for name in FORMS}
+
+    def step(name: str) -> Callable[[], None]:
+        one_pass, update = make_step(make_model(name, arguments.width), arguments.images)
+
+        def run() -> None:
+            one_pass()
+            began = time.perf_counter()
+            update()
+            adam_seconds[name].append(time.perf_counter() - began)
+
+        return run
+
+    whole = interleaved({name: step(name) for name in FORMS}, arguments.rounds)
+    passes = {
+        name: [all_of - adam for all_of, adam in zip(times, adam_seconds[name][1:], strict=True)]
+        for name, times in whole.items()
+    }
+    return passes, whole
+
+
+def measure(name: str, arguments: Any) -> Measured:
+    """Return sizes and peak memory of two steps, in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name]
+    command += ["--images", str(arguments.images), "--width", str(arguments.width)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Measured(*json.loads(out.strip().splitlines()[-1]))
+
+
+def table(passes: Times, steps: Times, measured: dict[str, Measured]) -> tuple[list[str], bool]:
+    """Return the lines of a Markdown table and of the bounds, and whether all are kept."""
+    dense = measured["dense"]
+    lines = [
+        "| form | forward + backward s | x dense | step s | x dense | peak GB | parameters M | x dense | "
+        "linears x dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, made in measured.items():
+        cells = [
+            f"{statistics.median(passes[name]):.2f} | {ratio(passes, name, 'dense'):.3f}",
+            f"{statistics.median(steps[name]):.2f} | {ratio(steps, name, 'dense'):.3f}",
+            f"{made.gb:.2f} | {made.parameters / 1e6:.2f} | {made.parameters / dense.parameters:.3f}",
+            f"{made.linears / dense.linears:.3f}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    chain, ours, theirs = measured["chain"], measured["star, base from the first layer"], measured["released"]
+    saved = ADAM_BYTES * (dense.parameters - chain.parameters) / 1e9
+    star = "star, base from the first layer"
+    bounds = [
+        ("chain: forward + backward / dense", ratio(passes, "chain", "dense"), FORWARD_BACKWARD),
+        ("chain: step / dense", ratio(steps, "chain", "dense"), STEP),
+        ("chain: peak GB, at most dense less its saved Adam moments", chain.gb, dense.gb - saved),
+        ("chain: parameters (gradients, checkpoints) / dense", chain.parameters / dense.parameters, PARAMETERS),
+        ("star: forward + backward / released", ratio(passes, star, "released"), 1.0),
+        ("star: peak GB, at most the released's", ours.gb, theirs.gb),
+    ]
+    for text, got, most in bounds:
+        lines.append(f"\n{'kept' if got <= most else 'NOT KEPT'}: {text}: {got:.3f} (bound {most:.3f})")
+    return lines, all(got <= most for _, got, most in bounds)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
