@@ -13,7 +13,7 @@ from glora_llm.evaluation.command import load_adapted
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
 from glora_llm.training.checkpoint import fault
-from tests.training.launching import finished, launch, metrics
+from tests.training.launching import ROOT, finished, launch, metrics
 from tests.whole_model.conftest import overrides
 from tests.whole_model.test_merge import logits
 
@@ -21,7 +21,12 @@ pytestmark = pytest.mark.launch
 
 
 def train_on_two(out: Path) -> None:
-    more = ["training.deepspeed=zero3", "merge.after_training=true", "merge.dtype=float32"]
+    """Under ZeRO 3 with nothing persistent: parameters as small as these would never be split else."""
+    config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    stage3 = out.parent / "zero3.json"
+    stage3.write_text(json.dumps(config))
+    more = [f"training.deepspeed={stage3}", "merge.after_training=true", "merge.dtype=float32"]
     done = finished(launch("train.py", "--recipe", "vlora_lm_tiny", *overrides(out), *more, port=29637), timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
