@@ -30,18 +30,19 @@ from glora_llm.training.optim import Trainable
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
-def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
+def adapter_config(section: AdapterSection, seed: int, steps: int, task_type: str | None = "CAUSAL_LM") -> Any:
     """Return the PEFT config of the section.
 
     Args:
         steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
+        task_type: PEFT's name of what the model is for; None: nothing that PEFT knows.
 
     Raises:
         UserError: for an unknown method, or an argument that its config does not have.
     """
     targets = section.targets
     shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "target_modules": targets,
         "modules_to_save": section.modules_to_save,
     }
@@ -97,7 +98,7 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         known.pop("glora_llm", None)  # ours, and its section is method glora
         if section.method not in known:
-            names = sorted({"glora", *LORA_VARIANTS, *known})
+            names = sorted({"full", "glora", *LORA_VARIANTS, *known})
             raise UserError(
                 f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} "
                 f"There is: {', '.join(names)}."
@@ -120,16 +121,19 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
 
 
 def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> Any:
-    """Return the base as a PeftModel whose only trainable parameters are the adapter's.
+    """Return the base as a PeftModel whose only trainable parameters are the adapter's; method full: itself, trained.
 
     Raises:
         UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
     """
+    if section.is_full:
+        return base.requires_grad_(True)
     from peft import get_peft_model
 
     torch.manual_seed(seed)
     try:
-        config = adapter_config(section, seed, steps)
+        task_type = "CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None
+        config = adapter_config(section, seed, steps, task_type)
         if config.is_prompt_learning:
             raise UserError(
                 f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
@@ -146,6 +150,11 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
         )
     _require_matches(model, section)
     return model
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside of what `inject` returned; its layers still hold the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _require_matches(model: nn.Module, section: AdapterSection) -> None:

@@ -9,24 +9,20 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapter import adapted_layers, adapted_with_bias, inject
-from glora_llm.data.batch import collate, collate_joined
-from glora_llm.data.prepare import Prepared, prepare
+from glora_llm.adapter import adapted_layers, adapted_with_bias, inject, without_adapter
 from glora_llm.data.sampler import GlobalSampler, permutation
-from glora_llm.data.store import TokenSet
 from glora_llm.errors import UserError
 from glora_llm.models import causal_lm
 from glora_llm.models.bias import bias_support, bias_switch
-from glora_llm.models.cache import cache_root
-from glora_llm.models.resolve import ResolvedModel, resolve
-from glora_llm.models.tokenizer import load_tokenizer, pad_id
+from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.search.space import space_of
+from glora_llm.tasks.task import Batch, Rows, Task
+from glora_llm.tasks.text import text_task
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
+from glora_llm.vlora import allocated
 
-Batch = dict[str, torch.Tensor]
 CHOICE = 41  # stream of the seeded choice of scored rows
-ANSWER_FORMATS = ("classification", "alpaca", "prompt_completion", "chat")
 
 
 @dataclass(frozen=True)
@@ -35,35 +31,28 @@ class Plan:
 
     recipe: Recipe
     base: ResolvedModel
-    tokenizer: Any
-    data: Prepared
+    task: Task
     sampler: GlobalSampler
     steps: int
 
-    def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
+    def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
-        return collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
+        return self.task.batch(rows, indices)
 
     def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
         """Return one rank's micro batches of one optimizer step."""
-        always = self.recipe.model.attention == "flash_attention_2"
-        train, pad = self.data.train, pad_id(self.tokenizer)
-        parts = self.sampler.rank_rows(step, rank, world, self.recipe.training.micro_batch)
-        return [collate_joined([train.row(index) for index in indices], pad, always) for indices in parts]
+        micro = self.recipe.training.micro_batch
+        parts = self.sampler.rank_rows(step, rank, world, micro)
+        return [self.task.training_batch(rows, step, (n * world + rank) * micro) for n, rows in enumerate(parts)]
 
-    def rows(self, split: str) -> TokenSet | None:
+    def rows(self, split: str) -> Rows | None:
         """Return the rows of `validation` or `test`, or None where the recipe has none."""
-        return self.data.validation if split == "validation" else self.data.test
+        return self.task.validation if split == "validation" else self.task.test
 
-    def choice(self, rows: TokenSet, limit: int | None) -> list[int]:
+    def choice(self, rows: Rows, limit: int | None) -> list[int]:
         """Return `limit` row numbers in a seeded order, or all; files are often sorted by class."""
         order = permutation(len(rows), self.recipe.training.seed, CHOICE)
         return [int(row) for row in order[:limit]]
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether the samples are answers, so that exact match means something."""
-        return self.recipe.data.format in ANSWER_FORMATS
 
 
 def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
@@ -76,14 +65,12 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
-    base = resolve(recipe.model, weights)
-    tokenizer = load_tokenizer(base.folder)
-    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    base, task = text_task(recipe, weights)  # the one place that chooses a task
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
-    sampler = GlobalSampler(len(data.train), training.global_batch, training.seed)
+    sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, base, tokenizer, data, sampler, steps)
+    return Plan(recipe, base, task, sampler, steps)
 
 
 def check_combination(recipe: Recipe) -> None:
@@ -93,6 +80,7 @@ def check_combination(recipe: Recipe) -> None:
         UserError: naming both, and what to change.
     """
     config = read_deepspeed_config(recipe.training.deepspeed)
+    _check_origin(recipe)
     if zero_stage(config) == 3 and recipe.model.quantization == "int8":
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
@@ -114,6 +102,32 @@ def check_combination(recipe: Recipe) -> None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def _check_origin(recipe: Recipe) -> None:
+    """Check that model, adapter and vlora agree on what is trained."""
+    model, method = recipe.model, recipe.adapter.method
+    if model.config is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"model.config makes a model of random weights, and adapter.method {method} would leave them frozen. Set "
+            "adapter.method=full; an adapter goes on the trained model: model.name_or_path=RUN/model."
+        )
+    if recipe.vlora is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"The section vlora shares the weights of a model that is trained as a whole, and adapter.method is "
+            f"{method}. Set adapter.method=full, or take the section away (vlora=null)."
+        )
+    if recipe.vlora is not None and model.config is None:
+        raise UserError(
+            f"The section vlora is for a new model (model.config). To make {model.name_or_path} into VLoRA: "
+            f"glora-llm vlora from-dense {model.name_or_path} --rank R --out DIR; then model.name_or_path=DIR, "
+            "vlora=null."
+        )
+    if recipe.adapter.is_full and model.quantization != "none":
+        raise UserError(
+            f"adapter.method full trains the weights, which model.quantization {model.quantization} freezes. Set "
+            "model.quantization=none."
+        )
 
 
 def check_search(recipe: Recipe) -> None:
@@ -174,6 +188,7 @@ def describe(plan: Plan, world: int) -> str:
     recipe = plan.recipe
     dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     resolve_deepspeed_config(recipe.training, dtype, world)
+    _check_masters(recipe, dtype)
     empty = causal_lm.meta_model(recipe.model, plan.base.folder)
     model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -181,19 +196,42 @@ def describe(plan: Plan, world: int) -> str:
     if recipe.search is not None:
         measured = recipe.search.limit != "parameters"  # what that costs is not known yet
         space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
-    obstacle = merge_obstacle(model.get_base_model().config, model)
+    obstacle = merge_obstacle(without_adapter(model).config, model)
     if obstacle and recipe.merge.after_training:
         raise UserError(f"merge.after_training: {obstacle}")
     lines = [
-        f"model      {recipe.model.name_or_path}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
+        f"model      {plan.base.name}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
-        *[f"data       {report.describe()}" for report in plan.data.reports.values()],
+        *_describe_sharing(model),
+        *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
         f"deepspeed  {recipe.training.deepspeed}; {2 * 16 * trained / 1e6:.0f} MB for two checkpoints",
         f"merge      {obstacle or 'possible into a plain transformers model'}",
     ]
     return "\n".join(lines)
+
+
+def _check_masters(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Check that a model trained as a whole has float32 masters: stage 0 keeps none beside bfloat16 weights."""
+    stage = zero_stage(read_deepspeed_config(recipe.training.deepspeed))
+    if recipe.adapter.is_full and dtype != torch.float32 and stage == 0:
+        short = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"adapter.method full in {short} needs float32 masters, which training.deepspeed "
+            f"{recipe.training.deepspeed} (ZeRO 0) does not keep: steps would be lost to rounding. Use zero1, or "
+            "model.dtype=float32."
+        )
+
+
+def _describe_sharing(model: Any) -> list[str]:
+    count = allocated(model)
+    if not count.dense:
+        return []
+    return [
+        f"vlora      {count.total / 1e6:.3f} M of {count.dense / 1e6:.3f} M in the shared linears "
+        f"({100 * count.share:.1f} %): bases {count.base / 1e6:.3f} M, increments {count.increments / 1e6:.3f} M"
+    ]
 
 
 def _without_start(section: AdapterSection) -> AdapterSection:

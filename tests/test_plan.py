@@ -19,6 +19,7 @@ from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.plan import Plan, batch_identity, check_combination, describe, make_plan, merge_obstacle
 from glora_llm.schema import Recipe
+from glora_llm.tasks.text import TextTask
 
 NAMES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = "model.name_or_path=embedded:tiny-llama"
@@ -80,6 +81,11 @@ def test_settings_that_go_together(overrides: list[str]) -> None:
     check_combination(tiny(*overrides))
 
 
+def text_of(plan: Plan) -> TextTask:
+    assert isinstance(plan.task, TextTask)
+    return plan.task
+
+
 def adapted(family: str, **keys: Any) -> tuple[PretrainedConfig, torch.nn.Module]:
     config = FAMILIES[family](
         hidden_size=16, intermediate_size=24, vocab_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -131,6 +137,7 @@ def rows_of(form: str, count: int, path: Path) -> str:
     words = ["card arrival", "lost card", "top up"]
     rows: dict[str, list[dict[str, Any]]] = {
         "classification": [{"text": f"where is card {n}", "label": words[n % 3]} for n in range(count)],
+        "text": [{"text": f"the card of customer {n} was {words[n % 3]} in {words[n % 2]}\n"} for n in range(count)],
         "alpaca": [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(count)],
     }
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[form]), encoding="utf-8")
@@ -141,8 +148,9 @@ def local(name: str, tmp_path: Path, *more: str) -> Recipe:
     """A shipped recipe on the tiny model and on rows of its format that lie here; nothing else is changed."""
     plain = recipes.load(name)
     source = rows_of(plain.data.format, 60, tmp_path / "rows.jsonl")
-    changes = [TINY, f"data.source={source}", f"output.dir={tmp_path / 'run'}"]
-    if isinstance(plain.data.validation, int):
+    model = TINY if plain.model.config is None else "model.tokenizer=train:300"
+    changes = [model, f"data.source={source}", "data.subset=null", f"output.dir={tmp_path / 'run'}"]
+    if isinstance(plain.data.validation, int | str):
         changes.append("data.validation=12")
     if plain.data.test is not None:
         changes.append(f"data.test={rows_of(plain.data.format, 9, tmp_path / 'test.jsonl')}")
@@ -153,7 +161,7 @@ def local(name: str, tmp_path: Path, *more: str) -> Recipe:
 
 def test_there_are_recipes() -> None:
     assert len(NAMES) >= 8
-    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca"}
+    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "text"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +172,9 @@ def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert text == describe(make_plan(recipe, weights=False), world=1) + "\n"
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
-    assert lines["model"].startswith(f"embedded:tiny-llama, {recipe.model.quantization}, ")
+    model = "a new llama" if recipe.model.config else "embedded:tiny-llama"
+    assert lines["model"].startswith(f"{model}, {recipe.model.quantization}, ")
+    assert ("vlora" in lines) == name.startswith("vlora")
     assert re.fullmatch(rf"{recipe.adapter.method}, \d+\.\d+ M trained \(\d+\.\d+ %\)", lines["adapter"])
     t = recipe.training
     identity = f"global batch {t.global_batch} = micro batch {t.micro_batch} x accumulation "
@@ -191,7 +201,7 @@ def test_the_counts_of_a_dry_run(tmp_path: Path) -> None:
 
 def test_epochs_become_steps(tmp_path: Path) -> None:
     plan = make_plan(local("tiny_cpu", tmp_path))
-    assert len(plan.data.train) == 48 and plan.steps == 20  # 60 rows, 12 of them held out
+    assert len(plan.task.train) == 48 and plan.steps == 20  # 60 rows, 12 of them held out
     settings = plan.recipe.training.model_copy(update={"steps": None, "epochs": 2.5})
     assert make_plan(plan.recipe.model_copy(update={"training": settings})).steps == 8  # 120 / 16, rounded up
 
@@ -210,13 +220,14 @@ def test_a_batch_that_does_not_divide() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_the_rows_of_a_step(world: int, tmp_path: Path) -> None:
     plan = make_plan(local("tiny_cpu", tmp_path))
+    train = text_of(plan).train
     for step in (0, 2, 3):  # 3: the second epoch begins
         targets = [
             sorted(batch["labels"][batch["labels"] != -100].tolist())
             for rank in range(world)
             for batch in plan.rank_batches(step, rank, world)
         ]
-        rows = [plan.data.train.row(index) for index in plan.sampler.step_rows(step)]
+        rows = [train.row(index) for index in plan.sampler.step_rows(step)]
         assert len(rows) == 16 and len(targets) == 4
         expected = sorted(int(token) for row in rows for token in row.tokens[row.targets])
         assert sorted(itertools.chain.from_iterable(targets)) == expected
@@ -237,7 +248,8 @@ def test_a_dry_run_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_only_answers_can_match_exactly(tmp_path: Path) -> None:
     plan: Plan = make_plan(local("tiny_cpu", tmp_path))
-    assert plan.has_answers and plan.data.label_sequences is not None
+    task = text_of(plan)
+    assert task.has_answers and task.data.label_sequences is not None
     data = plan.recipe.data.model_copy(update={"format": "text"})
-    assert not dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"data": data})).has_answers
-    assert plan.rows("validation") is plan.data.validation and plan.rows("test") is plan.data.test
+    assert not dataclasses.replace(task, recipe=plan.recipe.model_copy(update={"data": data})).has_answers
+    assert plan.rows("validation") is task.data.validation and plan.rows("test") is task.data.test

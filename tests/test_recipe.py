@@ -243,8 +243,17 @@ def test_the_names_in_a_shipped_recipe_resolve(file: Path) -> None:
 
     loaded = recipe.load(str(file))
     assert loaded.data.format in FORMATS.names()
-    if loaded.model.name_or_path.startswith("embedded:"):
-        assert loaded.model.name_or_path.removeprefix("embedded:") in embedded.names()
+    name = loaded.model.name_or_path or ""
+    if name.startswith("embedded:"):
+        assert name.removeprefix("embedded:") in embedded.names()
+
+
+@pytest.mark.parametrize("family", ["lm", "lm_tiny"])
+def test_language_models_differ_in_vlora_alone(family: str) -> None:
+    one, other = (recipe.load(str(ROOT / "recipes" / f"{kind}_{family}.yaml")) for kind in ("vlora", "dense"))
+    differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
+    assert differing == {"description", "vlora", "output"} and other.vlora is None
+    assert one.output.model_copy(update={"dir": ""}) == other.output.model_copy(update={"dir": ""})
 
 
 @pytest.mark.parametrize("family", ["smollm2", "llama2"])

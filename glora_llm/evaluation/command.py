@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from glora_llm.errors import UserError
-from glora_llm.evaluation.scoring import means, score_rows
+from glora_llm.evaluation.scoring import score_rows
+from glora_llm.models.families import auto_class
 from glora_llm.plan import Plan, make_plan
 from glora_llm.run_folder import RunFolder
 from glora_llm.subnet import deployed
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie
+from glora_llm.tasks.task import on
+
+NOT_ENDED = "holds no model: the run has not ended. Train on, or name a checkpoint by --step."
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
@@ -21,9 +24,10 @@ def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None
         UserError: when the folder is no run, or the recipe has no such rows.
     """
     folder = RunFolder(run)
-    recipe, adapter = (folder.recipe(), folder.adapter) if merged else deployed(folder, folder.adapter, genome)
+    recipe = folder.recipe()
+    recipe, trained = (recipe, None) if merged else deployed(folder, folder.trained(recipe), genome)
     plan = make_plan(recipe)
-    model = load_merged(merged) if merged else load_adapted(plan, adapter)
+    model = load_adapted(plan, trained) if trained else load_merged(merged or run)
     print_scores(score_model(plan, model, split))
 
 
@@ -39,16 +43,20 @@ def device() -> torch.device:
 
 
 def load_adapted(plan: Plan, adapter: Path) -> Any:
-    """Return the base as it was trained on, with the adapter of that folder.
+    """Return the base as it was trained on, with the adapter of that folder; or the model that was trained as a whole.
 
     Raises:
-        UserError: when there is no adapter.
+        UserError: when the folder holds nothing that was trained.
     """
     from peft import PeftModel
 
     import glora_llm.glora  # noqa: F401 - registers the tuner
     from glora_llm.models.causal_lm import load_base
 
+    if plan.recipe.adapter.is_full:
+        if not (adapter / "config.json").is_file():
+            raise UserError(f"{adapter} {NOT_ENDED}")
+        return load_base(plan.recipe.model, adapter, device(), zero3=False)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
     base = load_base(plan.recipe.model, plan.base.folder, device(), zero3=False)
@@ -61,14 +69,15 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: when the folder holds no model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
         )
     chosen: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    return kind.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
 
 
 def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
@@ -88,17 +97,16 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
         plan.recipe.evaluation.batch,
         title=split,
     )
-    return means(table, split, plan.has_answers, plan.data.label_sequences is not None)
+    return plan.task.means(table, split)
 
 
 def score_of(plan: Plan, model: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
     """Return batch -> TokenScores of a model in this process alone."""
-    labels = plan.data.label_sequences
-    objective = CausalLMObjective(model, LabelTrie.build(labels) if labels else None).eval()
+    objective = plan.task.objective(model).eval()
 
     def score(batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            return objective(**{name: tensor.to(device()) for name, tensor in batch.items()}, score=True)
+            return objective(**on(device(), batch), score=True)
 
     return score
 
@@ -128,11 +136,12 @@ def print_summary(folder: RunFolder) -> None:
         for name in columns[-1][1]:
             table.add_row(name, *(f"{scores[name]:.4f}" if name in scores else "" for _, scores in columns))
         console.print(table)
+    trained = folder.trained(folder.recipe())
     facts = [
         ("trained parameters", f"{summary['trained_parameters']:,}"),
         ("wall time", f"{summary['seconds'] / 60:.1f} min"),
         ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first rank"),
-        ("adapter", str(folder.adapter)),
+        (trained.name, str(trained)),
         ("merged model", str(folder.path / "merged") if (folder.path / "merged").is_dir() else "not written yet"),
         ("watch", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
     ]
