@@ -114,10 +114,45 @@ class AdapterSection(Section):
         return self
 
 
-class DataSection(Section):
-    """Where samples come from and how they become tokens."""
+class ImagesSection(Section):
+    """Format images: their size, their scale, and how they are varied in training (never in evaluation)."""
 
-    format: str = key(..., "alpaca, prompt_completion, chat, text or classification (docs/data_formats.md)")
+    size: PositiveInt | None = key(
+        None, "side of the square that every image is resized to; none: they are squares of one size already", "pixels"
+    )
+    mean: list[float] | None = key(None, "of each channel, taken away; none: that of the training images", "0 to 1")
+    std: list[Annotated[float, Field(gt=0)]] | None = key(
+        None, "of each channel, divided by; none: that of the training images", "0 to 1"
+    )
+    crop_padding: Annotated[int, Field(ge=0)] = key(0, "pad by so much and cut a random square; 0: do not", "pixels")
+    flip: bool = key(False, "mirror half of the images, left to right")
+    randaugment: Annotated[int, Field(ge=0, le=10)] = key(0, "RandAugment: operations on each image; 0: none")
+    randaugment_magnitude: Annotated[int, Field(ge=1, le=29)] = key(9, "RandAugment: their strength, of 30")
+    mixup: Annotated[float, Field(ge=0, le=1)] = key(0.0, "share of images blended with another, labels too", "share")
+    cutmix: Annotated[float, Field(ge=0, le=1)] = key(
+        0.0, "share of images with a rectangle of another, labels too", "share"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "share of each target that is spread over all classes", "share"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ImagesSection":
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(
+                f"mixup {self.mixup} + cutmix {self.cutmix} is more than 1: an image takes part in one of them at most"
+            )
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != 3:
+                raise ValueError(f"{name} has {len(given)} numbers; expected 3: red, green and blue")
+        return self
+
+
+class DataSection(Section):
+    """Where samples come from and how they become tokens, or images of one size."""
+
+    format: str = key(..., "alpaca, prompt_completion, chat, text, classification or images (docs/data_formats.md)")
     source: str | list[str] = key(
         ..., "file(s) (json, jsonl, csv, parquet, txt), a folder of them, a hub id, or `embedded:NAME`"
     )
@@ -139,9 +174,20 @@ class DataSection(Section):
         "auto", "auto: the tokenizer's template for format chat, plain text for the others"
     )
     bos: Literal["auto", "always", "never"] = key("auto", "begin with the BOS token; auto: as the family does")
-    max_tokens: Annotated[int, Field(ge=2)] = key(..., "longest sequence", "tokens")
+    max_tokens: Annotated[int, Field(ge=0)] = key(0, "longest sequence, 2 or more; 0 for images alone", "tokens")
     overlong: Literal["error", "drop", "truncate", "split"] = key("error", "what happens to longer samples")
     packing: bool = key(False, "several samples in one row, without attention between them")
+    images: ImagesSection | None = key(None, "format images: size and augmentation; none: all defaults")
+
+    @model_validator(mode="after")
+    def _text_or_images(self) -> "DataSection":
+        if self.format == "images":
+            return self
+        if self.images is not None:
+            raise ValueError(f"images belongs to format images, not to '{self.format}': data.images=null takes it away")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}; text needs 2 or more: the longest sequence in tokens")
+        return self
 
 
 class TrainingSection(Section):
