@@ -36,7 +36,7 @@ def decode(cell: Any, size: int | None, origin: str) -> Pixels:
         try:
             image = ImageOps.exif_transpose(Image.open(stream)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(f" {stream!r}", "").replace(repr(stream), "its content")
+            reason = str(error).replace(f" {stream!r}", "")
             raise UserError(f"{origin} is not a readable image: {reason}. Repair it, or leave it out.") from error
     return _pixels(image, size)
 

@@ -18,6 +18,9 @@ class ImageFolder:
 
     folder: Path
 
+    def __str__(self) -> str:
+        return f"the folder {self.folder}"
+
     def classes(self) -> list[str]:
         """Return the names of the classes in order of the alphabet."""
         return [path.name for path in _classes(self.folder)]
@@ -56,8 +59,8 @@ def _classes(folder: Path) -> list[Path]:
 def locate_images(name: str, subset: str | None, split: str) -> Source:
     """Return the source of images called `name`: `embedded:NAME`, a folder, a parquet file or a hub data set.
 
-    A folder holds a subfolder for each class, or folders `train`, `validation`, `test` of such; or else parquet files,
-    named by their split.
+    A folder holds folders `train`, `validation`, `test` of subfolders for each class; or those subfolders themselves,
+    which are then the images of whatever split; or else parquet files, named by their split.
 
     Raises:
         UserError: when there is no such set, folder, file or split.
@@ -72,7 +75,7 @@ def locate_images(name: str, subset: str | None, split: str) -> Source:
         if there is not None and _classes(there):
             return ImageFolder(there)
         if _is_of_classes(path):
-            return _whole(path, split)
+            return ImageFolder(path)
         if any(_is_image(file) for file in path.iterdir()):
             raise UserError(
                 f"Folder {path} holds images and no classes: expected a subfolder for each class, such as "
@@ -84,16 +87,6 @@ def locate_images(name: str, subset: str | None, split: str) -> Source:
 def _is_of_classes(folder: Path) -> bool:
     """Tell whether the subfolders hold images themselves: folders of splits hold folders of classes."""
     return any(any(_is_image(file) for file in path.iterdir()) for path in _classes(folder))
-
-
-def _whole(folder: Path, split: str) -> ImageFolder:
-    if split != "train":
-        raise UserError(
-            f"Folder {folder} has no split '{split}': its subfolders are classes "
-            f"({', '.join(ImageFolder(folder).classes()[:3])}, ...). Put them into {folder.name}/train and "
-            f"{folder.name}/{split}, or hold out a share: data.{split if split == 'test' else 'validation'}=0.1"
-        )
-    return ImageFolder(folder)
 
 
 def _embedded(name: str, split: str) -> GeneratedSource:

@@ -126,8 +126,8 @@ def _check_apart(sources: dict[Role, Sources]) -> None:
         both = [part for part in source.parts if role != "train" and part in sources["train"].parts]
         if both:
             raise UserError(
-                f"data.{role}: {both[0]} is what is trained on. Name another folder or split, or hold out a share: "
-                f"data.{role}=0.1"
+                f"data.{role}: {both[0]} is what is trained on. Name another split or folder (a folder may hold train/ "
+                f"and test/, each with a subfolder for each class), or hold out a share: data.{role}=0.1"
             )
 
 
