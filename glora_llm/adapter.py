@@ -30,18 +30,19 @@ from glora_llm.training.optim import Trainable
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
-def adapter_config(section: AdapterSection, seed: int, steps: int) -> Any:
+def adapter_config(section: AdapterSection, seed: int, steps: int, task_type: str | None = "CAUSAL_LM") -> Any:
     """Return the PEFT config of the section.
 
     Args:
         steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
+        task_type: PEFT's name of what the model is for; None: nothing that PEFT knows.
 
     Raises:
         UserError: for an unknown method, or an argument that its config does not have.
     """
     targets = section.targets
     shared: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "target_modules": targets,
         "modules_to_save": section.modules_to_save,
     }
@@ -129,7 +130,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
 
     torch.manual_seed(seed)
     try:
-        config = adapter_config(section, seed, steps)
+        task_type = "CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None
+        config = adapter_config(section, seed, steps, task_type)
         if config.is_prompt_learning:
             raise UserError(
                 f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."

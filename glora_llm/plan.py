@@ -10,23 +10,21 @@ from typing import Any
 import torch
 
 from glora_llm.adapter import adapted_layers, adapted_with_bias, inject
-from glora_llm.data.batch import collate, collate_joined
-from glora_llm.data.prepare import Prepared, prepare
+from glora_llm.data.prepare import prepare
 from glora_llm.data.sampler import GlobalSampler, permutation
-from glora_llm.data.store import TokenSet
 from glora_llm.errors import UserError
 from glora_llm.models import causal_lm
 from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.models.cache import cache_root
 from glora_llm.models.resolve import ResolvedModel, resolve
-from glora_llm.models.tokenizer import load_tokenizer, pad_id
+from glora_llm.models.tokenizer import load_tokenizer
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.search.space import space_of
+from glora_llm.tasks.task import Batch, Rows, Task
+from glora_llm.tasks.text import TextTask
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
 
-Batch = dict[str, torch.Tensor]
 CHOICE = 41  # stream of the seeded choice of scored rows
-ANSWER_FORMATS = ("classification", "alpaca", "prompt_completion", "chat")
 
 
 @dataclass(frozen=True)
@@ -35,35 +33,28 @@ class Plan:
 
     recipe: Recipe
     base: ResolvedModel
-    tokenizer: Any
-    data: Prepared
+    task: Task
     sampler: GlobalSampler
     steps: int
 
-    def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
+    def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
-        return collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
+        return self.task.batch(rows, indices)
 
     def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
         """Return one rank's micro batches of one optimizer step."""
-        always = self.recipe.model.attention == "flash_attention_2"
-        train, pad = self.data.train, pad_id(self.tokenizer)
-        parts = self.sampler.rank_rows(step, rank, world, self.recipe.training.micro_batch)
-        return [collate_joined([train.row(index) for index in indices], pad, always) for indices in parts]
+        micro = self.recipe.training.micro_batch
+        parts = self.sampler.rank_rows(step, rank, world, micro)
+        return [self.task.training_batch(rows, step, (n * world + rank) * micro) for n, rows in enumerate(parts)]
 
-    def rows(self, split: str) -> TokenSet | None:
+    def rows(self, split: str) -> Rows | None:
         """Return the rows of `validation` or `test`, or None where the recipe has none."""
-        return self.data.validation if split == "validation" else self.data.test
+        return self.task.validation if split == "validation" else self.task.test
 
-    def choice(self, rows: TokenSet, limit: int | None) -> list[int]:
+    def choice(self, rows: Rows, limit: int | None) -> list[int]:
         """Return `limit` row numbers in a seeded order, or all; files are often sorted by class."""
         order = permutation(len(rows), self.recipe.training.seed, CHOICE)
         return [int(row) for row in order[:limit]]
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether the samples are answers, so that exact match means something."""
-        return self.recipe.data.format in ANSWER_FORMATS
 
 
 def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
@@ -77,13 +68,22 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
     """
     check_combination(recipe)
     base = resolve(recipe.model, weights)
-    tokenizer = load_tokenizer(base.folder)
-    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    task = make_task(recipe, base)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
-    sampler = GlobalSampler(len(data.train), training.global_batch, training.seed)
+    sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, base, tokenizer, data, sampler, steps)
+    return Plan(recipe, base, task, sampler, steps)
+
+
+def make_task(recipe: Recipe, base: ResolvedModel) -> Task:
+    """Return what data.format says is learnt, with its data prepared.
+
+    Raises:
+        UserError: for data that do not fit the settings, or a model without what turns them into its inputs.
+    """
+    tokenizer = load_tokenizer(base.folder)
+    return TextTask(recipe, tokenizer, prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed))
 
 
 def check_combination(recipe: Recipe) -> None:
@@ -187,7 +187,7 @@ def describe(plan: Plan, world: int) -> str:
     lines = [
         f"model      {recipe.model.name_or_path}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
-        *[f"data       {report.describe()}" for report in plan.data.reports.values()],
+        *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
         f"deepspeed  {recipe.training.deepspeed}; {2 * 16 * trained / 1e6:.0f} MB for two checkpoints",

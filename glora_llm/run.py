@@ -17,7 +17,7 @@ from glora_llm.adalora import RankAllocation
 from glora_llm.adapter import adapted_layers, inject, load_start, save_adapter, trainables
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
-from glora_llm.evaluation.scoring import means, score_rows
+from glora_llm.evaluation.scoring import score_rows
 from glora_llm.models import causal_lm
 from glora_llm.plan import Plan, batch_identity, describe, make_plan
 from glora_llm.run_folder import RunFolder
@@ -31,7 +31,6 @@ from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
 from glora_llm.training.flops import measure_cost
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie
 
 
 def train(recipe: Recipe, dry_run: bool = False) -> None:
@@ -101,11 +100,12 @@ class Run:
     def go(self) -> None:
         """Build, resume, train, score and save."""
         self.began, self.earlier_seconds = time.time(), 0.0
-        self.data_digest = self.plan.data.train.digest()  # reads all training tokens: once a launch
+        self.data_digest = self.plan.task.train.digest()  # reads all training data: once a launch
         self._build()
         self._claim()
         start = self._resume()
-        with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first)) as log:
+        unit = self.plan.task.unit
+        with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first, unit)) as log:
             self._announce(log, start)
             self._train(log, start)
         self.engine.close()
@@ -119,7 +119,7 @@ class Run:
         )
         hooks = Hooks(
             batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
-            validate=self._validate if self.plan.data.validation else None,
+            validate=self._validate if self.plan.task.validation is not None else None,
             save=self._save,
             diagnose=partial(first_bad_module, self.model, self.engine.score),
             before_micro_step=self.supernet.draw,
@@ -138,7 +138,7 @@ class Run:
         self.trained = sum(item.parameter.numel() for item in self.trainables)
         checkpoint.require_space(self.folder.checkpoints, self.trained, recipe.output.keep)
         dtype = causal_lm.compute_dtype(recipe.model, device)
-        self.cost = measure_cost(self.model.get_base_model(), base.config, dtype, device)
+        self.cost = measure_cost(self.model.get_base_model(), base.config, dtype, device, self.plan.task.causal)
         self.loaded = self._find_checkpoint()
         if self.loaded:
             for item in self.trainables:
@@ -146,8 +146,7 @@ class Run:
         elif recipe.adapter.weights:
             load_start(self.trainables, Path(recipe.adapter.weights))
         self.supernet = self._supernet()
-        labels = self.plan.data.label_sequences
-        objective = CausalLMObjective(self.model.get_base_model(), LabelTrie.build(labels) if labels else None)
+        objective = self.plan.task.objective(self.model.get_base_model())
         self.allocation = RankAllocation(self.model) if recipe.adapter.method == "adalora" else None
         penalty = self.allocation.penalty if self.allocation else None
         self.engine = Engine(objective, self.trainables, recipe.training, dtype, device, penalty)
@@ -196,8 +195,8 @@ class Run:
         return step
 
     def _announce(self, log: MetricLog, start: int) -> None:
-        for number, text in enumerate(self.plan.data.previews, 1):
-            log.say(f"sample {number}, targets marked: {text}")
+        for number, text in enumerate(self.plan.task.previews, 1):
+            log.say(f"sample {number}, {text}")
         log.say(f"{self.engine.bytes_per_rank() / 1e6:.1f} MB of parameters on each of {self.ranks.world} ranks")
         if start:
             log.say(f"resumed after step {start} of {self.plan.steps} from {self.folder.checkpoints / f'step-{start}'}")
@@ -219,7 +218,7 @@ class Run:
             self.ranks.world,
             title=split,
         )
-        return means(table, split, self.plan.has_answers, self.plan.data.label_sequences is not None)
+        return self.plan.task.means(table, split)
 
     def _validate(self, step: int) -> dict[str, float]:
         self.supernet.largest()

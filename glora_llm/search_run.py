@@ -85,7 +85,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     model = load_adapted(plan, folder.adapter)
     launch = Launch(True, lambda value: value, device())
     results = run_search(plan, folder, model, score_of(plan, model), lambda table: table, launch)
-    scores = {} if plan.data.test is None else score_model(plan, model, "test")
+    scores = {} if plan.task.test is None else score_model(plan, model, "test")
     folder.update_summary({"search": results, "test_genome": scores})
     for text, found in results.items():
         print(

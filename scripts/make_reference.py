@@ -1,4 +1,4 @@
-"""Write docs/recipe_reference.md from glora_llm/schema.py; with --check, only tell whether it is up to date."""
+"""Write docs/recipe_reference.md from glora_llm/schema/; with --check, only tell whether it is up to date."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
 OPENING = """\
 # Recipe reference
 
-Every key of a recipe. Generated from `glora_llm/schema.py` by `make docs`; change it there.
+Every key of a recipe. Generated from `glora_llm/schema/` by `make docs`; change it there.
 
 A recipe is a YAML file with the sections below. A key that is not listed here is an error, and so is a value of
 another type. On the command line, a key is written `section.key=value`, the value as in YAML: `training.lr=1e-4`,

@@ -19,6 +19,7 @@ from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.plan import Plan, batch_identity, check_combination, describe, make_plan, merge_obstacle
 from glora_llm.schema import Recipe
+from glora_llm.tasks.text import TextTask
 
 NAMES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TINY = "model.name_or_path=embedded:tiny-llama"
@@ -78,6 +79,11 @@ def test_settings_that_exclude_each_other(overrides: list[str], message: str) ->
 )
 def test_settings_that_go_together(overrides: list[str]) -> None:
     check_combination(tiny(*overrides))
+
+
+def text_of(plan: Plan) -> TextTask:
+    assert isinstance(plan.task, TextTask)
+    return plan.task
 
 
 def adapted(family: str, **keys: Any) -> tuple[PretrainedConfig, torch.nn.Module]:
@@ -191,7 +197,7 @@ def test_the_counts_of_a_dry_run(tmp_path: Path) -> None:
 
 def test_epochs_become_steps(tmp_path: Path) -> None:
     plan = make_plan(local("tiny_cpu", tmp_path))
-    assert len(plan.data.train) == 48 and plan.steps == 20  # 60 rows, 12 of them held out
+    assert len(plan.task.train) == 48 and plan.steps == 20  # 60 rows, 12 of them held out
     settings = plan.recipe.training.model_copy(update={"steps": None, "epochs": 2.5})
     assert make_plan(plan.recipe.model_copy(update={"training": settings})).steps == 8  # 120 / 16, rounded up
 
@@ -210,13 +216,14 @@ def test_a_batch_that_does_not_divide() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_the_rows_of_a_step(world: int, tmp_path: Path) -> None:
     plan = make_plan(local("tiny_cpu", tmp_path))
+    train = text_of(plan).train
     for step in (0, 2, 3):  # 3: the second epoch begins
         targets = [
             sorted(batch["labels"][batch["labels"] != -100].tolist())
             for rank in range(world)
             for batch in plan.rank_batches(step, rank, world)
         ]
-        rows = [plan.data.train.row(index) for index in plan.sampler.step_rows(step)]
+        rows = [train.row(index) for index in plan.sampler.step_rows(step)]
         assert len(rows) == 16 and len(targets) == 4
         expected = sorted(int(token) for row in rows for token in row.tokens[row.targets])
         assert sorted(itertools.chain.from_iterable(targets)) == expected
@@ -237,7 +244,8 @@ def test_a_dry_run_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_only_answers_can_match_exactly(tmp_path: Path) -> None:
     plan: Plan = make_plan(local("tiny_cpu", tmp_path))
-    assert plan.has_answers and plan.data.label_sequences is not None
+    task = text_of(plan)
+    assert task.has_answers and task.data.label_sequences is not None
     data = plan.recipe.data.model_copy(update={"format": "text"})
-    assert not dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"data": data})).has_answers
-    assert plan.rows("validation") is plan.data.validation and plan.rows("test") is plan.data.test
+    assert not dataclasses.replace(task, recipe=plan.recipe.model_copy(update={"data": data})).has_answers
+    assert plan.rows("validation") is task.data.validation and plan.rows("test") is task.data.test

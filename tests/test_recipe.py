@@ -243,8 +243,9 @@ def test_the_names_in_a_shipped_recipe_resolve(file: Path) -> None:
 
     loaded = recipe.load(str(file))
     assert loaded.data.format in FORMATS.names()
-    if loaded.model.name_or_path.startswith("embedded:"):
-        assert loaded.model.name_or_path.removeprefix("embedded:") in embedded.names()
+    name = loaded.model.name_or_path or ""
+    if name.startswith("embedded:"):
+        assert name.removeprefix("embedded:") in embedded.names()
 
 
 @pytest.mark.parametrize("family", ["smollm2", "llama2"])

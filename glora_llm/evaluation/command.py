@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from glora_llm.errors import UserError
-from glora_llm.evaluation.scoring import means, score_rows
+from glora_llm.evaluation.scoring import score_rows
+from glora_llm.models.families import auto_class
 from glora_llm.plan import Plan, make_plan
 from glora_llm.run_folder import RunFolder
 from glora_llm.subnet import deployed
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie
+from glora_llm.tasks.task import on
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
@@ -61,14 +62,15 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: when the folder holds no model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
         )
     chosen: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
+    return kind.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
 
 
 def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
@@ -88,17 +90,16 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
         plan.recipe.evaluation.batch,
         title=split,
     )
-    return means(table, split, plan.has_answers, plan.data.label_sequences is not None)
+    return plan.task.means(table, split)
 
 
 def score_of(plan: Plan, model: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
     """Return batch -> TokenScores of a model in this process alone."""
-    labels = plan.data.label_sequences
-    objective = CausalLMObjective(model, LabelTrie.build(labels) if labels else None).eval()
+    objective = plan.task.objective(model).eval()
 
     def score(batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            return objective(**{name: tensor.to(device()) for name, tensor in batch.items()}, score=True)
+            return objective(**on(device(), batch), score=True)
 
     return score
 

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from glora_llm.data.store import TokenSet
 from glora_llm.evaluation.scoring import score_rows
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan import Plan
 from glora_llm.schema import SearchSection
+from glora_llm.tasks.task import Rows
 
 COLUMNS = {"exact_match": 3, "label_accuracy": 4}
 
@@ -57,9 +57,9 @@ class RowScorer:
     def __post_init__(self) -> None:
         rows = self.plan.rows("validation")
         assert rows is not None and rows.role == "validation"
-        self.rows: TokenSet = rows
+        self.rows: Rows = rows
         self.lengths = rows.lengths()
-        self.mean_targets = float(np.mean([rows.row(number).targets.sum() for number in self.numbers]))
+        self.mean_targets = float(np.mean([self.plan.task.targets(rows, number) for number in self.numbers]))
         self.at_once = 1 if self.sharded else self.world
 
     def __call__(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:

@@ -59,23 +59,3 @@ def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
     for column, right in ((3, scores.correct), (4, scores.among_labels)):
         wrong = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, where, (~right).double().cpu())
         table[rows, column] = (wrong == 0).double()
-
-
-def means(table: Tensor, prefix: str, answers: bool, labels: bool) -> dict[str, float]:
-    """Return the scores of a table, named `prefix/...`.
-
-    Args:
-        answers: rows are answers, so exact match (all target tokens right in greedy decoding) means something.
-        labels: rows are label words, so accuracy among them does.
-    """
-    loss = float(table[:, 0].sum() / table[:, 1].sum())
-    scores = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "token_accuracy": float(table[:, 2].sum() / table[:, 1].sum()),
-    }
-    if answers:
-        scores["exact_match"] = float(table[:, 3].mean())
-    if labels:
-        scores["label_accuracy"] = float(table[:, 4].mean())
-    return {f"{prefix}/{name}": value for name, value in scores.items()}

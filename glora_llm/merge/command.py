@@ -59,8 +59,8 @@ def merge_run(
     else:
         write_merged(plan, adapter, out, base_dtype, dtype or plan.recipe.merge.dtype)
     batches, text = comparison_batches(plan)
-    before = answers(lambda: load_adapted(plan, adapter), batches)
-    after = answers(lambda: load_adapted(plan, out) if to == "lora" else load_merged(out), batches)
+    before = answers(lambda: load_adapted(plan, adapter), plan.task, batches)
+    after = answers(lambda: load_adapted(plan, out) if to == "lora" else load_merged(out), plan.task, batches)
     report = compare(before, after, text)
     values = report.as_dict()
     if to == "model" and quantize == "nf4":
@@ -75,7 +75,7 @@ def merge_run(
         and quantize == "none"
         and out.resolve() == (run / "merged").resolve()
     )
-    if usual and plan.data.test is not None:
+    if usual and plan.task.test is not None:
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
 
@@ -127,8 +127,8 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
         model.save_pretrained(quantised)
         return model.eval()
 
-    cost = compare(before, answers(load, batches), "the same").as_dict()
-    plan.tokenizer.save_pretrained(quantised)
+    cost = compare(before, answers(load, plan.task, batches), "the same").as_dict()
+    plan.task.save_preprocessing(quantised)
     shutil.rmtree(out)
     quantised.rename(out)
     return cost

@@ -94,7 +94,7 @@ def _write_settings(plan: Plan, config: Any, folder: Path, dtype: str) -> None:
     config.dtype = getattr(torch, dtype)
     config.use_cache = True
     config.save_pretrained(folder)
-    plan.tokenizer.save_pretrained(folder)
+    plan.task.save_preprocessing(folder)
     generation = plan.base.folder / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, folder)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from glora_llm.errors import CheckFailed
 from glora_llm.evaluation.command import device
-from glora_llm.plan import Batch, Plan
+from glora_llm.plan import Plan
 from glora_llm.schema import MergeSection
-
-MOST_TOKENS = 1024
+from glora_llm.tasks.task import Batch, Task, on
 
 
 @dataclass(frozen=True)
@@ -49,33 +48,20 @@ class MergeReport:
 
 
 def comparison_batches(plan: Plan) -> tuple[list[Batch], str]:
-    """Return up to 1,024 tokens of held-out rows (of training rows where none are held out), a row a batch."""
-    rows = plan.data.validation or plan.data.test or plan.data.train
-    batches: list[Batch] = []
-    tokens = 0
-    for index in plan.choice(rows, None):
-        if tokens >= MOST_TOKENS:
-            break
-        batch = {name: tensor[:, : MOST_TOKENS - tokens] for name, tensor in plan.batch(rows, [index]).items()}
-        batches.append(batch)
-        tokens += batch["input_ids"].numel()
+    """Return batches of held-out rows (of training rows where none are held out), and what they are in words."""
+    rows = plan.task.validation or plan.task.test or plan.task.train
+    batches = plan.task.comparison(rows, plan.choice(rows, None))
     return batches, f"{len(batches)} {rows.name} rows"
 
 
 @torch.no_grad()
-def answers(load: Callable[[], Any], batches: list[Batch]) -> Answers:
+def answers(load: Callable[[], Any], task: Task, batches: list[Batch]) -> Answers:
     """Load a model, run the batches through it, and let go of it again."""
     model = load()
-    logits, losses = [], []
-    for batch in batches:
-        moved = {name: tensor.to(device()) for name, tensor in batch.items()}
-        out = model(input_ids=moved["input_ids"], position_ids=moved["position_ids"], use_cache=False).logits.float()
-        logits.append(out[0].cpu())
-        losses.append(torch.nn.functional.cross_entropy(out[0, :-1], moved["labels"][0, 1:], reduction="none").cpu())
-    targets = torch.cat([batch["labels"][0, 1:] for batch in batches]) != -100
+    parts = [task.answers(model, on(device(), batch)) for batch in batches]
     del model
     gc.collect()
-    return Answers(torch.cat(logits), float(torch.cat(losses)[targets].mean()))
+    return Answers(torch.cat([logits for logits, _ in parts]), float(torch.cat([losses for _, losses in parts]).mean()))
 
 
 def compare(before: Answers, after: Answers, text: str) -> MergeReport:

@@ -4,6 +4,7 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.models.families import auto_class, body
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -57,7 +58,6 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
     """Build one layer on the meta device with the switches in `on`, all others off: last part of the name -> bias."""
     import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
     twin = copy.deepcopy(config)
     text = twin.get_text_config(decoder=True)
@@ -67,9 +67,9 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(twin).get_decoder()
+        layer = body(auto_class(twin.model_type).from_config(twin))
     found: dict[str, bool] = {}
-    for name, module in decoder.named_modules():
+    for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, True) and module.bias is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
+from glora_llm.models.families import auto_class, body, head
 from glora_llm.models.kernels import apply_liger, uses_liger
 from glora_llm.schema import ModelSection
 
@@ -33,12 +34,12 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
         UserError: an attention backend, kernel or quantisation that cannot work here, or weights that do not fit
             the configuration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     dtype = compute_dtype(section, device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     liger = uses_liger(section.kernels, config.model_type, device)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto_class(config.model_type).from_pretrained(
         folder,
         dtype=dtype,
         quantization_config=quantization_config(section, dtype),
@@ -61,12 +62,12 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
 def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
     """Return the model on the meta device: names and shapes (O, I) as in float, no memory. For dry runs."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = torch.device("meta")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(section, device))
+        model = auto_class(config.model_type).from_config(config, dtype=compute_dtype(section, device))
     _freeze(model)
     return model.eval()
 
@@ -108,15 +109,15 @@ def quantization_config(section: ModelSection, dtype: "torch.dtype") -> "BitsAnd
 
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
-    """Return the full names of all linears of the decoder (dense, 4-bit or 8-bit), without the output head."""
+    """Return the full names of all linears of the body (dense, 4-bit or 8-bit), without the output head."""
     from torch import nn
 
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    head = model.get_output_embeddings()
+    decoder = {id(module) for module in body(model).modules()}
+    output = head(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in decoder and module is not head
+        if isinstance(module, nn.Linear) and id(module) in decoder and module is not output
     ]
 
 
@@ -138,13 +139,12 @@ def _attention(
         UserError: a backend that the family, the device or the dtype does not have.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     wanted = section.attention
     if wanted == "auto":
         return {}
     advice = "Set model.attention to auto."
-    family = AutoModelForCausalLM._model_mapping[type(config)]
+    family = auto_class(config.model_type)._model_mapping[type(config)]
     flag = {
         "sdpa": "_supports_sdpa",
         "flash_attention_2": "_supports_flash_attn",

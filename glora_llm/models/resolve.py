@@ -8,6 +8,7 @@ from typing import Any
 
 from glora_llm.errors import UserError
 from glora_llm.models.embedded import embedded_folder
+from glora_llm.models.families import KINDS, Kind, class_names
 from glora_llm.models.fingerprint import fingerprint, weight_files
 from glora_llm.schema import ModelSection
 
@@ -35,20 +36,22 @@ class ResolvedModel:
     fingerprint: str
 
 
-def resolve(section: ModelSection, weights: bool = True) -> ResolvedModel:
+def resolve(section: ModelSection, weights: bool = True, kind: Kind = "text") -> ResolvedModel:
     """Find, download or convert the base model that the recipe names.
 
     Args:
         weights: False for a dry run: of a hub model only configuration and tokenizer are fetched, and there is no
             fingerprint.
+        kind: what the model must be.
 
     Raises:
         UserError: missing folder or file, no network, no config.json, pickles only, weights that are quantised
-            already, not a causal language model.
+            already, another kind of model.
     """
     name = section.name_or_path
+    assert name is not None
     folder, revision = _locate(name, section.revision, weights)
-    _check_causal_lm(folder, name)
+    _check_kind(folder, name, kind)
     if weights:
         weight_files(folder)
     return ResolvedModel(folder, name, revision, fingerprint(folder) if weights else "")
@@ -117,14 +120,12 @@ def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, 
     return Path(folder), Path(folder).name
 
 
-def _check_causal_lm(folder: Path, name: str) -> None:
-    """Refuse a folder that AutoModelForCausalLM would not load as it was trained.
+def _check_kind(folder: Path, name: str, kind: Kind) -> None:
+    """Refuse a folder that transformers' Auto class of this kind would not load as it was trained.
 
     Raises:
         UserError: see `resolve`.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     config = _read_config(folder, name)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
@@ -132,16 +133,16 @@ def _check_causal_lm(folder: Path, name: str) -> None:
             f"The weights of '{name}' are already quantised ({method}). Give the unquantised model and let "
             "model.quantization (nf4, fp4, int8) store it in fewer bits."
         )
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", ""))
-    if known is None:
+    allowed = class_names(kind, config.get("model_type", ""))
+    if not allowed:
+        example = {"text": "a LLaMA", "images": "a ViT"}[kind]
         raise UserError(
-            f"'{name}' has model_type '{config.get('model_type')}', which is no causal language model of the installed "
-            "transformers (code that comes with a model is not run). Give a causal language model such as a LLaMA."
+            f"'{name}' has model_type '{config.get('model_type')}', which is no {KINDS[kind]} of the installed "
+            f"transformers (code that comes with a model is not run). Give one, such as {example}."
         )
-    allowed = {known} if isinstance(known, str) else set(known)
     built = config.get("architectures") or []
     if built and not allowed & set(built):
-        raise UserError(f"'{name}' is a {built[0]}, expected a causal language model ({', '.join(sorted(allowed))})")
+        raise UserError(f"'{name}' is a {built[0]}, expected a {KINDS[kind]} ({', '.join(sorted(allowed))})")
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:

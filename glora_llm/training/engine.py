@@ -127,7 +127,7 @@ class Engine:
     """A model under DeepSpeed.
 
     Args:
-        objective: module whose forward returns the summed loss of a batch's targets.
+        objective: module that is a `training.objectives.Objective`.
         trainables: what is trained, in the same order on all ranks.
         settings: the recipe's training section.
         dtype: what the frozen weights are computed in.
@@ -150,6 +150,7 @@ class Engine:
 
         self.world, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
         self.trainables, self.settings, self.penalty = list(trainables), settings, penalty
+        self.objective: Any = objective
         config = resolve_deepspeed_config(settings, dtype, self.world)
         self.stage = zero_stage(config)
         groups = parameter_groups(self.trainables, settings.weight_decay)
@@ -171,7 +172,7 @@ class Engine:
         The loss is the sum over targets divided by the number of targets of the whole step on all ranks, so it does
         not depend on how the step is cut into micro batches and ranks.
         """
-        targets = self._total(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        targets = self._total(sum(self.objective.targets(batch) for batch in batches))
         set_lr(self.adam.optimizer, lr)
         self.ds.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")

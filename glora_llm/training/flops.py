@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,15 @@ class ModelCost:
     """What a step costs.
 
     Args:
-        frozen: elements of the frozen matrices of the decoder (embeddings left out).
-        trained: elements of the trained parameters.
+        frozen: elements of the frozen matrices (embeddings, which are looked up, left out).
+        trained: elements of the trained ones, and of the other trained parameters; a VLoRA linear counts as the dense
+            one of its shape, which is what it computes.
         head: elements of the output head.
         layers: decoder layers.
         hidden: width of the attention (heads x head size).
         peak_flops: of one device, FLOP/s.
+        head_trained: the head learns too.
+        causal: half of the attention's products are masked.
     """
 
     frozen: int
@@ -37,31 +41,42 @@ class ModelCost:
     layers: int
     hidden: int
     peak_flops: float
+    head_trained: bool = False
+    causal: bool = True
 
     def step_flops(self, tokens: int, targets: int, width: int) -> float:
         """Return the FLOPs of forward and backward over `tokens` tokens in rows of `width`.
 
         A frozen matrix costs 2 forward and 2 backward a token and element, a trained one 6. The head is computed for
-        targets only. Attention's two products cost 4 x width x hidden a layer and token forward (half of it masked),
-        twice that backward. Recomputation is not counted.
+        targets only. Attention's two products cost 4 x width x hidden a layer and token forward (half of it masked in
+        a causal model), twice that backward. Recomputation is not counted.
         """
-        attention = 0.5 * 12 * width * self.hidden * self.layers
-        return tokens * (4 * self.frozen + 6 * self.trained + attention) + targets * 4 * self.head
+        attention = (0.5 if self.causal else 1.0) * 12 * width * self.hidden * self.layers
+        head = targets * (6 if self.head_trained else 4) * self.head
+        return tokens * (4 * self.frozen + 6 * self.trained + attention) + head
 
 
-def measure_cost(model: nn.Module, config: object, dtype: torch.dtype, device: torch.device) -> ModelCost:
+def measure_cost(
+    model: nn.Module, config: object, dtype: torch.dtype, device: torch.device, causal: bool = True
+) -> ModelCost:
     """Count the model's parameters (also those of 4-bit and partitioned ones) and find the device's peak."""
-    trained = sum(_elements(p) for p in model.parameters() if p.requires_grad)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    frozen = sum(
-        module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
-    )
+    head: Any = model.get_output_embeddings() or model.classifier  # type: ignore[operator]
+    frozen = trained = 0
+    for module in model.modules():
+        if module is head or isinstance(module, nn.Embedding):
+            continue
+        own = sum(_elements(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        if not isinstance(module, nn.Linear):
+            trained += own
+        elif own:
+            trained += module.in_features * module.out_features
+        else:
+            frozen += module.in_features * module.out_features
     layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
     size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     peak = peak_flops(dtype, device)
-    return ModelCost(frozen, trained, head.in_features * head.out_features, layers, heads * size, peak)
+    learns = any(p.requires_grad for p in head.parameters())
+    return ModelCost(frozen, trained, head.in_features * head.out_features, layers, heads * size, peak, learns, causal)
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device) -> float:

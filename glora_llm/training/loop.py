@@ -33,6 +33,7 @@ class Hooks:
         save: (step) writes a checkpoint.
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
         before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
+        observe: step -> further numbers that are logged with the step's own; all ranks call it.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -40,6 +41,7 @@ class Hooks:
     save: Callable[[int], None]
     diagnose: Callable[[Sequence[Batch]], str]
     before_micro_step: Callable[[int, int], None] = lambda _step, _micro: None
+    observe: Callable[[int], dict[str, float]] = lambda _step: {}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def fit(
         if result.skipped:
             log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
         if done % schedule.log_every == 0 or done == schedule.total:
-            values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, settings, done)
+            values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, done, log)
+            values |= hooks.observe(done)
             log.scalars(done, values)
             log.progress(done, values)
         if hooks.validate is not None and schedule.due(done, schedule.validate_every):
@@ -115,20 +118,20 @@ def _stop_message(engine: Engine, batches: Sequence[Batch], hooks: Hooks, bad: i
 
 def _metrics(
     result: StepResult, lr: float, batches: Sequence[Batch], engine: Engine, cost: ModelCost, seconds: float,
-    settings: TrainingSection, done: int,
+    done: int, log: MetricLog,
 ) -> dict[str, float]:  # fmt: skip
     """The numbers of one step; tokens are counted on this rank and taken to be alike on the others."""
-    tokens = sum(batch["input_ids"].numel() for batch in batches) * engine.world
-    width = max(batch["input_ids"].shape[1] for batch in batches)
+    extents = [engine.objective.extent(batch) for batch in batches]
+    tokens, width = sum(count for count, _ in extents) * engine.world, max(width for _, width in extents)
     flops = cost.step_flops(tokens, result.targets, width)
     return {
         "train/loss": result.loss,
         "train/lr": lr,
         "train/grad_norm": result.grad_norm,
         "train/targets": result.targets,
-        "train/samples": done * settings.global_batch,
+        "train/samples": done * engine.settings.global_batch,
         "speed/seconds_per_step": seconds,
-        "speed/tokens_per_second": tokens / seconds,
+        f"speed/{log.unit}_per_second": tokens / seconds,
         "speed/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world),
         "memory/peak_gb": peak_memory_gb(engine.device),
     }

@@ -19,10 +19,11 @@ class MetricLog:
         start: first step of this launch; what an earlier launch logged from here on is dropped, so nothing is twice.
         total: optimizer steps of the run.
         enabled: False on all ranks but one: nothing is written.
+        unit: what speed is counted in.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, enabled: bool):
-        self.enabled, self.total, self.start = enabled, total, start
+    def __init__(self, folder: Path, start: int, total: int, enabled: bool, unit: str = "tokens"):
+        self.enabled, self.total, self.start, self.unit = enabled, total, start, unit
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -75,7 +76,7 @@ class MetricLog:
         """Move the bar, or print a line at most every five seconds (always the first and the last)."""
         if not self.enabled:
             return
-        brief = f"loss {values['train/loss']:.4f}, {values['speed/tokens_per_second']:.0f} tokens/s"
+        brief = f"loss {values['train/loss']:.4f}, {values[f'speed/{self.unit}_per_second']:.0f} {self.unit}/s"
         self.bar.set_postfix_str(brief, refresh=False)
         self.bar.update(step - self.bar.n)
         now = time.monotonic()

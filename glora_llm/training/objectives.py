@@ -4,7 +4,7 @@ Letters: B rows, T tokens a row, N target tokens of the batch, H hidden, V vocab
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,22 @@ IGNORED = -100
 CHUNK = 4096  # target tokens whose logits exist at once
 
 
+class Objective(Protocol):
+    """What the engine and the loop ask of a model wrapped for training, beside its forward pass.
+
+    Calling it with a batch gives the summed loss of the batch's targets, a float32 scalar; with `score=True` it gives
+    `TokenScores`.
+    """
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        """Return what the loss of a batch is summed over; the mean of a step divides by the sum over its batches."""
+
+    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """Return the tokens (or patches) that a batch computes, and how many of them attend to each other."""
+
+
 class TokenScores(NamedTuple):
-    """Scores of the target tokens of one batch, in row order, (N) each."""
+    """Scores of the targets of one batch (tokens, or images), in row order, (N) each."""
 
     row: Tensor  # int64, row of the batch
     loss: Tensor  # float32, -log p(target)
@@ -75,6 +89,14 @@ class CausalLMObjective(nn.Module):
             else:
                 total = total + self._loss(part, goal)
         return total
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of target tokens."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """Return the tokens of a batch, padding included, and the width of its rows."""
+        return batch["input_ids"].numel(), batch["input_ids"].shape[1]
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(self.logits(hidden), targets, reduction="sum")

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.data.batch import collate
 from glora_llm.data.store import Row
-from glora_llm.evaluation.scoring import means, score_rows
+from glora_llm.evaluation.scoring import score_rows
+from glora_llm.tasks.text import means
 from glora_llm.training.objectives import CausalLMObjective, LabelTrie, TokenScores
 
 WORDS = [[3, 4, 1], [3, 5, 1], [6, 1]]

@@ -15,6 +15,7 @@ from glora_llm.errors import UserError
 from glora_llm.evaluation.command import load_adapted
 from glora_llm.glora import GLoRALinear
 from glora_llm.merge.model_merge import write_merged
+from glora_llm.tasks.text import TextTask
 from tests.merge.conftest import ALL_MODES, IDS, Train, Trained, logits
 
 
@@ -142,8 +143,9 @@ def test_written_in_another_dtype(dtype: str, plain: Trained, tmp_path: Path) ->
 
 def test_the_folder_is_complete(plain: Trained, tmp_path: Path) -> None:
     out = merge(plain, tmp_path / "out")
-    text = "What is 1 and 2?"
-    assert AutoTokenizer.from_pretrained(out)(text).input_ids == plain.plan.tokenizer(text).input_ids
+    text, task = "What is 1 and 2?", plain.plan.task
+    assert isinstance(task, TextTask)
+    assert AutoTokenizer.from_pretrained(out)(text).input_ids == task.tokenizer(text).input_ids
     base = plain.plan.base.folder / "generation_config.json"
     assert (out / "generation_config.json").read_bytes() == base.read_bytes()
     generated = reload(out).generate(IDS, max_new_tokens=3, do_sample=False)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from glora_llm import recipe as recipes
 from glora_llm.adapter import adapted_layers, read_genome
 from glora_llm.cli import main
+from glora_llm.data.store import TokenSet
 from glora_llm.evaluation.command import load_adapted, score_model, score_of
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.plan import make_plan
@@ -90,8 +91,8 @@ def test_a_search_cut_off_anywhere_goes_on(searched: Path, copy_of: Copy, share:
 def test_test_rows_are_sealed_while_a_genome_is_chosen(supernet: Path, copy_of: Copy) -> None:
     folder = RunFolder(copy_of(supernet))
     plan = make_plan(recipes.load(str(folder.path / "recipe.yaml"), ["search.passes=2"]))
-    model, test = load_adapted(plan, folder.adapter), plan.data.test
-    assert test is not None
+    model, test = load_adapted(plan, folder.adapter), plan.task.test
+    assert isinstance(test, TokenSet)
     score, peeks = score_of(plan, model), 0
 
     def peeking(batch: dict[str, torch.Tensor]) -> object:

@@ -1,0 +1,63 @@
+"""What kind of model a model_type is, the class of transformers that loads it, and its parts."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from glora_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+Kind = Literal["text", "images"]
+KINDS = {"text": "causal language model", "images": "image classifier"}
+
+
+def class_names(kind: Kind, model_type: str) -> set[str]:
+    """Return the classes of transformers that make a model_type into this kind of model; empty: there is none."""
+    from transformers.models.auto import modeling_auto
+
+    tables = {
+        "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "images": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    known = tables[kind].get(model_type, ())
+    return {known} if isinstance(known, str) else set(known)
+
+
+def kind_of(model_type: str) -> Kind | None:
+    """Return whether a model_type is a causal language model or an image classifier; None: neither."""
+    kinds: tuple[Kind, ...] = ("text", "images")
+    return next((kind for kind in kinds if class_names(kind, model_type)), None)
+
+
+def auto_class(model_type: str) -> Any:
+    """Return the Auto class of transformers that makes and loads models of this type."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+    return AutoModelForImageClassification if kind_of(model_type) == "images" else AutoModelForCausalLM
+
+
+def body(model: "PreTrainedModel") -> Any:
+    """Return the model without its head."""
+    return model.get_decoder() if kind_of(model.config.model_type) == "text" else model.base_model
+
+
+def head(model: "PreTrainedModel") -> Any:
+    """Return the linear that gives the logits."""
+    found = model.get_output_embeddings()
+    return model.classifier if found is None else found
+
+
+def layers(model: "PreTrainedModel") -> "nn.ModuleList":
+    """Return the model's like layers, in order.
+
+    Raises:
+        UserError: when no list of the body has config.num_hidden_layers modules.
+    """
+    from torch import nn
+
+    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in body(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise UserError(f"A {model.config.model_type} model has no list of {wanted} like layers here.")

@@ -1,0 +1,50 @@
+"""Every key of a recipe: type, unit, default, meaning. `docs/recipe_reference.md` is generated from this package.
+
+Strict: an unknown key or a value of another type is an error. Nothing here imports torch.
+"""
+
+from glora_llm.schema.adapter import AdapterSection, Mode, Slot, Slots, SlotSetting, SupernetSection
+from glora_llm.schema.data import DataSection
+from glora_llm.schema.images import ImagesSection
+from glora_llm.schema.model import ModelSection, VLoRASection
+from glora_llm.schema.output import MergeSection, OutputSection
+from glora_llm.schema.section import PositiveInt, Section, Share, key
+from glora_llm.schema.training import EvaluationSection, SearchSection, TrainingSection
+
+__all__ = [
+    "AdapterSection",
+    "DataSection",
+    "EvaluationSection",
+    "ImagesSection",
+    "MergeSection",
+    "Mode",
+    "ModelSection",
+    "OutputSection",
+    "PositiveInt",
+    "Recipe",
+    "SearchSection",
+    "Section",
+    "Share",
+    "Slot",
+    "SlotSetting",
+    "Slots",
+    "SupernetSection",
+    "TrainingSection",
+    "VLoRASection",
+    "key",
+]
+
+
+class Recipe(Section):
+    """One run."""
+
+    description: str = key("", "one line for `glora-llm recipes`")
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    vlora: VLoRASection | None = None
+    data: DataSection
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    search: SearchSection | None = None
+    merge: MergeSection = MergeSection()
+    output: OutputSection

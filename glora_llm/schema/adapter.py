@@ -1,0 +1,90 @@
+"""The section `adapter`: what is trained."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from glora_llm.schema.section import PositiveInt, Section, key
+
+Slot = Literal["A", "B", "C", "D", "E"]
+Mode = Literal["lora", "vector", "scalar", "none"]
+
+
+class SlotSetting(Section):
+    """One slot of a path, where the rank or alpha differs from the adapter's."""
+
+    mode: Mode = key(..., "how the slot is parameterised")
+    rank: PositiveInt | None = key(None, "rank of mode lora; none: adapter.rank")
+    alpha: Annotated[float, Field(gt=0)] | None = key(None, "none: adapter.alpha")
+
+
+Slots = dict[Slot, Mode | SlotSetting]
+
+
+class SupernetSection(Section):
+    """What `adapter.paths: sample` draws from: at every micro step each layer draws a path of these."""
+
+    modes: dict[Slot, list[Mode]] | None = key(None, "modes allowed, by slot; a slot that is not named may be any")
+    ranks: list[PositiveInt] = key([8, 4, 2], "ranks of mode lora; smaller ones share the first columns of the largest")
+    draws: Literal["shared", "per_rank"] = key("shared", "whether all ranks draw the same paths")
+
+
+class AdapterSection(Section):
+    """What is trained: GLoRA, one of its presets, any method of PEFT, or the whole model."""
+
+    method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
+    preset: Literal["lora", "ssf", "repadapter", "bitfit", "ia3_like", "hira"] | None = key(
+        None, "a system that GLoRA generalises, as slots (instead of `slots`)"
+    )
+    targets: str | list[str] = key("all-linear", "all-linear, a list of module names, or one regular expression")
+    rank: PositiveInt = key(8, "rank of every slot in mode lora")
+    alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora is scaled by alpha / rank")
+    rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
+    composition: Literal["product", "hadamard"] = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
+    slots: Slots | None = key(None, "mode (or mode, rank, alpha) by slot; default A lora, B lora, C vector, E vector")
+    paths: dict[str, Slots] | Literal["sample"] | None = key(
+        None,
+        "slots of single layers: regular expression on the module name -> slots, the last match wins; or `sample`: "
+        "train a supernet, from which a search chooses the slots of each layer",
+    )
+    supernet: SupernetSection | None = key(None, "what `paths: sample` draws from; none: everything")
+    genome: str | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
+    weights: str | None = key(None, "an adapter folder to begin with, of the same slots (what a genome inherits)")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
+    lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
+        None, "factor on training.lr by slot; what is not named keeps its measured default", "x training.lr"
+    )
+    modules_to_save: list[str] | None = key(None, "modules trained and saved in full beside the adapter")
+    peft: dict[str, Any] | None = key(None, "further arguments of the PEFT method's own config class")
+
+    @property
+    def is_supernet(self) -> bool:
+        """Whether paths are drawn while it trains."""
+        return self.paths == "sample"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every parameter of the model is trained, and there is no adapter."""
+        return self.method == "full"
+
+    @model_validator(mode="after")
+    def _one_source_of_slots(self) -> "AdapterSection":
+        if self.preset and self.slots:
+            raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
+        chosen = [n for n in ("preset", "slots", "paths", "genome") if getattr(self, n) is not None]
+        if len(chosen) > 1 and ("genome" in chosen or self.is_supernet):
+            name = "genome" if "genome" in chosen else "paths: sample"
+            raise ValueError(f"{name} says all about the slots: adapter.{chosen[0]}=null takes {chosen[0]} away")
+        if self.supernet and not self.is_supernet:
+            raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
+        only_glora = ("preset", "slots", "paths", "genome", "lr_factors")
+        given = [n for n in only_glora if getattr(self, n) is not None]
+        if self.method != "glora" and given:
+            raise ValueError(
+                f"{given[0]} belongs to method glora, not to '{self.method}': adapter.{given[0]}=null takes it away"
+            )
+        if self.is_full and any((self.peft, self.weights, self.modules_to_save)):
+            raise ValueError("method full trains the whole model: peft, weights and modules_to_save belong to adapters")
+        if self.method == "glora" and self.peft:
+            raise ValueError("peft holds arguments of PEFT's own methods; glora has keys of its own")
+        return self

@@ -1,0 +1,67 @@
+"""The sections `model` and `vlora`: which network, and what its layers share."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from glora_llm.schema.section import PositiveInt, Section, key
+
+
+class ModelSection(Section):
+    """The base model: frozen under an adapter, trained with `adapter.method: full`."""
+
+    name_or_path: str | None = key(
+        None, "a folder, a hub id, a .gguf file, or `embedded:NAME` (`glora-llm recipes --models`); or give config"
+    )
+    config: dict[str, Any] | None = key(
+        None, "instead of name_or_path: a configuration of transformers (model_type, sizes); random weights by the seed"
+    )
+    tokenizer: str | None = key(
+        None, "with config: a tokenizer's folder, a sentencepiece tokenizer.model, or `train:N`: N pieces, made once"
+    )
+    revision: str | None = key(None, "hub revision (branch, tag or commit)")
+    quantization: Literal["none", "nf4", "fp4", "int8"] = key("none", "how bitsandbytes stores the frozen weights")
+    double_quantization: bool = key(True, "nf4 and fp4: quantise the block scales too")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "what the frozen weights are computed in; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = key(
+        "auto", "attention backend of transformers; auto: sdpa"
+    )
+    kernels: Literal["auto", "liger", "none"] = key("auto", "auto: Liger kernels on a GPU where they are installed")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass (non-reentrant)")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError(
+                "give exactly one of name_or_path (a model that is there) and config (a new one with random weights): "
+                "model.name_or_path=null takes the recipe's away"
+            )
+        if self.config is None:
+            if self.tokenizer is not None:
+                raise ValueError("tokenizer belongs to config; a model that is there brings its own")
+            return self
+        if not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs model_type, such as llama: the name of the family in transformers")
+        if self.quantization != "none":
+            raise ValueError(
+                f"quantization is {self.quantization}, and config makes a new model, whose weights are trained: they "
+                "must be dense. Set model.quantization=none"
+            )
+        if self.revision is not None:
+            raise ValueError("revision belongs to hub ids, and config makes a new model: remove one of them")
+        return self
+
+
+class VLoRASection(Section):
+    """Vertical LoRA: every k like layers share a base, and each next one adds a low-rank increment (docs/vlora.md)."""
+
+    layers_per_compound: PositiveInt | None = key(4, "k, layers that share one base; null: the whole model", "layers")
+    rank: PositiveInt | dict[str, PositiveInt] = key(8, "r of an increment: one for all, or linear -> r")
+    alpha: Annotated[float, Field(gt=0)] | None = key(None, "an increment is scaled by alpha / rank; none: by 1")
+    topology: Literal["chain", "star"] = key("chain", "an increment is added to the previous layer, or to the base")
+    base_gradient: Literal["all", "first"] = key("all", "the base learns from all layers, or from the first alone")
+    start: Literal["paper", "kaiming"] = key("paper", "paper: increments are zero; kaiming: both factors are random")
+    form: Literal["auto", "composed", "thin"] = key("auto", "how a layer is computed; auto: the cheaper for each input")
+    targets: list[str] | None = key(None, "names of linears inside a layer, whole or their ends; none: all of them")

@@ -1,0 +1,37 @@
+"""The sections `merge` and `output`: what a run leaves."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from glora_llm.schema.section import PositiveInt, Section, key
+
+
+class MergeSection(Section):
+    """The merge after training, and its bounds."""
+
+    after_training: bool = key(False, "merge as soon as training ends")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("bfloat16", "dtype of the written weights")
+    max_shard_gb: Annotated[float, Field(gt=0)] = key(5.0, "largest file of the merged model", "GB")
+    min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = key(
+        0.97, "fail below this share of equal most likely tokens, merged against unmerged"
+    )
+    max_loss_change: Annotated[float, Field(gt=0)] = key(
+        0.02, "fail above this change of the loss, merged against unmerged", "nats/token"
+    )
+    quantize: Literal["none", "nf4"] = key("none", "re-quantise the merged model, and report what that costs")
+
+
+class OutputSection(Section):
+    """The run folder."""
+
+    dir: str = key(
+        ...,
+        "the run folder: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/, adapter/ or model/",
+    )
+    save_every: PositiveInt = key(100, "steps between checkpoints", "steps")
+    keep: PositiveInt = key(2, "newest checkpoints that are kept")
+    resume: Literal["auto", "never", "must"] = key(
+        "auto",
+        "auto: go on from the newest complete checkpoint; never: refuse a folder with checkpoints; must: need one",
+    )

@@ -1,0 +1,76 @@
+"""The sections `training`, `evaluation` and `search`: optimisation and scores."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from glora_llm.schema.section import PositiveInt, Section, key
+
+
+class TrainingSection(Section):
+    """The optimisation. Every number has one owner: DeepSpeed's file says auto for what stands here."""
+
+    deepspeed: str = key("zero1", "a name in ds_configs/ (zero0 .. zero3, zero2_offload, zero3_offload) or a file")
+    global_batch: PositiveInt = key(..., "samples (packed rows, with packing) of one optimizer step", "samples")
+    micro_batch: PositiveInt = key(..., "samples of one forward pass on one rank", "samples")
+    steps: PositiveInt | None = key(None, "optimizer steps (or give epochs)", "steps")
+    epochs: Annotated[float, Field(gt=0)] | None = key(None, "passes over the training data (or give steps)", "epochs")
+    lr: Annotated[float, Field(gt=0)] = key(..., "peak learning rate", "1/step")
+    schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine and linear end at 0")
+    warmup: Annotated[float, Field(ge=0)] = key(0.03, "below 1: share of the steps; else: steps", "share or steps")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = key(
+        "adamw", "torch's AdamW (DeepSpeed's CPU Adam with offload), or one of bitsandbytes"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "on matrices only, never on vectors, scalars or biases")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates", strict=False)
+    eps: Annotated[float, Field(gt=0)] = key(1e-8, "Adam's epsilon")
+    max_grad_norm: Annotated[float, Field(ge=0)] = key(1.0, "clip the global gradient norm; 0: do not")
+    loraplus_ratio: Annotated[float, Field(gt=0)] = key(
+        1.0, "LoRA+: the zero-initialised factor learns this much faster", "x training.lr"
+    )
+    seed: Annotated[int, Field(ge=0)] = key(0, "of the adapter's start, the sample order and dropout")
+    log_every: PositiveInt = key(1, "steps between two lines of metrics", "steps")
+    max_bad_steps: PositiveInt = key(5, "stop after so many steps in a row with a non-finite loss or gradient", "steps")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "TrainingSection":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs: training.steps=null takes the recipe's away")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "
+                "global_batch = micro_batch x accumulation x ranks"
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    """Scores on held-out rows."""
+
+    every: PositiveInt | None = key(None, "steps between validations; none: only at the end", "steps")
+    batch: PositiveInt = key(8, "samples of one forward pass on one rank; changes no score", "samples")
+    max_rows: PositiveInt | None = key(None, "validate on at most this many rows during training", "rows")
+    test_before: bool = key(False, "score the test rows with the untrained adapter too")
+
+
+class SearchSection(Section):
+    """The search for a path for every layer of a supernet, scored on validation rows alone."""
+
+    strategy: Literal["additive", "evolution", "random"] = key(
+        "additive", "additive: effects of single slots, fitted and raced; evolution: the GLoRA paper's; random"
+    )
+    budget: list[str] | str | int | float | None = key(
+        None, "limit such as 0.5M, 250k or a number; several (a list, or 1.0M,0.5M) give one genome each", "limit"
+    )
+    limit: Literal["parameters", "seconds", "megabytes"] = key(
+        "parameters", "what budget limits: parameters, or what the slots add to a step, measured for every mode"
+    )
+    metric: Literal["loss", "exact_match", "label_accuracy"] = key("loss", "score of a candidate on validation rows")
+    max_rows: PositiveInt | None = key(None, "score on at most this many validation rows (seeded choice)", "rows")
+    seed: Annotated[int, Field(ge=0)] = key(0, "of the search's draws")
+    passes: PositiveInt = key(100, "additive, random: forward passes over all rows for one limit", "passes")
+    population: PositiveInt = key(50, "evolution: random candidates at the start, and candidates of a generation")
+    parents: PositiveInt = key(10, "evolution: best candidates that breed")
+    generations: PositiveInt = key(20, "evolution: generations after the first population")
+    mutation_probability: Annotated[float, Field(gt=0, le=1)] = key(0.2, "evolution: of a slot, in a mutated candidate")
+    finetune_steps: Annotated[int, Field(ge=0)] = key(0, "train the genome further, in RUN/finetuned", "steps")

@@ -1,0 +1,100 @@
+"""What a run, an evaluation and a merge ask of the data and of the model's answers, whatever is learnt."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Rows(Protocol):
+    """The rows of one split, read as they are asked for."""
+
+    role: Any
+    name: str
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return what each row costs; rows of like length are scored together."""
+
+    def digest(self) -> str:
+        """Return a SHA-256 over all that is learnt from: a resumed run must find it again."""
+
+    def sealed(self, why: str) -> AbstractContextManager[None]:
+        """Let every read of a row fail, while something is chosen that these rows will judge."""
+
+
+class Described(Protocol):
+    """What preparation did to a split."""
+
+    def describe(self) -> str:
+        """Return it as one line."""
+
+
+class Task(Protocol):
+    """What is learnt.
+
+    Attributes:
+        unit: what a row is made of, and speed is counted in: `tokens`, or `patches`.
+        causal: attention sees what came before alone (half of its products are masked).
+        reports: by split: what was read, kept, dropped.
+        previews: some training samples as text, for the eye.
+    """
+
+    @property
+    def unit(self) -> str: ...  # noqa: D102
+    @property
+    def causal(self) -> bool: ...  # noqa: D102
+    @property
+    def train(self) -> Rows: ...  # noqa: D102
+    @property
+    def validation(self) -> Rows | None: ...  # noqa: D102
+    @property
+    def test(self) -> Rows | None: ...  # noqa: D102
+    @property
+    def reports(self) -> Mapping[str, Described]: ...  # noqa: D102
+    @property
+    def previews(self) -> list[str]: ...  # noqa: D102
+
+    def batch(self, rows: Any, indices: list[int]) -> Batch:
+        """Return rows as the tensors of one forward pass, as they are scored."""
+
+    def training_batch(self, indices: list[int], step: int, place: int) -> Batch:
+        """Return training rows as one micro batch.
+
+        Args:
+            step: the optimizer step.
+            place: where the first of these rows stands in the step's global batch: with the step it seeds what is
+                random, so that it does not depend on the number of ranks.
+        """
+
+    def targets(self, rows: Any, index: int) -> int:
+        """Return what one row counts in a mean loss."""
+
+    def objective(self, model: nn.Module) -> Any:
+        """Return the model wrapped for the engine (see `training.objectives.Objective`)."""
+
+    def means(self, table: Tensor, split: str) -> dict[str, float]:
+        """Return the scores of a table of `evaluation.scoring.score_rows`, named `SPLIT/...`."""
+
+    def comparison(self, rows: Any, order: list[int]) -> list[Batch]:
+        """Return some of the rows as batches, by which a merged model is compared with the unmerged one."""
+
+    def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits (N, V) float32 of a batch, and the losses of its targets, both on the CPU."""
+
+    def save_preprocessing(self, folder: Path) -> None:
+        """Write what turns raw samples into the model's inputs, as transformers reads it."""
+
+
+def on(device: torch.device, batch: Batch) -> Batch:
+    """Return a batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
