@@ -10,16 +10,19 @@ from typing import Any
 import torch
 
 from glora_llm.adapter import adapted_layers, adapted_with_bias, inject
+from glora_llm.data.images import prepare_images
 from glora_llm.data.prepare import prepare
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import UserError
 from glora_llm.models import causal_lm
 from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.models.cache import cache_root
+from glora_llm.models.classifier import with_head
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.search.space import space_of
+from glora_llm.tasks.images import ImageTask
 from glora_llm.tasks.task import Batch, Rows, Task
 from glora_llm.tasks.text import TextTask
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
@@ -67,8 +70,7 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
-    base = resolve(recipe.model, weights)
-    task = make_task(recipe, base)
+    base, task = _images(recipe, weights) if recipe.data.format == "images" else _text(recipe, weights)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
@@ -76,14 +78,18 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
     return Plan(recipe, base, task, sampler, steps)
 
 
-def make_task(recipe: Recipe, base: ResolvedModel) -> Task:
-    """Return what data.format says is learnt, with its data prepared.
-
-    Raises:
-        UserError: for data that do not fit the settings, or a model without what turns them into its inputs.
-    """
+def _text(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, Task]:
+    base = resolve(recipe.model, weights)
     tokenizer = load_tokenizer(base.folder)
-    return TextTask(recipe, tokenizer, prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed))
+    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    return base, TextTask(recipe, tokenizer, data)
+
+
+def _images(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, Task]:
+    """The data come first: they say how many classes the model has."""
+    data = prepare_images(recipe.data, cache_root() / "data", recipe.training.seed)
+    base = resolve(recipe.model, weights, "images")
+    return with_head(base, data.names, data.train.size, recipe.training.seed, weights), ImageTask(recipe, data)
 
 
 def check_combination(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """Images of a training batch, varied at random by kornia: crop, flip, RandAugment, mixup, cutmix. Labels become soft.
 
-Every random number comes from torch's default generator on the CPU, which the training loop seeds for each (seed, step,
-rank): a resumed run draws the same, on any device.
+Every random number comes from torch's default generator on the CPU, which the objective seeds for each micro batch: a
+resumed run draws the same, on any device.
 
 Letters: B images, C classes, S side in pixels.
 """

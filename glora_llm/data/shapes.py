@@ -52,10 +52,10 @@ class GeneratedSource:
 
 
 def draw(shape: str, colour: tuple[float, ...], random: np.random.Generator) -> NDArray[np.uint8]:
-    """Return one image, (16, 16, 3): a shape of 9 to 13 pixels on a grey ground, noise over all of it."""
-    size = int(random.integers(9, 14))
+    """Return one image, (16, 16, 3): a shape of 11 to 14 pixels on a dark ground, noise over all of it."""
+    size = int(random.integers(11, 15))
     top, left = (int(place) for place in random.integers(0, SIDE - size + 1, 2))
-    ground = random.uniform(0.0, 0.5)
+    ground = random.uniform(0.0, 0.3)
     image = np.full((SIDE, SIDE, 3), ground)
     image[top : top + size, left : left + size][mask(shape, size)] = np.array(colour) * random.uniform(0.8, 1.0)
     image += 0.06 * random.standard_normal(image.shape)

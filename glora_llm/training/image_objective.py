@@ -4,22 +4,15 @@ Letters: B images, C classes, S side in pixels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glora_llm.training.objectives import TokenScores
+
 TOP = 5
 Vary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class ImageScores(NamedTuple):
-    """Scores of the images of one batch, (B) each."""
-
-    row: Tensor  # int64, row of the batch
-    loss: Tensor  # float32, -log p(class)
-    correct: Tensor  # bool, the class is the most likely one
-    in_top: Tensor  # bool, it is among the five most likely ones
 
 
 class ImageObjective(nn.Module):
@@ -39,20 +32,36 @@ class ImageObjective(nn.Module):
         # Plain attributes: a buffer would be cast to the model's dtype by DeepSpeed.
         self.scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
-    def forward(self, pixels: Tensor, labels: Tensor, score: bool = False) -> Tensor | ImageScores:
+    def forward(
+        self, pixels: Tensor, labels: Tensor, seed: Tensor | None = None, score: bool = False
+    ) -> Tensor | TokenScores:
         """Return the sum of -log p over the images, a float32 scalar; or, to `score`, the scores of each.
 
         Args:
             pixels: (B, S, S, 3) uint8.
             labels: (B) int64.
+            seed: one int64, of all that is random in how these images are varied; None: torch's generator as it is.
         """
         images = pixels.permute(0, 3, 1, 2).float() / 255
         if score:
             return scores(self.logits(images), labels)
         targets = labels
         if self.vary is not None and self.training:
-            images, targets = self.vary(images, labels)
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(int(seed))
+                images, targets = self.vary(images, labels)
         return nn.functional.cross_entropy(self.logits(images), targets, reduction="sum")
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of images."""
+        return len(batch["labels"])
+
+    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """Return the patches of a batch, and those of an image: what attends to each other, but for one class token."""
+        config: Any = self.model.config
+        patches = (batch["pixels"].shape[1] // config.patch_size) ** 2
+        return len(batch["labels"]) * patches, patches
 
     def logits(self, images: Tensor) -> Tensor:
         """Return float32 logits (B, C) of images (B, 3, S, S), 0 to 1."""
@@ -61,8 +70,8 @@ class ImageObjective(nn.Module):
         return self.model(pixel_values=((images - mean) / std).to(dtype)).logits.float()
 
 
-def scores(logits: Tensor, labels: Tensor) -> ImageScores:
-    """Return the scores of logits (B, C) for labels (B)."""
+def scores(logits: Tensor, labels: Tensor) -> TokenScores:
+    """Return the scores of logits (B, C) for labels (B); `among_labels`: the class is among the five most likely."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="none")
     best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    return ImageScores(torch.arange(len(labels), device=labels.device), loss, best[:, 0], best.any(-1))
+    return TokenScores(torch.arange(len(labels), device=labels.device), loss, best[:, 0], best.any(-1))

@@ -10,7 +10,6 @@ from transformers import ViTConfig, ViTForImageClassification
 from glora_llm.data.augment import augmentation
 from glora_llm.schema import ImagesSection
 from glora_llm.training.image_objective import ImageObjective
-from glora_llm.training.loop import seed_step
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 PIXELS = torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -61,7 +60,7 @@ def test_scores_are_those_of_the_images_as_they_are() -> None:
     found = ImageObjective(Table(), MEAN, STD)(PIXELS, LABELS, score=True)
     assert found.row.tolist() == list(range(6))
     assert found.correct.tolist() == [True] + [False] * 5
-    assert found.in_top.tolist() == [True, True, True, False, True, False]
+    assert found.among_labels.tolist() == [True, True, True, False, True, False]
     logits = torch.tensor([9.0, 5, 4, 3, 2, 1, 0])
     torch.testing.assert_close(found.loss, (logits.logsumexp(0) - logits[LABELS]))
 
@@ -80,20 +79,27 @@ def test_images_are_varied_in_training_alone(mode: str) -> None:
         torch.testing.assert_close(objective.eval()(PIXELS, LABELS), ImageObjective(vit(), MEAN, STD)(PIXELS, LABELS))
 
 
-def test_a_step_that_is_repeated_draws_the_same() -> None:
-    """The loop seeds each (seed, step, rank): that is enough to repeat what images go through in all micro batches."""
+def test_the_seed_of_a_batch_fixes_how_it_is_varied_and_leaves_the_generator_alone() -> None:
     settings = ImagesSection(crop_padding=2, flip=True, randaugment=2, mixup=0.5, cutmix=0.5)
     objective = ImageObjective(vit(), MEAN, STD, augmentation(settings, 8, 7))
 
-    def step(number: int, rank: int = 0, drawn: int = 0) -> list[float]:
+    def loss(seed: int | None, drawn: int = 0) -> float:
         torch.rand(drawn)  # what an evaluation or an earlier step may have used up
-        seed_step(0, number, rank)
-        return [float(objective(PIXELS, LABELS).detach()) for _ in range(2)]
+        return float(objective(PIXELS, LABELS, None if seed is None else torch.tensor([seed])).detach())
 
-    first = step(5)
-    assert first[0] != first[1]
-    assert step(5, drawn=7) == first != step(6)
-    assert step(5, rank=1) != first
+    assert loss(5) == loss(5, drawn=7) != loss(6)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    loss(5)
+    assert torch.equal(torch.rand(3), expected)
+    assert loss(None) != loss(None)
+
+
+def test_a_batch_counts_its_images_and_patches() -> None:
+    batch = {"pixels": PIXELS, "labels": LABELS}
+    objective = ImageObjective(vit(), MEAN, STD)
+    assert objective.targets(batch) == 6 and objective.extent(batch) == (24, 4)
 
 
 def test_bfloat16_weights_get_their_dtype_and_give_a_float32_loss() -> None:
