@@ -103,7 +103,7 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         known.pop("glora_llm", None)  # ours, and its section is method glora
         if section.method not in known:
-            names = sorted({"glora", *LORA_VARIANTS, *known})
+            names = sorted({"full", "glora", *LORA_VARIANTS, *known})
             raise UserError(
                 f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} "
                 f"There is: {', '.join(names)}."
@@ -126,11 +126,13 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
 
 
 def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> Any:
-    """Return the base as a PeftModel whose only trainable parameters are the adapter's.
+    """Return the base as a PeftModel whose only trainable parameters are the adapter's; method full: itself, trained.
 
     Raises:
         UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
     """
+    if section.is_full:
+        return base.requires_grad_(True)
     from peft import get_peft_model
 
     torch.manual_seed(seed)
@@ -153,6 +155,11 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
         )
     _require_matches(model, section)
     return model
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside of what `inject` returned; its layers still hold the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _require_matches(model: nn.Module, section: AdapterSection) -> None:

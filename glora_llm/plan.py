@@ -9,23 +9,19 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapter import adapted_layers, adapted_with_bias, inject
-from glora_llm.data.images import prepare_images
-from glora_llm.data.prepare import prepare
+from glora_llm.adapter import adapted_layers, adapted_with_bias, inject, without_adapter
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import UserError
 from glora_llm.models import causal_lm
 from glora_llm.models.bias import bias_support, bias_switch
-from glora_llm.models.cache import cache_root
-from glora_llm.models.classifier import with_head
-from glora_llm.models.resolve import ResolvedModel, resolve
-from glora_llm.models.tokenizer import load_tokenizer
+from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.search.space import space_of
-from glora_llm.tasks.images import ImageTask
+from glora_llm.tasks.images import image_task
 from glora_llm.tasks.task import Batch, Rows, Task
-from glora_llm.tasks.text import TextTask
+from glora_llm.tasks.text import text_task
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
+from glora_llm.vlora import allocated
 
 CHOICE = 41  # stream of the seeded choice of scored rows
 
@@ -70,26 +66,13 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
-    base, task = _images(recipe, weights) if recipe.data.format == "images" else _text(recipe, weights)
+    make_task = image_task if recipe.data.format == "images" else text_task
+    base, task = make_task(recipe, weights)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
     return Plan(recipe, base, task, sampler, steps)
-
-
-def _text(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, Task]:
-    base = resolve(recipe.model, weights)
-    tokenizer = load_tokenizer(base.folder)
-    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
-    return base, TextTask(recipe, tokenizer, data)
-
-
-def _images(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, Task]:
-    """The data come first: they say how many classes the model has."""
-    data = prepare_images(recipe.data, cache_root() / "data", recipe.training.seed)
-    base = resolve(recipe.model, weights, "images")
-    return with_head(base, data.names, data.train.size, recipe.training.seed, weights), ImageTask(recipe, data)
 
 
 def check_combination(recipe: Recipe) -> None:
@@ -99,6 +82,7 @@ def check_combination(recipe: Recipe) -> None:
         UserError: naming both, and what to change.
     """
     config = read_deepspeed_config(recipe.training.deepspeed)
+    _check_origin(recipe)
     if zero_stage(config) == 3 and recipe.model.quantization == "int8":
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
@@ -120,6 +104,32 @@ def check_combination(recipe: Recipe) -> None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def _check_origin(recipe: Recipe) -> None:
+    """Check that model, adapter and vlora agree on what is trained."""
+    model, method = recipe.model, recipe.adapter.method
+    if model.config is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"model.config makes a model of random weights, and adapter.method {method} would leave them frozen. Set "
+            "adapter.method=full; an adapter goes on the trained model: model.name_or_path=RUN/model."
+        )
+    if recipe.vlora is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"The section vlora shares the weights of a model that is trained as a whole, and adapter.method is "
+            f"{method}. Set adapter.method=full, or take the section away (vlora=null)."
+        )
+    if recipe.vlora is not None and model.config is None:
+        raise UserError(
+            f"The section vlora is for a new model (model.config). To make {model.name_or_path} into VLoRA: "
+            f"glora-llm vlora from-dense {model.name_or_path} --rank R --out DIR; then model.name_or_path=DIR, "
+            "vlora=null."
+        )
+    if recipe.adapter.is_full and model.quantization != "none":
+        raise UserError(
+            f"adapter.method full trains the weights, which model.quantization {model.quantization} freezes. Set "
+            "model.quantization=none."
+        )
 
 
 def check_search(recipe: Recipe) -> None:
@@ -180,6 +190,7 @@ def describe(plan: Plan, world: int) -> str:
     recipe = plan.recipe
     dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     resolve_deepspeed_config(recipe.training, dtype, world)
+    _check_masters(recipe, dtype)
     empty = causal_lm.meta_model(recipe.model, plan.base.folder)
     model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -187,12 +198,13 @@ def describe(plan: Plan, world: int) -> str:
     if recipe.search is not None:
         measured = recipe.search.limit != "parameters"  # what that costs is not known yet
         space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
-    obstacle = merge_obstacle(model.get_base_model().config, model)
+    obstacle = merge_obstacle(without_adapter(model).config, model)
     if obstacle and recipe.merge.after_training:
         raise UserError(f"merge.after_training: {obstacle}")
     lines = [
-        f"model      {recipe.model.name_or_path}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
+        f"model      {plan.base.name}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
+        *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
@@ -200,6 +212,28 @@ def describe(plan: Plan, world: int) -> str:
         f"merge      {obstacle or 'possible into a plain transformers model'}",
     ]
     return "\n".join(lines)
+
+
+def _check_masters(recipe: Recipe, dtype: torch.dtype) -> None:
+    """Check that a model trained as a whole has float32 masters: stage 0 keeps none beside bfloat16 weights."""
+    stage = zero_stage(read_deepspeed_config(recipe.training.deepspeed))
+    if recipe.adapter.is_full and dtype != torch.float32 and stage == 0:
+        short = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"adapter.method full in {short} needs float32 masters, which training.deepspeed "
+            f"{recipe.training.deepspeed} (ZeRO 0) does not keep: steps would be lost to rounding. Use zero1, or "
+            "model.dtype=float32."
+        )
+
+
+def _describe_sharing(model: Any) -> list[str]:
+    count = allocated(model)
+    if not count.dense:
+        return []
+    return [
+        f"vlora      {count.total / 1e6:.3f} M of {count.dense / 1e6:.3f} M in the shared linears "
+        f"({100 * count.share:.1f} %): bases {count.base / 1e6:.3f} M, increments {count.increments / 1e6:.3f} M"
+    ]
 
 
 def _without_start(section: AdapterSection) -> AdapterSection:

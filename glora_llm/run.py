@@ -14,13 +14,15 @@ from torch import distributed as dist
 from glora_llm import distributed
 from glora_llm import recipe as recipes
 from glora_llm.adalora import RankAllocation
-from glora_llm.adapter import adapted_layers, inject, load_start, save_adapter, trainables
+from glora_llm.adapter import adapted_layers, inject, load_start, trainables, without_adapter
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import score_rows
 from glora_llm.models import causal_lm
+from glora_llm.models.families import layers
 from glora_llm.plan import Plan, batch_identity, describe, make_plan
 from glora_llm.run_folder import RunFolder
+from glora_llm.saving import Saver
 from glora_llm.schema import Recipe
 from glora_llm.search.draws import Supernet
 from glora_llm.search_run import search_after_training
@@ -31,6 +33,7 @@ from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
 from glora_llm.training.flops import measure_cost
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
+from glora_llm.vlora import m_steps, vlora_layers
 
 
 def train(recipe: Recipe, dry_run: bool = False) -> None:
@@ -120,9 +123,10 @@ class Run:
         hooks = Hooks(
             batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
             validate=self._validate if self.plan.task.validation is not None else None,
-            save=self._save,
+            save=partial(self.saver.checkpoint, self.engine),
             diagnose=partial(first_bad_module, self.model, self.engine.score),
             before_micro_step=self.supernet.draw,
+            observe=self._observe,
         )
         last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
         self._finish(log, last, start)
@@ -137,8 +141,8 @@ class Run:
         self.trainables = trainables(self.model, recipe.adapter, recipe.training.loraplus_ratio)
         self.trained = sum(item.parameter.numel() for item in self.trainables)
         checkpoint.require_space(self.folder.checkpoints, self.trained, recipe.output.keep)
-        dtype = causal_lm.compute_dtype(recipe.model, device)
-        self.cost = measure_cost(self.model.get_base_model(), base.config, dtype, device, self.plan.task.causal)
+        dtype, bare = causal_lm.compute_dtype(recipe.model, device), without_adapter(self.model)
+        self.cost = measure_cost(bare, base.config, dtype, device, self.plan.task.causal)
         self.loaded = self._find_checkpoint()
         if self.loaded:
             for item in self.trainables:
@@ -146,12 +150,18 @@ class Run:
         elif recipe.adapter.weights:
             load_start(self.trainables, Path(recipe.adapter.weights))
         self.supernet = self._supernet()
-        objective = self.plan.task.objective(self.model.get_base_model())
+        objective = self.plan.task.objective(bare)
         self.allocation = RankAllocation(self.model) if recipe.adapter.method == "adalora" else None
         penalty = self.allocation.penalty if self.allocation else None
         self.engine = Engine(objective, self.trainables, recipe.training, dtype, device, penalty)
         if self.allocation:
             self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
+        self.shared = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
+        self.saver = Saver(self.plan, self.folder, self.model, self.allocation, self.ranks.first, self._facts)
+
+    def _observe(self, step: int) -> dict[str, float]:
+        """The size of what each layer adds to the one before it: the M step of the VLoRA paper."""
+        return {f"vlora/increment/layer_{number:02d}": size for number, size in m_steps(self.shared).items()}
 
     def _supernet(self) -> Supernet:
         """The layers whose paths are drawn; none of them where the recipe fixes the paths."""
@@ -224,47 +234,20 @@ class Run:
         self.supernet.largest()
         return self._score("validation", None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows)
 
-    def _save(self, step: int) -> None:
-        """Write a checkpoint; a failed write is reported and training goes on with the older ones."""
-        tensors = dict(self.engine.state())
-        if not self.ranks.first:
-            return
-        trainer = {
-            "step": step,
-            "applied": self.engine.applied,
-            "samples": step * self.plan.recipe.training.global_batch,
-            "seed": self.plan.recipe.training.seed,
-            "data_digest": self.data_digest,
-            "seconds": self.earlier_seconds + time.time() - self.began,
-        }
-        try:
-            checkpoint.write(
-                self.folder.checkpoints, step, tensors, trainer, lambda path: self._write_adapter(tensors, path)
-            )
-            checkpoint.rotate(self.folder.checkpoints, self.plan.recipe.output.keep)
-        except OSError as error:
-            print(
-                f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.",
-                flush=True,
-            )
-
-    def _write_adapter(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
-        base = self.plan.base
-        save_adapter(self.model, tensors, path, str(base.folder) if base.name.startswith("embedded:") else base.name)
-        if self.allocation:
-            self.allocation.save(path)
+    def _facts(self) -> dict[str, Any]:
+        return {"data_digest": self.data_digest, "seconds": self.earlier_seconds + time.time() - self.began}
 
     def _finish(self, log: MetricLog, validation: dict[str, float], start: int) -> None:
         summary = self.folder.summary()
-        if start >= self.plan.steps and "test" in summary and self.folder.adapter.is_dir():
+        if start >= self.plan.steps and "test" in summary and self.saver.written:
             log.say(f"training had ended already, after step {self.plan.steps}")
             return
-        tensors = dict(self.engine.state())
+        tensors = self.saver.gathered(self.engine)
         self.supernet.largest()
         scores = self._score("test", None)
         if not self.ranks.first:
             return
-        self._write_adapter(tensors, self.folder.adapter)
+        self.saver.result(tensors)
         log.hyperparameters(recipes.flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
         self._record(
             {
@@ -272,7 +255,7 @@ class Run:
                 "validation": validation or summary.get("validation", {}),
                 "test": scores,
                 "trained_parameters": self.trained,
-                "seconds": self.earlier_seconds + time.time() - self.began,
+                "seconds": self._facts()["seconds"],
                 "peak_memory_gb": peak_memory_gb(self.ranks.device),
                 "bytes_per_rank": self.engine.bytes_per_rank(),
                 "skipped_steps": self.plan.steps - self.engine.applied,

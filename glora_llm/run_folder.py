@@ -35,6 +35,15 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """The model that was trained as a whole: config.json, weights, tokenizer, vlora.json where layers share."""
+        return self.path / "model"
+
+    def trained(self, recipe: Recipe) -> Path:
+        """Return where what was trained is, in the end."""
+        return self.model if recipe.adapter.is_full else self.adapter
+
+    @property
     def search(self) -> Path:
         """What a search wrote: journal, archive, pictures, and the chosen genome as an adapter."""
         return self.path / "search"

@@ -30,7 +30,7 @@ ALLOWED = {
     "search": BASE | {"glora"},
     "adapter": BASE | {"glora", "training"},
     "tasks": BASE | {"data", "models", "training"},
-    "plan": BASE | {"adapter", "data", "models", "search", "tasks", "training"},
+    "plan": BASE | {"adapter", "data", "models", "search", "tasks", "training", "vlora"},
     "subnet": BASE | {"adapter", "glora", "run_folder"},
     # evaluate and merge are commands of their own: like run, they start from a plan.
     "evaluation": BASE | {"glora", "models", "plan", "run_folder", "subnet", "tasks"},
@@ -38,6 +38,7 @@ ALLOWED = {
     "adalora": set(),
     "quiet": set(),
     "report": BASE | {"glora", "run_folder", "search"},
+    "saving": BASE | {"adalora", "adapter", "models", "plan", "run_folder", "training"},
     "search_run": EVERYTHING,
     "run": EVERYTHING,
     "cli": EVERYTHING,

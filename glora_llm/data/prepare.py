@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,15 @@ from glora_llm.data.report import Report
 from glora_llm.data.sources import Role, Sources, locate_roles
 from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.data.store import TokenSet, write_set
-from glora_llm.data.tokenize import Sample, ends_of, fit_length, tokenize
+from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
 from glora_llm.schema import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREVIEWS = 3
+# What plays a part only after there is a tokenizer.
+AFTER_TEXT = {"max_tokens", "packing", "bos", "chat_template", "max_test_rows"}
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,16 @@ def _build(
     sources: dict[Role, Sources],
     seed: int,
 ) -> None:
-    tables = {role: source.read(documents=settings.overlong == "split") for role, source in sources.items()}
-    if settings.format == "classification" and settings.labels is None:
-        column = (settings.columns or {}).get("label", "label")
-        names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
-        settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
-    splits = make_splits(settings, seed, lambda role: to_split(role, tables[role].rows, settings))
+    splits = _read_splits(settings, sources, seed)
     reports, labels = {}, set()
     previews: list[str] = []
     for split in splits:
         report = _report(split)
         whole = tokenize(split.examples, tokenizer, settings, report)
         labels |= {tuple(sample.tokens[sample.targets].tolist()) for sample in whole}
-        samples = fit_length(whole, settings, ends_of(tokenizer, settings).bos, report)
         is_packed = settings.packing and split.role == "train"
+        samples, rows = _rows(whole, settings, ends_of(tokenizer, settings).bos, is_packed, report)
         lengths = [len(sample.tokens) for sample in samples]
-        rows = pack(lengths, settings.max_tokens) if is_packed else [[n] for n in range(len(samples))]
         write_set(folder / split.role, samples, rows)
         report.kept, report.rows, report.tokens = len(samples), len(rows), sum(lengths)
         report.target_tokens = sum(int(sample.targets.sum()) for sample in samples)
@@ -137,6 +133,47 @@ def _build(
         "label_sequences": sorted(labels) if settings.format == "classification" else None,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _rows(
+    whole: list[Sample], settings: DataSection, bos: int | None, is_packed: bool, report: Report
+) -> tuple[list[Sample], list[list[int]]]:
+    """Return the samples as they are learnt, and which of them make up each row."""
+    if is_packed and settings.overlong == "split":  # running text: every row is full
+        return fill_rows(whole, settings.max_tokens, bos, report)
+    samples = fit_length(whole, settings, bos, report)
+    lengths = [len(sample.tokens) for sample in samples]
+    return samples, pack(lengths, settings.max_tokens) if is_packed else [[n] for n in range(len(samples))]
+
+
+def _read_splits(settings: DataSection, sources: dict[Role, Sources], seed: int) -> list[Split[Example]]:
+    tables = {role: source.read(documents=settings.overlong == "split") for role, source in sources.items()}
+    if settings.format == "classification" and settings.labels is None:
+        column = (settings.columns or {}).get("label", "label")
+        names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
+        settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
+    return make_splits(settings, seed, lambda role: to_split(role, tables[role].rows, settings))
+
+
+def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], Iterator[str]]]:
+    """Return a SHA-256 of the training text of a recipe, and what reads it: a tokenizer is trained on nothing else.
+
+    Args:
+        seed: of the choice of held-out rows, as in `prepare`.
+
+    Raises:
+        UserError: as `prepare`; the function that is returned may raise it too.
+    """
+    check_settings(settings)
+    sources = locate_roles(settings)
+    parts = {
+        "settings": settings.model_dump(mode="json", exclude=AFTER_TEXT),
+        "content": {role: source.fingerprint() for role, source in sources.items()},
+        "seed": seed if any(isinstance(n, int | float) for n in (settings.validation, settings.test)) else None,
+        "chosen_by": None if settings.max_rows is None else seed,
+    }
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return identity, lambda: (example.text() for example in _read_splits(settings, sources, seed)[0].examples)
 
 
 def _report(split: Split[Example]) -> Report:

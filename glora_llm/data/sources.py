@@ -17,7 +17,8 @@ from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
-EMBEDDED = ("banking77",)
+# Data sets that the package ships -> their splits.
+EMBEDDED = {"banking77": ("train", "test"), "tinyshakespeare": ("train", "validation", "test")}
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
 
@@ -50,7 +51,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class EmbeddedSource:
-    """A split of a data set that the package ships, as columns `text` and `label`."""
+    """A split of a data set that the package ships: text, or columns `text` and `label`."""
 
     name: str
     split: str
@@ -59,13 +60,19 @@ class EmbeddedSource:
     def _folder(self) -> Traversable:
         return importlib.resources.files("glora_llm.data") / self.name
 
+    @property
+    def _file(self) -> Traversable:
+        return next(file for file in self._folder.iterdir() if file.name.startswith(f"{self.split}."))
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the split's file, in hexadecimal."""
-        return FileSource((self._folder / f"{self.split}.csv",)).fingerprint()
+        return FileSource((self._file,)).fingerprint()
 
     def read(self, documents: bool) -> Table:
-        """Return the rows, with the 77 intents as label names."""
-        rows = read_file(self._folder / f"{self.split}.csv", documents).rows
+        """Return the rows; those of banking77 with its 77 intents as label names."""
+        rows = read_file(self._file, documents).rows
+        if self.name != "banking77":
+            return Table(rows)
         names = json.loads((self._folder / "categories.json").read_text(encoding="utf-8"))
         return Table([{"text": row["text"], "label": row["category"]} for row in rows], {"label": names})
 
@@ -198,9 +205,9 @@ def locate(name: str, subset: str | None, split: str) -> Source:
         if wanted not in EMBEDDED:
             raise UserError(f"Unknown embedded data set '{wanted}'; there is: {', '.join(EMBEDDED)}."
                             f"{nearest(wanted, EMBEDDED)}")  # fmt: skip
-        if split not in ("train", "test"):
-            raise UserError(f"embedded:{wanted} has no split '{split}'; there is: train, test."
-                            f"{nearest(split, ('train', 'test'))}")  # fmt: skip
+        if split not in EMBEDDED[wanted]:
+            raise UserError(f"embedded:{wanted} has no split '{split}'; there is: {', '.join(EMBEDDED[wanted])}."
+                            f"{nearest(split, EMBEDDED[wanted])}")  # fmt: skip
         return EmbeddedSource(wanted, split)
     path = find_path(name)
     if path is None and _looks_like_file(name):

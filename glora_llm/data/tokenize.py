@@ -212,10 +212,44 @@ def cut(sample: Sample, most: int, bos: int | None) -> list[Sample]:
 
     The first token of a piece is never learnt, so it is BOS, or else the last token of the piece before.
     """
-    pieces = []
-    for start in range(1, len(sample.tokens), most - 1):
-        body = sample.tokens[start : start + most - 1]
-        context = sample.tokens[start - 1] if bos is None or start == 1 else bos
-        targets = np.insert(sample.targets[start : start + most - 1], 0, False)
-        pieces.append(Sample(np.insert(body, 0, context), targets))
-    return pieces
+    return [piece(sample, start, most, bos) for start in range(1, len(sample.tokens), most - 1)]
+
+
+def piece(sample: Sample, start: int, most: int, bos: int | None) -> Sample:
+    """Return the piece of at most `most` tokens that learns the sample's tokens from `start` (1 or more) on."""
+    body = sample.tokens[start : start + most - 1]
+    context = sample.tokens[start - 1] if bos is None or start == 1 else bos
+    return Sample(np.insert(body, 0, context), np.insert(sample.targets[start : start + most - 1], 0, False))
+
+
+def fill_rows(
+    samples: Sequence[Sample], most: int, bos: int | None, report: Report
+) -> tuple[list[Sample], list[list[int]]]:
+    """Return pieces of the samples, and rows of piece numbers, each row exactly `most` tokens long but the last.
+
+    A sample goes on in the next row where a row is full. One token of room is never left: a piece is at least two
+    tokens, so the piece before gives up its last one. (Only a piece of two tokens has none to give; that row is one
+    token short.)
+
+    Args:
+        bos: the id that a piece begins with; None: the token before it.
+    """
+    report.longest = max((len(sample.tokens) for sample in samples), default=0)
+    pieces: list[Sample] = []
+    rows: list[list[int]] = [[]]
+    room = most
+    for sample in samples:
+        start, before = 1, len(pieces)
+        while start < len(sample.tokens):
+            if room < 2:
+                rows.append([])
+                room = most
+            left = len(sample.tokens) - start + 1
+            size = min(left, room)
+            if room - size == 1 and size > 2:
+                size -= 1
+            rows[-1].append(len(pieces))
+            pieces.append(piece(sample, start, size, bos))
+            start, room = start + size - 1, room - size
+        report.split += len(pieces) - before > 1
+    return pieces, rows

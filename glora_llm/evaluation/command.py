@@ -22,9 +22,10 @@ def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None
         UserError: when the folder is no run, or the recipe has no such rows.
     """
     folder = RunFolder(run)
-    recipe, adapter = (folder.recipe(), folder.adapter) if merged else deployed(folder, folder.adapter, genome)
+    recipe = folder.recipe()
+    recipe, trained = (recipe, None) if merged else deployed(folder, folder.trained(recipe), genome)
     plan = make_plan(recipe)
-    model = load_merged(merged) if merged else load_adapted(plan, adapter)
+    model = load_adapted(plan, trained) if trained else load_merged(merged or run)
     print_scores(score_model(plan, model, split))
 
 
@@ -40,16 +41,20 @@ def device() -> torch.device:
 
 
 def load_adapted(plan: Plan, adapter: Path) -> Any:
-    """Return the base as it was trained on, with the adapter of that folder.
+    """Return the base as it was trained on, with the adapter of that folder; or the model that was trained as a whole.
 
     Raises:
-        UserError: when there is no adapter.
+        UserError: when the folder holds nothing that was trained.
     """
     from peft import PeftModel
 
     import glora_llm.glora  # noqa: F401 - registers the tuner
     from glora_llm.models.causal_lm import load_base
 
+    if plan.recipe.adapter.is_full:
+        if not (adapter / "config.json").is_file():
+            raise UserError(f"{adapter} holds no model: the run has not ended. Train on, or name a step by --step.")
+        return load_base(plan.recipe.model, adapter, device(), zero3=False)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
     base = load_base(plan.recipe.model, plan.base.folder, device(), zero3=False)
@@ -129,11 +134,12 @@ def print_summary(folder: RunFolder) -> None:
         for name in columns[-1][1]:
             table.add_row(name, *(f"{scores[name]:.4f}" if name in scores else "" for _, scores in columns))
         console.print(table)
+    trained = folder.trained(folder.recipe())
     facts = [
         ("trained parameters", f"{summary['trained_parameters']:,}"),
         ("wall time", f"{summary['seconds'] / 60:.1f} min"),
         ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first rank"),
-        ("adapter", str(folder.adapter)),
+        (trained.name, str(trained)),
         ("merged model", str(folder.path / "merged") if (folder.path / "merged").is_dir() else "not written yet"),
         ("watch", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
     ]

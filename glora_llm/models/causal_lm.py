@@ -1,4 +1,4 @@
-"""The frozen base model: dense or quantised by bitsandbytes, on one device, or as a shape without weights."""
+"""The base model: dense, shared between layers or quantised by bitsandbytes, or as a shape without weights."""
 
 import logging
 from importlib.util import find_spec
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
 from glora_llm.models.families import auto_class, body, head
+from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
 from glora_llm.schema import ModelSection
 
@@ -36,9 +37,42 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
     """
     from transformers import AutoConfig
 
-    dtype = compute_dtype(section, device)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     liger = uses_liger(section.kernels, config.model_type, device)
+    if is_ours(folder):
+        model = _build_ours(section, folder, config, device, zero3)
+    else:
+        model = _load_pretrained(section, folder, config, device, zero3)
+    _freeze(model)
+    if section.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if liger:
+        apply_liger(model)
+    return model
+
+
+def _build_ours(
+    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", zero3: bool
+) -> "PreTrainedModel":
+    """Return a new model, or one whose layers share weights; with `zero3` it stays on the CPU."""
+    import torch
+
+    if section.quantization != "none":
+        raise UserError(
+            f"model.quantization is {section.quantization}, and {folder} is a VLoRA folder: bases and increments must "
+            "be dense. Set model.quantization=none, or merge it into a dense model first."
+        )
+    dtype = compute_dtype(section, device)
+    attention = _attention(section, config, device, dtype)
+    settings: dict[str, Any] = {"dtype": torch.float32, **attention}
+    made = build(folder, lambda: auto_class(config.model_type).from_config(config, **settings), dtype)
+    return made.eval() if zero3 else made.to(device).eval()
+
+
+def _load_pretrained(
+    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", zero3: bool
+) -> "PreTrainedModel":
+    dtype = compute_dtype(section, device)
     model, report = auto_class(config.model_type).from_pretrained(
         folder,
         dtype=dtype,
@@ -51,16 +85,15 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
     )
     _check_complete(report, folder)
     _keep_quantized_weights(model)
-    _freeze(model)
-    if section.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if liger:
-        apply_liger(model)
     return model
 
 
 def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
-    """Return the model on the meta device: names and shapes (O, I) as in float, no memory. For dry runs."""
+    """Return the model on the meta device: names and shapes (O, I) as in float, no memory. For dry runs.
+
+    Raises:
+        UserError: layers that cannot share weights as vlora.json says.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -68,6 +101,7 @@ def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with device:
         model = auto_class(config.model_type).from_config(config, dtype=compute_dtype(section, device))
+        share(model, folder)
     _freeze(model)
     return model.eval()
 

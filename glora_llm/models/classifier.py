@@ -1,8 +1,9 @@
-"""An image classifier that fits the data: the recipe's configuration completed, or a model with a new head."""
+"""An image classifier that fits the data: what they say about a new one, or a model that is there with a new head."""
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,31 @@ from typing import Any
 from glora_llm.errors import UserError
 from glora_llm.models.cache import made_once
 from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.models.folder import SHARING, is_ours
 from glora_llm.models.resolve import ResolvedModel
 
 HEAD = "classifier."
-VLORA = "vlora.json"
 
 
-def completed_config(config: dict[str, Any], names: list[str], size: int) -> dict[str, Any]:
-    """Return a recipe's model.config with what the data know: classes, their names, and the size of the images.
+def from_data(config: Mapping[str, Any], names: list[str], size: int) -> dict[str, Any]:
+    """Return what the data say about a new classifier: classes, their names, and the size of the images.
+
+    Args:
+        config: the recipe's model.config.
+        names: of the classes.
+        size: of the images, in pixels.
 
     Raises:
-        UserError: when it says another number of classes or another size, or the patches do not divide the images.
+        UserError: when the recipe says another number of classes or another size.
     """
-    config = dict(config)
     for key, there in (("num_labels", len(names)), ("image_size", size), ("num_channels", 3)):
         if config.get(key, there) != there:
+            what = {"num_labels": f"{there} classes", "image_size": f"images of {there} x {there} pixels"}
             raise UserError(
-                f"model.config.{key} is {config[key]}, and the data have {there}: leave the key out, it comes from the "
-                "data."
+                f"model.config.{key} is {config[key]}, and the data have {what.get(key, '3 channels')}: leave the key "
+                "out, it comes from the data."
             )
-    config.pop("num_labels", None)
-    config |= {"image_size": size, "num_channels": 3, **_named(names)}
-    check_patches(config.get("patch_size", 16), size)
-    return config
+    return {"image_size": size, "num_channels": 3, **_named(names)}
 
 
 def check_patches(patch: Any, size: int) -> None:
@@ -74,7 +77,7 @@ def with_head(base: ResolvedModel, names: list[str], size: int, seed: int, weigh
         )
     check_patches(config.get("patch_size"), size)
     same = list(config.get("id2label", {}).values()) == names
-    if same and (not weights or (base.folder / VLORA).is_file() or not _renamed(base.folder)):
+    if same and (not weights or is_ours(base.folder) or not _renamed(base.folder)):
         return base
     identity = f"{base.fingerprint[:16] or 'shape'}-{seed}-{_short(names)}"
     folder = made_once(f"classifiers/{identity}", lambda made: _write(base.folder, made, names, seed, weights, same))
@@ -115,8 +118,8 @@ def _write(source: Path, folder: Path, names: list[str], seed: int, weights: boo
     config = AutoConfig.from_pretrained(source, local_files_only=True, **_named(names))
     config.architectures = [type(_on_meta(source)).__name__]
     config.save_pretrained(folder)
-    if (source / VLORA).is_file():
-        shutil.copy(source / VLORA, folder)
+    if is_ours(source):
+        shutil.copy(source / SHARING, folder)
     if not weights:
         return
     tensors = _tensors(source, config)
@@ -130,7 +133,7 @@ def _tensors(source: Path, config: Any) -> dict[str, Any]:
     from safetensors.torch import load_file
     from transformers import AutoModelForImageClassification
 
-    if (source / VLORA).is_file():
+    if is_ours(source):
         return {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
     model = AutoModelForImageClassification.from_pretrained(
         source, config=config, ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True, dtype="auto"

@@ -39,6 +39,8 @@ def fingerprint(folder: Path) -> str:
     by_file: dict[Path, dict[str, bytes]] = {file: _tensor_digests(file) for file in set(where.values())}
     for name in sorted(where):
         digest.update(by_file[where[name]][name])
+    if (folder / "vlora.json").is_file():  # what the stored bases and increments are composed by
+        digest.update(_canonical(json.loads((folder / "vlora.json").read_text(encoding="utf-8"))))
     return digest.hexdigest()
 
 

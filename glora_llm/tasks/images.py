@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from glora_llm.data.augment import augmentation
 from glora_llm.data.image_store import ImageSet
-from glora_llm.data.images import PreparedImages
+from glora_llm.data.images import PreparedImages, prepare_images
 from glora_llm.data.report import ImageReport
+from glora_llm.errors import UserError
+from glora_llm.models.cache import cache_root
+from glora_llm.models.classifier import check_patches, from_data, with_head
+from glora_llm.models.folder import new_config, new_folder
+from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.schema import ImagesSection, Recipe
 from glora_llm.tasks.task import Batch
 from glora_llm.training.image_objective import TOP, ImageObjective
@@ -105,3 +110,30 @@ class ImageTask:
 
         size = {"height": self.train.size, "width": self.train.size}
         ViTImageProcessorPil(size=size, image_mean=self.data.mean, image_std=self.data.std).save_pretrained(folder)
+
+
+def image_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, ImageTask]:
+    """Return the classifier of a recipe (a new one has no weights yet) and its task, with the data prepared.
+
+    The data come first: they say how many classes the model has.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are.
+
+    Raises:
+        UserError: for a model or data that do not fit the recipe, or each other.
+    """
+    section, seed = recipe.model, recipe.training.seed
+    data = prepare_images(recipe.data, cache_root() / "data", seed)
+    task, size = ImageTask(recipe, data), data.train.size
+    if section.config is None:
+        return with_head(resolve(section, weights, "images"), data.names, size, seed, weights), task
+    if section.tokenizer is not None:
+        raise UserError(
+            "model.tokenizer belongs to text, and data.format is images: model.tokenizer=null takes it away."
+        )
+    config = new_config(section, "images", from_data(section.config, data.names, size))
+    check_patches(getattr(config, "patch_size", None), size)
+    identity = f"{data.mean} {data.std}"
+    folder, key = new_folder(config, recipe.vlora, seed, identity, task.save_preprocessing)
+    return ResolvedModel(folder, f"a new {config.model_type}", None, key), task

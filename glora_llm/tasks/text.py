@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.data.batch import collate, collate_joined
-from glora_llm.data.prepare import Prepared
+from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
 from glora_llm.data.store import TokenSet
-from glora_llm.models.tokenizer import pad_id
+from glora_llm.models.cache import cache_root
+from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
+from glora_llm.tasks.new_text import new_text_model
 from glora_llm.tasks.task import Batch
 from glora_llm.training.objectives import CausalLMObjective, LabelTrie
 
@@ -106,6 +109,21 @@ class TextTask:
     def save_preprocessing(self, folder: Path) -> None:
         """Write the tokenizer."""
         self.tokenizer.save_pretrained(folder)
+
+
+def text_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, TextTask]:
+    """Return the base model of a recipe (a new one has no weights yet) and its task, with the data prepared.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are.
+
+    Raises:
+        UserError: for a model or data that do not fit the recipe, or each other.
+    """
+    base = new_text_model(recipe) if recipe.model.config else resolve(recipe.model, weights)
+    tokenizer = load_tokenizer(base.folder)
+    data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    return base, TextTask(recipe, tokenizer, data)
 
 
 def means(table: Tensor, prefix: str, answers: bool, labels: bool) -> dict[str, float]:

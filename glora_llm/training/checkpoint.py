@@ -1,9 +1,10 @@
 """Checkpoints that cannot be half written, hold no pickle and know no ranks.
 
 `checkpoints/step-N/` holds state.safetensors (float32 master weights and Adam moments by parameter name), adapter/
-(ready for PEFT), trainer.json (step, samples, seeds, identity of recipe and base) and manifest.json (size and sha256
-of every file, written last). A checkpoint is written as `.writing-step-N`, synced, then renamed: it is there whole or
-not at all. The newest complete one wins; a broken one is named and passed over.
+(ready for PEFT; not of a model that is trained as a whole), trainer.json (step, samples, seeds, identity of recipe and
+base) and manifest.json (size and sha256 of every file, written last). A checkpoint is written as `.writing-step-N`,
+synced, then renamed: it is there whole or not at all. The newest complete one wins; a broken one is named and passed
+over.
 """
 
 import hashlib
@@ -39,14 +40,18 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def write(
-    root: Path, step: int, tensors: dict[str, Tensor], trainer: dict[str, Any], save_adapter: Callable[[Path], None]
+    root: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    trainer: dict[str, Any],
+    save_adapter: Callable[[Path], None] | None,
 ) -> Path:
     """Write `root/step-N` atomically (one process calls this).
 
     Args:
         tensors: what `Engine.state` yielded.
         trainer: plain values for trainer.json.
-        save_adapter: writes the adapter into the folder it is given.
+        save_adapter: writes the adapter into the folder it is given; None: there is none, the tensors are all.
 
     Raises:
         OSError: when the disk is full or not writable; older checkpoints are untouched.
@@ -74,11 +79,28 @@ def write(
     return final
 
 
-def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None], folder: Path) -> None:
+def whole_or_nothing(folder: Path, write_into: Callable[[Path], None]) -> None:
+    """Replace a folder by one that `write_into` fills: who reads it finds the old one or the new one, never a part."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_into(temporary)
+        for path in (path for path in temporary.rglob("*") if path.is_file()):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None] | None, folder: Path) -> None:
     """Write both safetensors files; their library's own error for a full disk becomes an OSError."""
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
-        save_adapter(folder / "adapter")
+        if save_adapter is not None:
+            save_adapter(folder / "adapter")
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from error
 

@@ -8,8 +8,8 @@
 
 from glora_llm.vlora.compound import make_compounds
 from glora_llm.vlora.config import VLoRAConfig
-from glora_llm.vlora.convert import Fit, Increment, from_dense, increments, to_dense
-from glora_llm.vlora.count import Count, matrix_count, parameter_count
+from glora_llm.vlora.convert import Fit, Increment, from_dense, increments, m_steps, to_dense
+from glora_llm.vlora.count import Count, allocated, matrix_count, parameter_count
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
 
 __all__ = [
@@ -18,8 +18,10 @@ __all__ = [
     "Increment",
     "VLoRAConfig",
     "VLoRALinear",
+    "allocated",
     "from_dense",
     "increments",
+    "m_steps",
     "make_compounds",
     "matrix_count",
     "parameter_count",

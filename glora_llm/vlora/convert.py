@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from glora_llm.vlora.compound import make_plan, put
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
+from glora_llm.vlora.partitioned import whole
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,23 @@ class Increment:
 
     norm: float
     share: float
+
+
+@torch.no_grad()
+def m_steps(layers: Sequence[nn.Module]) -> dict[int, float]:
+    """Return layer -> sqrt of the sum of |s B A|^2 over its linears, for layers that add increments: cheap, for a log.
+
+    Per linear that is r x r products alone. Under ZeRO 3 the increments are gathered at once, the bases are not, and
+    all ranks must call it together.
+    """
+    found = {number: list(vlora_layers(layer).values()) for number, layer in enumerate(layers)}
+    found = {number: linears for number, linears in found.items() if linears}
+    factors = [f for linears in found.values() for linear in linears for f in (linear.increment_b, linear.increment_a)]
+    if not factors:
+        return {}
+    with whole(factors):
+        squares = [torch.stack([linear.increment_square() for linear in linears]).sum() for linears in found.values()]
+        return dict(zip(found, torch.stack(squares).sqrt().tolist(), strict=True))
 
 
 def increments(model: nn.Module) -> dict[str, Increment]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from glora_llm.vlora.compound import make_plan
 from glora_llm.vlora.config import VLoRAConfig
+from glora_llm.vlora.layer import vlora_layers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,22 @@ def matrix_count(out_features: int, in_features: int, layers: int, size: int, ra
     full, biases = out_features * in_features, layers * out_features * bias
     increments = (layers - compounds) * rank * (out_features + in_features)
     return Count(layers * full + biases, compounds * full, increments, biases)
+
+
+def allocated(model: nn.Module) -> Count:
+    """Return what the shared linears of a model hold, and would hold in the dense model of the same shape."""
+    total = Count()
+    bases: dict[int, nn.Linear] = {}
+    for layer in vlora_layers(model).values():
+        base = layer.parts()[0]
+        factors = layer.increment_b.numel() + layer.increment_a.numel()
+        biases = 0 if layer.bias is None else layer.out_features
+        full = layer.out_features * layer.in_features
+        if id(base) not in bases:  # the first layer's own linear
+            bases[id(base)] = layer
+            total += Count(full + biases, full, 0, biases)
+        total += Count(full + biases, 0, factors, biases)
+    return total
 
 
 def parameter_count(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> dict[str, Count]:

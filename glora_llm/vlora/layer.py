@@ -90,10 +90,14 @@ class VLoRALinear(nn.Linear):
         """
         base = self._base[0].weight
         with whole([base, self.increment_b, self.increment_a]):
-            b, a = self.increment_b.double(), self.increment_a.double()
-            square = ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0)
+            square = self.increment_square()
             size = torch.linalg.vector_norm(base, dtype=torch.promote_types(base.dtype, torch.float32))
-            return self.scale * math.sqrt(float(square)), float(size)
+            return math.sqrt(float(square)), float(size)
+
+    def increment_square(self) -> Tensor:
+        """Return |s B_l A_l|^2 (Frobenius), a float64 scalar; the factors must be whole."""
+        b, a = self.increment_b.detach().double(), self.increment_a.detach().double()
+        return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0) * self.scale**2
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:

@@ -1,0 +1,201 @@
+"""Model folders of our own: a new model without weights, and a trained one whose layers may share bases.
+
+Beside config.json and the tokenizer a folder may hold
+
+- start.json: the seed of random weights, where there are none yet;
+- vlora.json: how layers share weights (a `VLoRAConfig`); model.safetensors then holds bases and increments, float32.
+
+A trained folder without vlora.json is a plain Hugging Face checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.models.cache import made_once
+from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers
+from glora_llm.schema import ModelSection, VLoRASection
+from glora_llm.vlora import VLoRAConfig, make_compounds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+START, SHARING, WEIGHTS = "start.json", "vlora.json", "model.safetensors"
+INCREMENTS = 51  # stream of the seeded draw of increments, beside the one of all other weights
+
+
+def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "PretrainedConfig":
+    """Return transformers' configuration of model.config.
+
+    Args:
+        kind: what the model must be.
+        given: values that follow from the data (token ids, class names); what the recipe says itself wins.
+
+    Raises:
+        UserError: for a family that is not there or of another kind, an unknown key, or values that do not fit.
+    """
+    from transformers import AutoConfig
+
+    settings = dict(section.config or {})
+    family = settings.pop("model_type")
+    if not class_names(kind, family):
+        other = kind_of(family)
+        is_what = f"is a family of {KINDS[other]}s" if other else "is no family of models of the installed transformers"
+        raise UserError(f"model.config.model_type '{family}' {is_what}; expected a {KINDS[kind]}.")
+    usual = AutoConfig.for_model(family)
+    known = {*usual.to_dict(), *usual.attribute_map, "num_labels"}
+    for name in settings:
+        if name not in known:
+            raise UserError(f"model.config.{name}: a {family} has no such setting.{nearest(name, known)}")
+    try:
+        return AutoConfig.for_model(family, **{**given, **settings})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.config: {' '.join(str(error).split())}") from error
+
+
+def new_folder(
+    config: "PretrainedConfig", vlora: VLoRASection | None, seed: int, identity: str, add: Callable[[Path], None]
+) -> tuple[Path, str]:
+    """Return the folder of a new model, made once in the cache, and its fingerprint.
+
+    Args:
+        seed: of its random weights.
+        identity: of what `add` writes.
+        add: writes the tokenizer, or the image processor.
+    """
+    sharing = None if vlora is None else vlora_config(vlora)
+    parts = {
+        "config": config.to_diff_dict(),
+        "vlora": None if sharing is None else dataclasses.asdict(sharing),
+        "seed": seed,
+        "identity": identity,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def make(folder: Path) -> None:
+        add(folder)
+        config.save_pretrained(folder)
+        (folder / START).write_text(json.dumps({"seed": seed}) + "\n")
+        if sharing is not None:
+            write_sharing(sharing, folder)
+
+    return made_once(f"new-{key[:24]}", make), key
+
+
+def vlora_config(section: VLoRASection) -> VLoRAConfig:
+    """Return the section as VLoRA itself takes it."""
+    return VLoRAConfig(**section.model_dump())
+
+
+def write_sharing(config: VLoRAConfig, folder: Path) -> None:
+    """Write vlora.json."""
+    (folder / SHARING).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def read_sharing(folder: Path) -> VLoRAConfig | None:
+    """Return how the layers of a model folder share weights; None: they do not.
+
+    Raises:
+        UserError: when vlora.json does not hold a `VLoRAConfig`.
+    """
+    file = folder / SHARING
+    if not file.is_file():
+        return None
+    try:
+        return VLoRAConfig(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} does not say how layers share weights: {error}. Write the folder again.") from error
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell whether plain transformers cannot load this folder: it has no weights yet, or shared ones."""
+    return (folder / START).is_file() or (folder / SHARING).is_file()
+
+
+def require_weights(folder: Path) -> None:
+    """Check that a folder that is ours has weights.
+
+    Raises:
+        UserError: when it has none.
+    """
+    if not (folder / WEIGHTS).is_file() and not (folder / START).is_file():
+        raise UserError(f"{folder} holds {SHARING} and no {WEIGHTS}: it was written half-way. Write it again.")
+
+
+def build(folder: Path, empty: "Callable[[], PreTrainedModel]", dtype: "torch.dtype") -> "PreTrainedModel":
+    """Return the model of a folder that is ours, on the CPU.
+
+    Random weights are drawn in float32 on the CPU, so a seed means the same weights everywhere; a dense model and a
+    VLoRA one of the same seed begin with the same bases. Then layers share, stored weights are read, and parameters
+    (no buffers: rotary frequencies stay exact) become `dtype`.
+
+    Args:
+        empty: makes the dense model in float32.
+
+    Raises:
+        UserError: layers that cannot share as vlora.json says, or stored weights that do not fit.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    require_weights(folder)
+    stored = (folder / WEIGHTS).is_file()
+    seed = 0 if stored else int(json.loads((folder / START).read_text())["seed"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if stored:
+            with no_init_weights():
+                model = empty()
+        else:
+            model = empty()
+        share(model, folder, torch.Generator().manual_seed(seed * 1_000_003 + INCREMENTS))
+    if stored:
+        _set_weights(model, folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def share(model: "PreTrainedModel", folder: Path, generator: "torch.Generator | None" = None) -> None:
+    """Let the layers of a dense model share weights as vlora.json says; without that file nothing is done."""
+    sharing = read_sharing(folder)
+    if sharing is not None:
+        make_compounds(model, list(layers(model)), sharing, generator)
+
+
+def _set_weights(model: "PreTrainedModel", folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / WEIGHTS)
+    for name, parameter in model.named_parameters():
+        stored = tensors.pop(name, None)
+        if stored is None or stored.shape != parameter.shape:
+            got = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
+            raise UserError(f"{folder / WEIGHTS}: {name} {got}; expected {tuple(parameter.shape)}. Write it again.")
+        parameter.data = stored
+    if tensors:
+        raise UserError(f"{folder / WEIGHTS} has {next(iter(tensors))}, which {SHARING} does not ask for.")
+
+
+def write_trained(
+    folder: Path, config: "PretrainedConfig", sharing: VLoRAConfig | None, weights: "Mapping[str, Tensor]"
+) -> None:
+    """Write config.json, the weights as they were trained and, where layers share, vlora.json."""
+    import copy
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = copy.deepcopy(config)
+    written.use_cache = True
+    written.dtype = next(iter(weights.values())).dtype
+    written.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    if sharing is not None:
+        write_sharing(sharing, folder)
