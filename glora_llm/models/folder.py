@@ -47,7 +47,7 @@ def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "
     if not class_names(kind, family):
         other = kind_of(family)
         is_what = f"is a family of {KINDS[other]}s" if other else "is no family of models of the installed transformers"
-        raise UserError(f"model.config.model_type '{family}' {is_what}; expected a {KINDS[kind]}.")
+        raise UserError(f"model.config.model_type '{family}' {is_what}; expected one of {KINDS[kind]}s.")
     usual = AutoConfig.for_model(family)
     known = {*usual.to_dict(), *usual.attribute_map, "num_labels"}
     for name in settings:

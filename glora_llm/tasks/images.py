@@ -134,6 +134,11 @@ def image_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, ImageTask]
         )
     config = new_config(section, "images", from_data(section.config, data.names, size))
     check_patches(getattr(config, "patch_size", None), size)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"model.config: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+            f"{config.num_attention_heads}, so heads have no whole width."
+        )
     identity = f"{data.mean} {data.std}"
     folder, key = new_folder(config, recipe.vlora, seed, identity, task.save_preprocessing)
     return ResolvedModel(folder, f"a new {config.model_type}", None, key), task
