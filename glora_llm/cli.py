@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glora_llm import __version__, recipe
+from glora_llm.cli_making import add_making
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.run_folder import RunFolder
 
@@ -165,6 +166,8 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--merged", metavar="DIR", type=Path, help="score this merged model instead of the adapter")
     command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     command.set_defaults(command=evaluate)
+
+    add_making(commands, style)
 
     command = commands.add_parser("recipes", help="list or print recipes", description=RECIPES, formatter_class=style)
     command.add_argument("name", metavar="NAME", nargs="?", help="print this recipe")

@@ -34,13 +34,28 @@ ALLOWED = {
     "subnet": BASE | {"adapter", "glora", "run_folder"},
     # evaluate and merge are commands of their own: like run, they start from a plan.
     "evaluation": BASE | {"glora", "models", "plan", "run_folder", "subnet", "tasks"},
-    "merge": BASE | {"adapter", "evaluation", "glora", "models", "plan", "run_folder", "subnet", "tasks", "training"},
+    "merge": BASE
+    | {
+        "adapter",
+        "evaluation",
+        "glora",
+        "models",
+        "plan",
+        "run_folder",
+        "saving",
+        "subnet",
+        "tasks",
+        "training",
+        "vlora",
+    },
     "adalora": set(),
     "quiet": set(),
     "report": BASE | {"glora", "run_folder", "search"},
     "saving": BASE | {"adalora", "adapter", "models", "plan", "run_folder", "training"},
     "search_run": EVERYTHING,
     "run": EVERYTHING,
+    "making": BASE | {"data", "models", "training", "vlora"},
+    "cli_making": BASE | {"making", "quiet", "vlora"},
     "cli": EVERYTHING,
 }
 LIGHT = {"recipe": {"yaml", "pydantic"}, "schema": {"pydantic"}, "errors": set(), "registry": set()}

@@ -14,6 +14,8 @@ from glora_llm.run_folder import RunFolder
 from glora_llm.subnet import deployed
 from glora_llm.tasks.task import on
 
+NOT_ENDED = "holds no model: the run has not ended. Train on, or name a checkpoint by --step."
+
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
     """Score a run's adapter, or its merged model, on one split, and print the scores.
@@ -53,7 +55,7 @@ def load_adapted(plan: Plan, adapter: Path) -> Any:
 
     if plan.recipe.adapter.is_full:
         if not (adapter / "config.json").is_file():
-            raise UserError(f"{adapter} holds no model: the run has not ended. Train on, or name a step by --step.")
+            raise UserError(f"{adapter} {NOT_ENDED}")
         return load_base(plan.recipe.model, adapter, device(), zero3=False)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from glora_llm.evaluation.command import device, load_adapted, load_merged, scor
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
+from glora_llm.merge.whole_model import trained_model, write_dense
 from glora_llm.models.causal_lm import load_base
 from glora_llm.plan import Plan, make_plan
 from glora_llm.run_folder import RunFolder
@@ -29,7 +31,7 @@ def merge_run(
     step: int | None = None,
     genome: Path | None = None,
 ) -> None:
-    """Merge or export a run's adapter, compare the result with the unmerged model, and write merge_report.json.
+    """Merge or export what a run trained, compare the result with the unmerged model, and write merge_report.json.
 
     Args:
         run: the run folder.
@@ -45,8 +47,11 @@ def merge_run(
         CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
     """
     folder = RunFolder(run)
-    adapter = folder.adapter if step is None else _checkpoint_adapter(folder, step)
-    recipe, adapter = deployed(folder, adapter, genome)
+    found = None if step is None else _checkpoint(folder, step)
+    is_full = folder.recipe().adapter.is_full
+    recipe, adapter = deployed(folder, found / "adapter" if found else folder.trained(folder.recipe()), genome)
+    if is_full and to == "lora":
+        raise UserError(f"--to lora exports GLoRA adapters, and {run} trained a whole model. Use --to model.")
     plan = make_plan(recipe)
     base_dtype = require_same_base(folder, plan)
     quantize = quantize or plan.recipe.merge.quantize
@@ -54,12 +59,16 @@ def merge_run(
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder, or delete it.")
-    if to == "lora":
-        write_lora(plan, adapter, out, base_dtype)
-    else:
-        write_merged(plan, adapter, out, base_dtype, dtype or plan.recipe.merge.dtype)
+    wanted = dtype or plan.recipe.merge.dtype
     batches, text = comparison_batches(plan)
-    before = answers(lambda: load_adapted(plan, adapter), plan.task, batches)
+    with trained_model(plan, folder.model, found) if is_full else nullcontext(adapter) as trained:
+        if is_full:
+            write_dense(plan, trained, out, wanted)
+        elif to == "lora":
+            write_lora(plan, trained, out, base_dtype)
+        else:
+            write_merged(plan, trained, out, base_dtype, wanted)
+        before = answers(lambda: load_adapted(plan, trained), plan.task, batches)
     after = answers(lambda: load_adapted(plan, out) if to == "lora" else load_merged(out), plan.task, batches)
     report = compare(before, after, text)
     values = report.as_dict()
@@ -104,7 +113,7 @@ def _require_within(report: MergeReport, bounds: MergeSection, out: Path) -> Non
         raise CheckFailed(f"{error} It is in {failed}.") from None
 
 
-def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:
+def _checkpoint(folder: RunFolder, step: int) -> Path:
     found = folder.checkpoints / f"step-{step}"
     if not found.is_dir():
         kept = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.checkpoints))
@@ -112,7 +121,7 @@ def _checkpoint_adapter(folder: RunFolder, step: int) -> Path:
     problem = checkpoint.fault(found)
     if problem:
         raise UserError(f"{found} is broken: {problem}.")
-    return found / "adapter"
+    return found
 
 
 def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.merge.frozen import StoredTensors, trained_weight
 from glora_llm.models.causal_lm import linear_names, meta_model
 from glora_llm.schema import Recipe
+from glora_llm.vlora import to_dense
 
 
 class AdapterLayers:
@@ -39,7 +40,7 @@ class AdapterLayers:
                 f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step."
             )
         self.weights = load_file(file)
-        hollow = _hollow(meta_model(recipe.model, base))
+        hollow = _hollow(to_dense(meta_model(recipe.model, base)))
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
         result = set_peft_model_state_dict(self.model, dict(self.weights))

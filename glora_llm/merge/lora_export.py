@@ -18,7 +18,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots, stack_downs, stack_ups
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.glora.path import Path as SlotPath
-from glora_llm.merge.frozen import StoredTensors
+from glora_llm.merge.frozen import stored_tensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.plan import Plan
 
@@ -37,7 +37,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         raise UserError(f"{out} exists already; name a new folder, or delete it.")
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     _require_lora_form(layers.layers)
-    stored, tensors, ranks = StoredTensors(plan.base.folder), {}, {}
+    stored, tensors, ranks = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype), {}, {}
     with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
     for name, layer in tqdm(layers.layers.items(), desc="export", disable=None, unit="layer"):
         w0 = layers.trained_weight(name, stored, base_dtype)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.merge.folder_writer import FolderWriter
-from glora_llm.merge.frozen import StoredTensors
+from glora_llm.merge.frozen import StoredTensors, stored_tensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
 from glora_llm.plan import Plan, merge_obstacle
@@ -36,7 +36,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     obstacle = merge_obstacle(config, layers.model)
     if obstacle:
         raise UserError(obstacle)
-    stored = StoredTensors(plan.base.folder)
+    stored = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype)
     size = stored.numbers() * SIZES[dtype]
     with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()

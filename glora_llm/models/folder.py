@@ -152,6 +152,7 @@ def build(folder: Path, empty: "Callable[[], PreTrainedModel]", dtype: "torch.dt
         if stored:
             with no_init_weights():
                 model = empty()
+            model.tie_weights()  # which is left out with the initialisation
         else:
             model = empty()
         share(model, folder, torch.Generator().manual_seed(seed * 1_000_003 + INCREMENTS))

@@ -8,7 +8,7 @@ from typing import Any
 
 from glora_llm.errors import UserError
 from glora_llm.models.embedded import embedded_folder
-from glora_llm.models.families import KINDS, Kind, class_names
+from glora_llm.models.families import KINDS, Kind, class_names, kind_of
 from glora_llm.models.fingerprint import fingerprint, weight_files
 from glora_llm.schema import ModelSection
 
@@ -36,13 +36,13 @@ class ResolvedModel:
     fingerprint: str
 
 
-def resolve(section: ModelSection, weights: bool = True, kind: Kind = "text") -> ResolvedModel:
+def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "text") -> ResolvedModel:
     """Find, download or convert the base model that the recipe names.
 
     Args:
         weights: False for a dry run: of a hub model only configuration and tokenizer are fetched, and there is no
             fingerprint.
-        kind: what the model must be.
+        kind: what the model must be; None: anything that is trained here.
 
     Raises:
         UserError: missing folder or file, no network, no config.json, pickles only, weights that are quantised
@@ -120,7 +120,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, 
     return Path(folder), Path(folder).name
 
 
-def _check_kind(folder: Path, name: str, kind: Kind) -> None:
+def _check_kind(folder: Path, name: str, wanted: Kind | None) -> None:
     """Refuse a folder that transformers' Auto class of this kind would not load as it was trained.
 
     Raises:
@@ -133,7 +133,9 @@ def _check_kind(folder: Path, name: str, kind: Kind) -> None:
             f"The weights of '{name}' are already quantised ({method}). Give the unquantised model and let "
             "model.quantization (nf4, fp4, int8) store it in fewer bits."
         )
-    allowed = class_names(kind, config.get("model_type", ""))
+    family = config.get("model_type", "")
+    kind = wanted or kind_of(family) or "text"
+    allowed = class_names(kind, family)
     if not allowed:
         example = {"text": "a LLaMA", "images": "a ViT"}[kind]
         raise UserError(

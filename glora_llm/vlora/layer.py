@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,6 +114,31 @@ class VLoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this layer."""
         return f"{super().extra_repr()}, rank={self.rank}, increments={len(self._members)}"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What one weight is made of, by names in the model: W = base + scale * sum_j ups_j downs_j."""
+
+    base: str
+    ups: list[str]
+    downs: list[str]
+    scale: float
+
+
+def compositions(model: nn.Module) -> dict[str, Composition]:
+    """Return name of a composed weight -> what it is made of, for all VLoRA layers of a model."""
+    owners = {module: name for name, module in model.named_modules()}
+    found = {}
+    for name, layer in vlora_layers(model).items():
+        members = [owners[member] for member in layer._members]
+        found[f"{name}.weight"] = Composition(
+            f"{owners[layer._base[0]]}.weight",
+            [f"{member}.increment_b" for member in members],
+            [f"{member}.increment_a" for member in members],
+            layer.scale,
+        )
+    return found
 
 
 class ComposedWeight(Tensor):
