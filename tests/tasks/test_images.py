@@ -97,7 +97,7 @@ def test_a_new_model_has_the_names_of_the_classes_and_shares_its_layers(plan: Pl
         (["model.tokenizer=train:300"], "model.tokenizer belongs to text"),
         (["vlora.layers_per_compound=3"], "layers_per_compound is 3, which does not divide 8 layers"),
         (["vlora.rank=64"], "rank is 64 for 'attention.q_proj', whose smaller side is 48"),
-        (["vlora.targets=[fc3]"], "Did you mean 'mlp.fc1'?"),
+        (["vlora.targets=[fc3]"], "Did you mean 'fc2'?"),
         (["model.config.hidden_size=50"], "model.config: hidden_size 50 is no multiple of num_attention_heads 4"),
     ],
 )
