@@ -33,7 +33,7 @@ def add_making(commands: Any, style: Any) -> None:
     command = actions.add_parser("from-dense", help="of a dense model", description=VLORA, formatter_class=style)
     command.add_argument("model", metavar="MODEL", help="as model.name_or_path: a folder, a hub id, embedded:NAME")
     command.add_argument(
-        "--rank", metavar="R", required=True, help="r, or full; of several (8,16) the first is written"
+        "--rank", metavar="R", required=True, help="r, or full; of several, 8,16, the first is written"
     )
     command.add_argument("--layers-per-compound", metavar="K", default="4", help="k, or all (default: 4)")
     command.add_argument("--topology", choices=("chain", "star"), default="chain", help="(default: chain)")

@@ -23,7 +23,7 @@ from glora_llm.training.checkpoint import whole_or_nothing
 from glora_llm.vlora import Count, Fit, VLoRAConfig, allocated, from_dense
 from glora_llm.vlora.config import names
 
-OF_THE_WEIGHTS = ("config.json", "index.json")
+OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
 
 
 def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | None], out: Path) -> None:
@@ -51,9 +51,7 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
         _print_fits(rank or "full", fits, allocated(made))
         if number == 0:
             whole_or_nothing(out, partial(_write, made, sharing, folder))
-    print(
-        f"{out}: rank {ranks[0] or 'full'}, as model.name_or_path of a recipe (adapter.method full trains it further)"
-    )
+    print(f"{out}: rank {ranks[0] or 'full'}, as model.name_or_path of a recipe (adapter.method=full trains it)")
 
 
 def _smaller_sides(layer: nn.Module, targets: Sequence[str] | None) -> dict[str, int]:
@@ -70,7 +68,7 @@ def _write(made: Any, sharing: VLoRAConfig, source: Path, out: Path) -> None:
     weights = {name: parameter.detach().float().cpu() for name, parameter in made.named_parameters()}
     write_trained(out, made.config, sharing, weights)
     for file in (file for pattern in HUB_SETTINGS for file in source.glob(pattern)):
-        if not file.name.endswith(OF_THE_WEIGHTS):
+        if file.name not in OF_THE_WEIGHTS:
             shutil.copy(file, out)
 
 

@@ -40,6 +40,7 @@ def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "
     Raises:
         UserError: for a family that is not there or of another kind, an unknown key, or values that do not fit.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     require_family(section, kind)
@@ -52,7 +53,7 @@ def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "
             raise UserError(f"model.config.{name}: a {family} has no such setting.{nearest(name, known)}")
     try:
         return AutoConfig.for_model(family, **{**given, **settings})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from error
 
 
