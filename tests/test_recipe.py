@@ -253,3 +253,9 @@ def test_twins_differ_in_the_adapter_alone(family: str) -> None:
     one, other = (recipe.load(str(ROOT / "recipes" / f"{family}_{kind}.yaml")) for kind in ("glora", "lora"))
     differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
     assert differing == {"description", "adapter", "output"}
+
+
+def test_dense_and_vlora_differ_in_the_section_vlora_alone() -> None:
+    one, other = (recipe.load(str(ROOT / "recipes" / f"vit_cifar10_{kind}.yaml")) for kind in ("vlora", "dense"))
+    differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
+    assert differing == {"description", "vlora", "output"}
