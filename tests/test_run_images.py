@@ -129,6 +129,17 @@ def test_an_adapter_on_a_vlora_vit_trains_and_merges(method: str, trained: Path,
     assert "test/accuracy" in json.loads((out / "summary.json").read_text())["test_merged"]
 
 
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_an_adapter_on_a_quantised_vit_trains_and_merges(stored: str, trained: Path, tmp_path: Path) -> None:
+    """The head is never quantised: it is trained in full."""
+    out = tmp_path / "run"
+    model = [f"model.name_or_path={_merged(trained)}", f"model.quantization={stored}", "training.deepspeed=zero2"]
+    assert train("vit_cifar10_glora", *model, *ON_TOP, f"output.dir={out}") == 0
+    assert main(["merge", str(out), "--out", str(out / "merged")]) == 0
+    report = json.loads((out / "merged" / "merge_report.json").read_text())
+    assert report["max_abs_logit_diff"] < (1e-5 if stored == "nf4" else 0.05)
+
+
 def _merged(run: Path) -> Path:
     out = run / "merged"
     if not out.exists():
