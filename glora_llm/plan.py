@@ -143,6 +143,8 @@ def check_search(recipe: Recipe) -> None:
             "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
             "take `search` away (search=null)."
         )
+    if recipe.data.format == "images" and recipe.search and recipe.search.metric == "label_accuracy":
+        raise UserError("search.metric label_accuracy is of label words; of images it is exact_match (their accuracy).")
     if recipe.data.validation is None:
         raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
 

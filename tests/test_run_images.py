@@ -101,6 +101,12 @@ def test_images_with_a_text_model(refused: Outcome) -> None:
     assert "has model_type 'llama', which is no image classifier" in message
 
 
+def test_a_search_by_label_words(refused: Outcome) -> None:
+    message = refused("adapter.slots=null", "adapter.paths=sample", "search.metric=label_accuracy",
+                      recipe="vit_cifar10_glora")  # fmt: skip
+    assert "search.metric label_accuracy is of label words" in message
+
+
 def test_sizes_that_differ_from_those_of_a_trained_model(trained: Path, refused: Outcome) -> None:
     message = refused(f"model.name_or_path={trained / 'model'}", "data.source=embedded:colours", "data.images.size=32",
                       recipe="vit_cifar10_glora")  # fmt: skip

@@ -42,9 +42,11 @@ def check_patches(patch: Any, size: int) -> None:
     """Check that patches of this side divide an image.
 
     Raises:
-        UserError: naming sizes that fit.
+        UserError: naming sizes that fit; or for a model that does not cut images into squares as a ViT does.
     """
-    if not isinstance(patch, int) or patch < 1 or size % patch:
+    if not isinstance(patch, int):
+        raise UserError(f"The model's patch_size is {patch}; expected one number, as of ViT's kind of models.")
+    if patch < 1 or size % patch:
         fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise UserError(
             f"A patch size of {patch} does not divide images of {size} x {size} pixels: use one of {fits}, or another "
@@ -124,7 +126,8 @@ def _write(source: Path, folder: Path, names: list[str], seed: int, weights: boo
         return
     tensors = _tensors(source, config)
     if not same:
-        tensors |= _new_head(len(names), config.hidden_size, config.initializer_range, seed, tensors)
+        width = _on_meta(source).classifier.in_features
+        tensors |= _new_head(len(names), width, config.initializer_range, seed, tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -141,9 +144,9 @@ def _tensors(source: Path, config: Any) -> dict[str, Any]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _new_head(classes: int, hidden: int, std: float, seed: int, tensors: dict[str, Any]) -> dict[str, Any]:
+def _new_head(classes: int, width: int, std: float, seed: int, tensors: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     dtype = next(iter(tensors.values())).dtype
-    weight = torch.empty(classes, hidden).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+    weight = torch.empty(classes, width).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
     return {f"{HEAD}weight": weight.to(dtype), f"{HEAD}bias": torch.zeros(classes, dtype=dtype)}

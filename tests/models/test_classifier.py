@@ -73,10 +73,17 @@ def test_a_configuration_that_contradicts_the_data(config: dict[str, Any], said:
         from_data(config, NAMES, 32)
 
 
-@pytest.mark.parametrize("patch", [5, 0, None, [4, 4]])
-def test_patches_divide_the_images(patch: Any) -> None:
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        (5, "does not divide images of 32 x 32 pixels: use one of 1, 2, 4, 8, 16, 32"),
+        (0, "does not divide images of 32 x 32 pixels"),
+        (None, "patch_size is None; expected one number"),
+    ],
+)
+def test_patches_divide_the_images(patch: Any, said: str) -> None:
     check_patches(4, 32)
-    with pytest.raises(UserError, match="does not divide images of 32 x 32 pixels: use one of 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(UserError, match=said):
         check_patches(patch, 32)
 
 
