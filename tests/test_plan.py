@@ -138,6 +138,7 @@ def rows_of(form: str, count: int, path: Path) -> str:
     words = ["card arrival", "lost card", "top up"]
     rows: dict[str, list[dict[str, Any]]] = {
         "classification": [{"text": f"where is card {n}", "label": words[n % 3]} for n in range(count)],
+        "text": [{"text": f"the card of customer {n} was {words[n % 3]} in {words[n % 2]}\n"} for n in range(count)],
         "alpaca": [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(count)],
     }
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[form]), encoding="utf-8")
@@ -148,8 +149,9 @@ def local(name: str, tmp_path: Path, *more: str) -> Recipe:
     """A shipped recipe on the tiny model and on rows of its format that lie here; nothing else is changed."""
     plain = recipes.load(name)
     source = rows_of(plain.data.format, 60, tmp_path / "rows.jsonl")
-    changes = [TINY, f"data.source={source}", f"output.dir={tmp_path / 'run'}"]
-    if isinstance(plain.data.validation, int):
+    model = TINY if plain.model.config is None else "model.tokenizer=train:300"
+    changes = [model, f"data.source={source}", "data.subset=null", f"output.dir={tmp_path / 'run'}"]
+    if isinstance(plain.data.validation, int | str):
         changes.append("data.validation=12")
     if plain.data.test is not None:
         changes.append(f"data.test={rows_of(plain.data.format, 9, tmp_path / 'test.jsonl')}")
@@ -160,7 +162,7 @@ def local(name: str, tmp_path: Path, *more: str) -> Recipe:
 
 def test_there_are_recipes() -> None:
     assert len(NAMES) >= 8
-    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca"}
+    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "text"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,7 +173,9 @@ def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert text == describe(make_plan(recipe, weights=False), world=1) + "\n"
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
-    assert lines["model"].startswith(f"embedded:tiny-llama, {recipe.model.quantization}, ")
+    model = "a new llama" if recipe.model.config else "embedded:tiny-llama"
+    assert lines["model"].startswith(f"{model}, {recipe.model.quantization}, ")
+    assert ("vlora" in lines) == name.startswith("vlora")
     assert re.fullmatch(rf"{recipe.adapter.method}, \d+\.\d+ M trained \(\d+\.\d+ %\)", lines["adapter"])
     t = recipe.training
     identity = f"global batch {t.global_batch} = micro batch {t.micro_batch} x accumulation "

@@ -248,6 +248,14 @@ def test_the_names_in_a_shipped_recipe_resolve(file: Path) -> None:
         assert name.removeprefix("embedded:") in embedded.names()
 
 
+@pytest.mark.parametrize("family", ["lm", "lm_tiny"])
+def test_language_models_differ_in_vlora_alone(family: str) -> None:
+    one, other = (recipe.load(str(ROOT / "recipes" / f"{kind}_{family}.yaml")) for kind in ("vlora", "dense"))
+    differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
+    assert differing == {"description", "vlora", "output"} and other.vlora is None
+    assert one.output.model_copy(update={"dir": ""}) == other.output.model_copy(update={"dir": ""})
+
+
 @pytest.mark.parametrize("family", ["smollm2", "llama2"])
 def test_twins_differ_in_the_adapter_alone(family: str) -> None:
     one, other = (recipe.load(str(ROOT / "recipes" / f"{family}_{kind}.yaml")) for kind in ("glora", "lora"))

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from glora_llm.glora import GLoRAConfig
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.objectives import CausalLMObjective
+from glora_llm.vlora import VLoRAConfig, make_compounds
 
 HIDDEN, LAYERS, ROWS, WIDTH = 96, 3, 4, 64
 CPU = torch.device("cpu")
@@ -68,3 +69,29 @@ def test_a_step_by_hand() -> None:
     """Two tokens, one target: 2 x (4 x 100 + 6 x 10 + 6 x 2 x 4 x 3) + 4 x 50."""
     cost = ModelCost(frozen=100, trained=10, head=50, layers=3, hidden=4, peak_flops=1.0)
     assert cost.step_flops(tokens=2, targets=1, width=2) == 2 * (400 + 60 + 144) + 200
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_whole_model_costs_six_an_element(shared: bool) -> None:
+    """Trained linears and a trained head; a VLoRA linear counts as the dense one whose work it does."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=160, vocab_size=200, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager", use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if shared:
+        make_compounds(model, list(model.model.layers), VLoRAConfig(layers_per_compound=LAYERS, rank=1))
+    cost = measure_cost(model, model.config, torch.float32, CPU)
+    per_layer = HIDDEN * (HIDDEN + 48 + 48 + HIDDEN) + 3 * HIDDEN * 160
+    norms = (2 * LAYERS + 1) * HIDDEN
+    assert (cost.frozen, cost.trained, cost.head_trained) == (0, LAYERS * per_layer + norms, True)
+    labels = torch.full((ROWS, WIDTH), 3)
+    masked_half = ROWS * WIDTH * 6 * WIDTH * HIDDEN * LAYERS
+    expected = cost.step_flops(ROWS * WIDTH, ROWS * (WIDTH - 1), WIDTH)
+    assert counted(model, labels) - masked_half == pytest.approx(expected, rel=0.06 if shared else 0.01)
+
+
+def test_attention_without_a_mask_does_twice_the_work() -> None:
+    costs = [ModelCost(100, 10, 50, 3, 4, 1.0, causal=causal).step_flops(2, 1, 2) for causal in (True, False)]
+    assert costs[1] - costs[0] == 2 * 6 * 2 * 4 * 3
