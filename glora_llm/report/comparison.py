@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from glora_llm.errors import UserError
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
@@ -130,6 +130,7 @@ def loss_figure(runs: Sequence[Compared]) -> Any:
     by_step.set(xlabel="Step", ylabel="Loss (nats)")
     by_time.set(xlabel="Time of training steps (s)")
     by_size.set(xlabel="Trained parameters in float32 (bytes)", xlim=(0, 1.15 * max(r.parameter_bytes for r in runs)))
+    by_size.xaxis.set_major_locator(MaxNLocator(4))
     by_size.xaxis.set_major_formatter(EngFormatter(unit="B"))
     for axes, title in ((by_step, "by step"), (by_time, "by time"), (by_size, "at the end, on test rows")):
         axes.set_title(title, fontsize=10)
