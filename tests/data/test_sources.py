@@ -194,3 +194,14 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
         write_rows(path, [{"text": content}])
         prints.append(locate(str(path), None, "train").fingerprint())
     assert prints[0] == prints[2] != prints[1]
+
+
+def test_the_embedded_text_is_three_parts_of_one() -> None:
+    parts = [locate("embedded:tinyshakespeare", None, split).read(True) for split in ("train", "validation", "test")]
+    texts = ["".join(row["text"] for row in table.rows) for table in parts]
+    assert texts[0].startswith("First Citizen:\nBefore we proceed any further") and not parts[0].label_names
+    assert all(text.endswith("\n\n") for text in texts)
+    assert len(texts[0]) > 250_000 and 10_000 < len(texts[1]) < 20_000 and 10_000 < len(texts[2]) < 20_000
+    assert len({text[:200] for text in texts}) == 3
+    with pytest.raises(UserError, match="has no split 'dev'; there is: train, validation, test"):
+        locate("embedded:tinyshakespeare", None, "dev")

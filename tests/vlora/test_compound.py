@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from glora_llm.errors import UserError
-from glora_llm.vlora import Count, VLoRAConfig, from_dense, make_compounds, matrix_count, parameter_count, vlora_layers
+from glora_llm.vlora import (
+    Count,
+    VLoRAConfig,
+    allocated,
+    from_dense,
+    make_compounds,
+    matrix_count,
+    parameter_count,
+    vlora_layers,
+)
 from tests.vlora.conftest import shared, small_llama, small_vit, stack
 
 
@@ -38,6 +47,7 @@ def test_the_count_is_what_is_allocated(kind: str, keys: dict[str, Any]) -> None
     whole = sum(counts.values(), Count())
     make_compounds(model, layers, config)
     assert total(model) == before - whole.dense + whole.total
+    assert allocated(model) == (whole if config.layers_per_compound != 1 else Count())
     assert len(counts) == {"llama": 7, "vit": 6}[kind] if config.targets is None else len(config.targets)
 
 

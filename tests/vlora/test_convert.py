@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from glora_llm.vlora import VLoRAConfig, VLoRALinear, from_dense, increments, to_dense, vlora_layers
+from glora_llm.vlora import VLoRAConfig, VLoRALinear, from_dense, increments, m_steps, to_dense, vlora_layers
 from tests.vlora.conftest import IDS, IMAGES, fill, shared, small_llama, small_vit, stack
 
 FULL = {"q_proj": 16, "k_proj": 8, "v_proj": 8, "o_proj": 16, "gate_proj": 16, "up_proj": 16, "down_proj": 16}
@@ -139,3 +139,14 @@ def test_there_and_back_keeps_the_layer_kinds() -> None:
     assert [type(layer[0]) for layer in model] == [nn.Linear, VLoRALinear, VLoRALinear, VLoRALinear]
     to_dense(model)
     assert [type(layer[0]) for layer in model] == [nn.Linear] * 4
+
+
+def test_the_m_step_of_a_layer_is_that_of_its_linears() -> None:
+    model = small_llama()
+    shared(model, model.model.layers, alpha=3.0)
+    found, sizes = m_steps(model.model.layers), increments(model)
+    assert list(found) == [1, 3], "layers 0 and 2 hold the bases"
+    for layer, size in found.items():
+        parts = [part.norm for name, part in sizes.items() if f"layers.{layer}." in name]
+        assert len(parts) == 7 and size == pytest.approx(math.hypot(*parts), rel=1e-6)
+    assert m_steps(small_llama().model.layers) == {}

@@ -202,3 +202,14 @@ def test_it_prints_what_it_is() -> None:
     make_compounds(model, list(model), VLoRAConfig(rank=2, layers_per_compound=None))
     assert isinstance(model[3][0], VLoRALinear)
     assert "rank=2, increments=3" in repr(model[3][0])
+
+
+@pytest.mark.parametrize("form", ["composed", "thin"])
+def test_a_compiled_model_is_one_graph_with_the_same_gradients(form: str) -> None:
+    model = stack(dtype=torch.float32)
+    shared(model, list(model), form=form, layers_per_compound=4)
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    expected = gradients(model, model(x).square().sum())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    same(gradients(model, compiled(x).square().sum()), expected)
