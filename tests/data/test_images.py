@@ -1,5 +1,6 @@
 """Images from every kind of source, how they are split, and what a wrong one is told."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,17 @@ def test_generated_images_are_the_same_every_time_and_have_two_tasks(prepared: P
     assert data.reports["test"].also_in_train == 0
     colours = prepared("embedded:colours")
     assert colours.names == ["red", "green", "blue", "yellow"] and colours.reports["train"].fewest > 900
+
+
+CIFAR10 = Path(os.environ.get("GLORA_DATA", "")) / "cifar10"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (CIFAR10 / "train.parquet").is_file(), reason="needs GLORA_DATA with cifar10/train.parquet")
+def test_cifar10_as_the_hub_has_it(prepared: Prepare) -> None:
+    data = prepared("cifar10", test="test", validation=0.02)
+    assert data.test is not None
+    assert (data.names[0], data.names[9], data.train.size) == ("airplane", "truck", 32)
+    assert (len(data.test), data.reports["test"].fewest, data.reports["test"].most) == (10_000, 1000, 1000)
+    assert len(data.train) + 1000 + data.reports["train"].duplicates_removed == 50_000
+    np.testing.assert_allclose(data.mean, [0.491, 0.482, 0.447], atol=2e-3)
