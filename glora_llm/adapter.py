@@ -30,22 +30,27 @@ from glora_llm.training.optim import Trainable
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
-def adapter_config(section: AdapterSection, seed: int, steps: int, task_type: str | None = "CAUSAL_LM") -> Any:
+def adapter_config(section: AdapterSection, seed: int, steps: int, classifier: nn.Module | None = None) -> Any:
     """Return the PEFT config of the section.
 
     Args:
         steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
-        task_type: PEFT's name of what the model is for; None: nothing that PEFT knows.
+        classifier: an image classifier; None: the model is a causal language model. PEFT knows no such task: the head
+            is kept out of all-linear here, and trained in full unless adapter.modules_to_save says otherwise.
 
     Raises:
         UserError: for an unknown method, or an argument that its config does not have.
     """
-    targets = section.targets
     shared: dict[str, Any] = {
-        "task_type": task_type,
-        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "target_modules": section.targets,
         "modules_to_save": section.modules_to_save,
     }
+    if classifier is not None:
+        saved = ["classifier"] if section.modules_to_save is None else section.modules_to_save
+        shared |= {"task_type": None, "modules_to_save": saved}
+        if section.targets == "all-linear":
+            shared["target_modules"] = _linear_suffixes(classifier.base_model)  # type: ignore[arg-type]
     if section.method == "glora":
         slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
         return GLoRAConfig(
@@ -132,8 +137,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
 
     torch.manual_seed(seed)
     try:
-        task_type = "CAUSAL_LM" if hasattr(base, "prepare_inputs_for_generation") else None
-        config = adapter_config(section, seed, steps, task_type)
+        is_language_model = hasattr(base, "prepare_inputs_for_generation")
+        config = adapter_config(section, seed, steps, None if is_language_model else base)
         if config.is_prompt_learning:
             raise UserError(
                 f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
@@ -171,8 +176,13 @@ def _require_matches(model: nn.Module, section: AdapterSection) -> None:
 
 def candidates(base: nn.Module) -> str:
     """Return a sentence that lists the last name parts of the model's linears."""
-    names = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
+    names = _linear_suffixes(base)
     return f"Linears of this model: {', '.join(names)}; or all-linear."
+
+
+def _linear_suffixes(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all linears."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
 
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:

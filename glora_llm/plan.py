@@ -17,6 +17,7 @@ from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.search.space import space_of
+from glora_llm.tasks.images import image_task
 from glora_llm.tasks.task import Batch, Rows, Task
 from glora_llm.tasks.text import text_task
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
@@ -65,7 +66,8 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
-    base, task = text_task(recipe, weights)  # the one place that chooses a task
+    make_task = image_task if recipe.data.format == "images" else text_task
+    base, task = make_task(recipe, weights)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
@@ -141,6 +143,8 @@ def check_search(recipe: Recipe) -> None:
             "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
             "take `search` away (search=null)."
         )
+    if recipe.data.format == "images" and recipe.search and recipe.search.metric == "label_accuracy":
+        raise UserError("search.metric label_accuracy is of label words; of images it is exact_match (their accuracy).")
     if recipe.data.validation is None:
         raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
 

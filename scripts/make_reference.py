@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from glora_llm.schema import Recipe, SlotSetting, SupernetSection
+from glora_llm.schema import ImagesSection, Recipe, SlotSetting, SupernetSection
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
 OPENING = """\
@@ -29,7 +29,12 @@ LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "anything"}
 PLURAL = {"text": "texts", "anything": "values"}
 # Models inside of sections -> their titles.
-NESTED: dict[type[BaseModel], str] = {SlotSetting: "A slot's setting", SupernetSection: "A supernet"}
+NESTED: dict[type[BaseModel], str] = {
+    SlotSetting: "A slot's setting",
+    SupernetSection: "A supernet",
+    ImagesSection: "The keys of images",
+}
+WITHIN = {"adapter": (SlotSetting, SupernetSection), "data": (ImagesSection,)}
 
 
 def main() -> int:
@@ -57,9 +62,8 @@ def reference() -> str:
             section = _section(field)
             needed = " Required." if field.is_required() else " May be left out."
             parts.append(f"## {name}\n\n{section.__doc__}{needed}\n\n{_table(section.model_fields.items())}")
-            if name == "adapter":
-                for kind, title in NESTED.items():
-                    parts.append(f"### {title}\n\n{kind.__doc__}\n\n{_table(kind.model_fields.items())}")
+            for kind in WITHIN.get(name, ()):
+                parts.append(f"### {NESTED[kind]}\n\n{kind.__doc__}\n\n{_table(kind.model_fields.items())}")
     return "\n".join(parts)
 
 

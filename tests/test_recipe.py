@@ -242,7 +242,7 @@ def test_the_names_in_a_shipped_recipe_resolve(file: Path) -> None:
     from glora_llm.models import embedded
 
     loaded = recipe.load(str(file))
-    assert loaded.data.format in FORMATS.names()
+    assert loaded.data.format in (*FORMATS.names(), "images")
     name = loaded.model.name_or_path or ""
     if name.startswith("embedded:"):
         assert name.removeprefix("embedded:") in embedded.names()
@@ -261,3 +261,9 @@ def test_twins_differ_in_the_adapter_alone(family: str) -> None:
     one, other = (recipe.load(str(ROOT / "recipes" / f"{family}_{kind}.yaml")) for kind in ("glora", "lora"))
     differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
     assert differing == {"description", "adapter", "output"}
+
+
+def test_dense_and_vlora_differ_in_the_section_vlora_alone() -> None:
+    one, other = (recipe.load(str(ROOT / "recipes" / f"vit_cifar10_{kind}.yaml")) for kind in ("vlora", "dense"))
+    differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
+    assert differing == {"description", "vlora", "output"}

@@ -1,5 +1,6 @@
 """A folder that is built once, by one process, and is complete or absent."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glora_llm.errors import UserError
 
@@ -14,6 +16,14 @@ MANIFEST = "manifest.json"
 WAIT_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """Return a SHA-256 over all that prepared data depend on: these parts, and this package's own code."""
+    code = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(module.read_bytes())
+    return hashlib.sha256(json.dumps(parts | {"code": code.hexdigest()}, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(path: Path) -> int:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glora_llm.data.cache import cached
-from glora_llm.data.formats import check_settings, readable
+from glora_llm.data.cache import cached, key_of
+from glora_llm.data.formats import Example, check_settings, readable
 from glora_llm.data.pack import pack
 from glora_llm.data.report import Report
-from glora_llm.data.sources import Sources, locate_held_out, locate_training
-from glora_llm.data.splits import Role, Split, make_splits, to_split
+from glora_llm.data.sources import Role, Sources, locate_roles
+from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
 from glora_llm.schema import DataSection
@@ -62,7 +62,7 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
     """
     check_settings(settings)
     ends_of(tokenizer, settings)
-    sources = _locate(settings)
+    sources = locate_roles(settings)
     key = cache_key(settings, {role: s.fingerprint() for role, s in sources.items()}, tokenizer, seed)
     folder = cached(cache, key, lambda partial: _build(partial, settings, tokenizer, sources, seed))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -78,31 +78,18 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
     )
 
 
-def _locate(settings: DataSection) -> dict[Role, Sources]:
-    """Return the sources of all roles that have one of their own."""
-    sources: dict[Role, Sources] = {"train": locate_training(settings)}
-    if isinstance(settings.validation, str):
-        sources["validation"] = locate_held_out(settings, "validation", settings.validation)
-    if isinstance(settings.test, str):
-        sources["test"] = locate_held_out(settings, "test", settings.test)
-    return sources
-
-
 def cache_key(
     settings: DataSection, fingerprints: dict[Role, str], tokenizer: "PreTrainedTokenizerBase", seed: int
 ) -> str:
     """Return a SHA-256 over everything that the token sets depend on, this package's own code included."""
-    code = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(module.read_bytes())
-    parts = {
-        "settings": settings.model_dump(mode="json"),
-        "content": fingerprints,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "seed": seed,
-        "code": code.hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return key_of(
+        {
+            "settings": settings.model_dump(mode="json"),
+            "content": fingerprints,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "seed": seed,
+        }
+    )
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -159,7 +146,7 @@ def _rows(
     return samples, pack(lengths, settings.max_tokens) if is_packed else [[n] for n in range(len(samples))]
 
 
-def _read_splits(settings: DataSection, sources: dict[Role, Sources], seed: int) -> list[Split]:
+def _read_splits(settings: DataSection, sources: dict[Role, Sources], seed: int) -> list[Split[Example]]:
     tables = {role: source.read(documents=settings.overlong == "split") for role, source in sources.items()}
     if settings.format == "classification" and settings.labels is None:
         column = (settings.columns or {}).get("label", "label")
@@ -178,7 +165,7 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
         UserError: as `prepare`; the function that is returned may raise it too.
     """
     check_settings(settings)
-    sources = _locate(settings)
+    sources = locate_roles(settings)
     parts = {
         "settings": settings.model_dump(mode="json", exclude=AFTER_TEXT),
         "content": {role: source.fingerprint() for role, source in sources.items()},
@@ -189,7 +176,7 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
     return identity, lambda: (example.text() for example in _read_splits(settings, sources, seed)[0].examples)
 
 
-def _report(split: Split) -> Report:
+def _report(split: Split[Example]) -> Report:
     return Report(
         split.role,
         rows_read=split.rows_read,

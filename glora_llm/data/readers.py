@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from typing import IO
@@ -183,3 +183,25 @@ def read_file(file: Traversable, documents: bool) -> Table:
             f"{file}: not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); convert it, "
             f"for example with: iconv -f latin1 -t utf-8"
         ) from error
+
+
+def join(tables: Iterable[tuple[str, Table]]) -> Table:
+    """Return one table of all rows.
+
+    Args:
+        tables: where each table comes from, and the table.
+
+    Raises:
+        UserError: when one is empty, or two name the class numbers of one column differently.
+    """
+    joined = Table([])
+    for origin, table in tables:
+        if not table.rows:
+            raise UserError(f"{origin} holds no rows.")
+        for column, names in table.label_names.items():
+            if joined.label_names.setdefault(column, names) != names:
+                raise UserError(
+                    f"{origin} numbers the classes of column '{column}' differently from the one before it."
+                )
+        joined.rows += table.rows
+    return joined

@@ -56,3 +56,39 @@ class Report:
         if self.fill:
             parts.append(f"packed into {self.rows:,} rows, {self.fill:.1%} full")
         return f"{self.role}: " + "; ".join(parts)
+
+
+@dataclass
+class ImageReport:
+    """Counts of one split of images.
+
+    Attributes:
+        rows_read: rows of the source (or drawn, or left after drawing).
+        duplicates_removed: training images left out because a held-out one has the same pixels.
+        also_in_train: held-out images with the pixels of a training image, from a source of their own: kept.
+        kept: images.
+        size: side of the square images, in pixels.
+        classes: of the whole task.
+        fewest, most: images of the smallest and of the largest class.
+    """
+
+    role: str
+    rows_read: int = 0
+    duplicates_removed: int = 0
+    also_in_train: int = 0
+    kept: int = 0
+    size: int = 0
+    classes: int = 0
+    fewest: int = 0
+    most: int = 0
+
+    def describe(self) -> str:
+        """Return the counts as one line; those that are zero and would be no news are left out."""
+        news = [
+            (self.duplicates_removed, "removed: the same as a held-out image"),
+            (self.also_in_train, "the same as a training image (kept)"),
+        ]
+        parts = [f"{self.rows_read:,} rows read", *(f"{count:,} {text}" for count, text in news if count)]
+        parts.append(f"{self.kept:,} images of {self.size} x {self.size} pixels")
+        parts.append(f"{self.classes} classes of {self.fewest:,} to {self.most:,} images")
+        return f"{self.role}: " + "; ".join(parts)

@@ -5,17 +5,18 @@ import importlib.resources
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from glora_llm.data.readers import READERS, Table, read_file, suffix
+from glora_llm.data.readers import READERS, Table, join, read_file, suffix
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
+Role = Literal["train", "validation", "test"]
 # Data sets that the package ships -> their splits.
 EMBEDDED = {"banking77": ("train", "test"), "tinyshakespeare": ("train", "validation", "test")}
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
@@ -111,11 +112,28 @@ class HubSource:
         Raises:
             UserError: when it cannot be loaded.
         """
-        names = {c: list(f.names) for c, f in self._dataset.features.items() if hasattr(f, "names")}
-        return Table(self._dataset.to_list(), names)
+        import datasets
+
+        dataset = self._dataset
+        names = {c: list(f.names) for c, f in dataset.features.items() if hasattr(f, "names")}
+        for column in [c for c, f in dataset.features.items() if isinstance(f, datasets.Image)]:
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))  # bytes or a path, as in a parquet file
+        return Table(dataset.to_list(), names)
 
 
-Source = FileSource | EmbeddedSource | HubSource
+class Source(Protocol):
+    """What rows are read from."""
+
+    def fingerprint(self) -> str:
+        """Return what changes when the content changes."""
+        ...
+
+    def read(self, documents: bool) -> Table:
+        """Return the rows; `documents` reads plain text in long pieces."""
+        ...
+
+
+Locate = Callable[[str, str | None, str], Source]  # name, subset, split
 
 
 @dataclass(frozen=True)
@@ -135,28 +153,6 @@ class Sources:
             UserError: when a part cannot be read or holds no row, or two name their class numbers differently.
         """
         return join((str(part), part.read(documents)) for part in self.parts)
-
-
-def join(tables: Iterable[tuple[str, Table]]) -> Table:
-    """Return one table of all rows.
-
-    Args:
-        tables: where each table comes from, and the table.
-
-    Raises:
-        UserError: when one is empty, or two name the class numbers of one column differently.
-    """
-    joined = Table([])
-    for origin, table in tables:
-        if not table.rows:
-            raise UserError(f"{origin} holds no rows.")
-        for column, names in table.label_names.items():
-            if joined.label_names.setdefault(column, names) != names:
-                raise UserError(
-                    f"{origin} numbers the classes of column '{column}' differently from the one before it."
-                )
-        joined.rows += table.rows
-    return joined
 
 
 def _candidates(name: str) -> list[Path]:
@@ -238,8 +234,11 @@ def names_of(source: str | Sequence[str]) -> list[str]:
     return [source] if isinstance(source, str) else list(source)
 
 
-def locate_training(settings: DataSection) -> Sources:
+def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sources:
     """Return what data.source and data.split name.
+
+    Args:
+        locate_one: (name, subset, split) -> source, where it is not one of text.
 
     Raises:
         UserError: as `locate`; when data.source is an empty list.
@@ -247,10 +246,10 @@ def locate_training(settings: DataSection) -> Sources:
     names = names_of(settings.source)
     if not names:
         raise UserError("data.source is an empty list; name at least one file, folder or hub data set.")
-    return Sources(tuple(locate(name, settings.subset, settings.split) for name in names))
+    return Sources(tuple(locate_one(name, settings.subset, settings.split) for name in names))
 
 
-def locate_held_out(settings: DataSection, role: str, name: str) -> Sources:
+def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Locate = locate) -> Sources:
     """Return what data.validation or data.test names: a file or folder, else a split of data.source.
 
     Args:
@@ -262,7 +261,7 @@ def locate_held_out(settings: DataSection, role: str, name: str) -> Sources:
     is_file = _looks_like_file(name) or name.startswith("embedded:")
     plain = [n for n in names_of(settings.source) if (found := find_path(n)) is not None and found.is_file()]
     if is_file or (("/" in name or plain) and find_path(name) is not None):
-        return Sources((locate(name, settings.subset, role),))
+        return Sources((locate_one(name, settings.subset, role),))
     if plain:
         raise UserError(
             f"data.{role}: '{name}' is no file, and no split either: data.source is the file {plain[0]}, which has no "
@@ -270,4 +269,18 @@ def locate_held_out(settings: DataSection, role: str, name: str) -> Sources:
         )
     if name == settings.split:
         raise UserError(f"data.{role}: split '{name}' is the one that is trained on (data.split); name another.")
-    return Sources(tuple(locate(n, settings.subset, name) for n in names_of(settings.source)))
+    return Sources(tuple(locate_one(n, settings.subset, name) for n in names_of(settings.source)))
+
+
+def locate_roles(settings: DataSection, locate_one: Locate = locate) -> dict[Role, Sources]:
+    """Return the sources of all roles that have one of their own; the others are drawn from the training rows.
+
+    Raises:
+        UserError: as `locate_training` and `locate_held_out`.
+    """
+    sources: dict[Role, Sources] = {"train": locate_training(settings, locate_one)}
+    if isinstance(settings.validation, str):
+        sources["validation"] = locate_held_out(settings, "validation", settings.validation, locate_one)
+    if isinstance(settings.test, str):
+        sources["test"] = locate_held_out(settings, "test", settings.test, locate_one)
+    return sources

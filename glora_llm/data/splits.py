@@ -3,23 +3,33 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Generic, Protocol, TypeVar
 
 from glora_llm.data.columns import Row
 from glora_llm.data.formats import FORMATS, Example
 from glora_llm.data.sampler import permutation
+from glora_llm.data.sources import Role
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
-
-Role = Literal["train", "validation", "test"]
 
 # Streams of the seeded choices, so that changing one leaves the others as they are.
 _DRAW = {"train": 11, "validation": 12, "test": 13}
 _LIMIT = {"train": 21, "validation": 22, "test": 23}
 
 
+class Comparable(Protocol):
+    """An example of any kind: equal texts are duplicates."""
+
+    def text(self) -> str:
+        """Return all that it says, or a digest of it."""
+        ...
+
+
+E = TypeVar("E", bound=Comparable)
+
+
 @dataclass
-class Split:
+class Split(Generic[E]):
     """The examples of one role.
 
     Attributes:
@@ -30,21 +40,21 @@ class Split:
     """
 
     role: Role
-    examples: list[Example] = field(default_factory=list)
+    examples: list[E] = field(default_factory=list)
     rows_read: int = 0
     empty: int = 0
     duplicates: int = 0
     also_in_train: int = 0
 
 
-def to_split(role: Role, rows: list[Row], settings: DataSection) -> Split:
+def to_split(role: Role, rows: list[Row], settings: DataSection) -> Split[Example]:
     """Return the rows as examples; rows whose answer is blank are left out and counted.
 
     Raises:
         UserError: for a row that does not fit the format, with its number; when every answer is blank.
     """
     to_example = FORMATS.get(settings.format)
-    split = Split(role, rows_read=len(rows))
+    split: Split[Example] = Split(role, rows_read=len(rows))
     for number, row in enumerate(rows, 1):
         origin = f"{role} row {number}"
         try:
@@ -80,7 +90,7 @@ def rows_wanted(wish: float | int, total: int, available: int, role: Role) -> in
     )
 
 
-def draw(pool: Split, count: int, role: Role, seed: int) -> tuple[Split, Split]:
+def draw(pool: Split[E], count: int, role: Role, seed: int) -> tuple[Split[E], Split[E]]:
     """Return (held-out split of `count` rows, what is left of `pool`), by a seeded choice.
 
     Rows of the pool that read the same as a held-out row are taken out of it and counted.
@@ -99,14 +109,14 @@ def draw(pool: Split, count: int, role: Role, seed: int) -> tuple[Split, Split]:
     return Split(role, held, rows_read=count), left
 
 
-def limit(split: Split, most: int | None, seed: int) -> None:
+def limit(split: Split[E], most: int | None, seed: int) -> None:
     """Keep at most `most` examples of `split`, by a seeded choice, in their order."""
     if most is not None and most < len(split.examples):
         chosen = sorted(permutation(len(split.examples), seed, _LIMIT[split.role])[:most].tolist())
         split.examples = [split.examples[n] for n in chosen]
 
 
-def make_splits(settings: DataSection, seed: int, read: Callable[[Role], Split]) -> list[Split]:
+def make_splits(settings: DataSection, seed: int, read: Callable[[Role], Split[E]]) -> list[Split[E]]:
     """Return the splits of a recipe, training first.
 
     The test rows are drawn first, then the validation rows: asking for validation changes no test row.

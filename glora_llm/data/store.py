@@ -28,7 +28,37 @@ class Row(NamedTuple):
     starts: list[int]
 
 
-class TokenSet:
+class RowSet:
+    """What the rows of every split have in common: what they are for, and a seal.
+
+    Args:
+        role: what the rows are for.
+        name: for messages; `train`, say.
+    """
+
+    def __init__(self, role: Literal["train", "validation", "test"], name: str):
+        self.role = role
+        self.name = name
+        self._sealed = ""
+
+    @contextlib.contextmanager
+    def sealed(self, why: str) -> Iterator[None]:
+        """Let every read of a row fail, while something is chosen that these rows will judge."""
+        self._sealed = why
+        try:
+            yield
+        finally:
+            self._sealed = ""
+
+    def _require_row(self, i: int, count: int) -> None:
+        """Check that row `i` of `count` may be read."""
+        if self._sealed:
+            raise RuntimeError(f"the {self.role} rows were read while {self._sealed}")
+        if not 0 <= i < count:
+            raise IndexError(f"row {i} of '{self.name}', which has rows 0 to {count - 1}")
+
+
+class TokenSet(RowSet):
     """The rows of one split, read from disk as they are asked for.
 
     Args:
@@ -41,9 +71,7 @@ class TokenSet:
     """
 
     def __init__(self, folder: Path, role: Literal["train", "validation", "test"], name: str):
-        self.role = role
-        self.name = name
-        self._sealed = ""
+        super().__init__(role, name)
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._targets = np.load(folder / "targets.npy", mmap_mode="r")
         self._samples = np.load(folder / "samples.npy")
@@ -62,23 +90,11 @@ class TokenSet:
             IndexError: when there is no such row.
             RuntimeError: when the rows are sealed.
         """
-        if self._sealed:
-            raise RuntimeError(f"the {self.role} rows were read while {self._sealed}")
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of '{self.name}', which has rows 0 to {len(self) - 1}")
+        self._require_row(i, len(self))
         bounds = self._samples[self._rows[i] : self._rows[i + 1] + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         starts = [int(start) - first for start in bounds[:-1]]
         return Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
-
-    @contextlib.contextmanager
-    def sealed(self, why: str) -> Iterator[None]:
-        """Let every read of a row fail, while something is chosen that these rows will judge."""
-        self._sealed = why
-        try:
-            yield
-        finally:
-            self._sealed = ""
 
     def digest(self) -> str:
         """Return a SHA-256 over all tokens and targets in row order: what a run was trained on."""

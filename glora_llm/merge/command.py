@@ -75,7 +75,7 @@ def merge_run(
     if to == "model" and quantize == "nf4":
         values["requantised"] = _requantise(plan, out, batches, before)
     (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
-    _print(values, out)
+    _print(values, out, plan.task.scored)
     _require_within(report, plan.recipe.merge, out)
     usual = (
         genome is None
@@ -143,8 +143,8 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
     return cost
 
 
-def _print(values: dict[str, Any], out: Path) -> None:
-    print(f"{out}: compared with the unmerged model on {values['tokens']} tokens of {values['text']}")
+def _print(values: dict[str, Any], out: Path, scored: str) -> None:
+    print(f"{out}: compared with the unmerged model on {values['tokens']} {scored} of {values['text']}")
     for title, part in (("merged", values), ("nf4 again", values.get("requantised"))):
         if part:
             print(

@@ -96,9 +96,14 @@ class AdapterLayers:
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """Give every linear of a model on meta a weight of its shape that takes no memory, so that adapters are real."""
+    """Give every linear of a model on meta a weight of its shape that takes no memory, so that adapters are real.
+
+    Its bias is real too: a head that is trained in full is copied with it.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             zeros = torch.zeros(1).expand(module.out_features, module.in_features)
             module.weight = nn.Parameter(zeros, requires_grad=False)
+            if module.bias is not None:
+                module.bias = nn.Parameter(torch.zeros(module.out_features), requires_grad=False)
     return model

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
-from glora_llm.models.families import auto_class, body, head
+from glora_llm.models.families import Kind, auto_class, body, head, kind_of
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
 from glora_llm.schema import ModelSection
@@ -76,7 +76,7 @@ def _load_pretrained(
     model, report = auto_class(config.model_type).from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=quantization_config(section, dtype),
+        quantization_config=quantization_config(section, dtype, kind_of(config.model_type)),
         device_map=_device_map(section, device, zero3),
         output_loading_info=True,
         local_files_only=True,
@@ -116,10 +116,13 @@ def compute_dtype(section: ModelSection, device: "torch.device") -> "torch.dtype
     return torch.bfloat16 if native else torch.float32
 
 
-def quantization_config(section: ModelSection, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
+def quantization_config(
+    section: ModelSection, dtype: "torch.dtype", kind: "Kind | None" = "text"
+) -> "BitsAndBytesConfig | None":
     """Return bitsandbytes' settings. 4-bit blocks are stored in `dtype`, else ZeRO 3 would not shard them.
 
-    The output head, and what is tied to it, is left out by transformers; embeddings are no linears.
+    The output head, and what is tied to it, is left out by transformers; that of an image classifier, which it would
+    quantise, is named here; embeddings are no linears.
 
     Raises:
         UserError: when bitsandbytes is not installed.
@@ -130,11 +133,13 @@ def quantization_config(section: ModelSection, dtype: "torch.dtype") -> "BitsAnd
         raise UserError(f"model.quantization {section.quantization} needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
+    kept = ["classifier"] if kind == "images" else None
     if section.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type=section.quantization,
         bnb_4bit_use_double_quant=section.double_quantization,
         bnb_4bit_compute_dtype=dtype,

@@ -43,12 +43,9 @@ def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    require_family(section, kind)
     settings = dict(section.config or {})
     family = settings.pop("model_type")
-    if not class_names(kind, family):
-        other = kind_of(family)
-        is_what = f"is a family of {KINDS[other]}s" if other else "is no family of models of the installed transformers"
-        raise UserError(f"model.config.model_type '{family}' {is_what}; expected a {KINDS[kind]}.")
     usual = AutoConfig.for_model(family)
     known = {*usual.to_dict(), *usual.attribute_map, "num_labels"}
     for name in settings:
@@ -58,6 +55,19 @@ def new_config(section: ModelSection, kind: Kind, given: Mapping[str, Any]) -> "
         return AutoConfig.for_model(family, **{**given, **settings})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from error
+
+
+def require_family(section: ModelSection, kind: Kind) -> None:
+    """Check that model.config names a family of this kind of model.
+
+    Raises:
+        UserError: when it does not.
+    """
+    family = (section.config or {})["model_type"]
+    if not class_names(kind, family):
+        other = kind_of(family)
+        is_what = f"is a family of {KINDS[other]}s" if other else "is no family of models of the installed transformers"
+        raise UserError(f"model.config.model_type '{family}' {is_what}; expected one of {KINDS[kind]}s.")
 
 
 def new_folder(

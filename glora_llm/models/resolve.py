@@ -144,7 +144,7 @@ def _check_kind(folder: Path, name: str, wanted: Kind | None) -> None:
         )
     built = config.get("architectures") or []
     if built and not allowed & set(built):
-        raise UserError(f"'{name}' is a {built[0]}, expected a {KINDS[kind]} ({', '.join(sorted(allowed))})")
+        raise UserError(f"'{name}' is a {built[0]}, expected one of the {KINDS[kind]}s ({', '.join(sorted(allowed))})")
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:

@@ -12,15 +12,14 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from glora_llm.glora.path import SLOTS, Genome, SlotSpec
+from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
 from glora_llm.search.archive import Scored
 from glora_llm.search.driver import Progress
 
-BLUE, ORANGE, VERMILLION, GREY = "#0072B2", "#E69F00", "#D55E00", "#5F5F5F"
 KINDS = (BLUE, "#56B4E9", "#009E73", "#F0E442", ORANGE, VERMILLION, "#CC79A7", "#999999")
 HATCHES = ("", "///", "...", "xx")  # where there are more kinds of linear than colours
 LATER_IS_DARKER = ListedColormap(matplotlib.colormaps["viridis_r"](np.linspace(0.12, 1, 256)))
@@ -43,7 +42,7 @@ def pareto(
         limits: (text, limit in trainable parameters); an infinite one is not drawn.
         metric: what the score is, see `SearchSection.metric`.
     """
-    figure = _figure((7.5, 5.0))
+    figure = empty_figure((7.5, 5.0))
     axes = figure.add_subplot()
     _dots(figure, axes, candidates)
     front = sorted(front, key=lambda one: one.parameters)
@@ -59,7 +58,7 @@ def pareto(
     _limit_texts(axes, finite)
     axes.set(xlabel="Trainable parameters", ylabel=METRICS.get(metric, metric))
     figure.suptitle("Score against size of every candidate")
-    _tidy(axes, "both")
+    tidy(axes, "both")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -124,7 +123,7 @@ def generations(history: Sequence[Progress], metric: str | None = None) -> Figur
         questions.setdefault(one.generation, []).append(one)
     numbers = sorted(questions)
     best = [(number, questions[number][-1].best) for number in numbers if math.isfinite(questions[number][-1].best)]
-    figure = _figure((7.5, 4.6))
+    figure = empty_figure((7.5, 4.6))
     axes = figure.add_subplot()
     size = 5.5 if len(numbers) <= 30 else 0
     axes.plot(
@@ -145,7 +144,7 @@ def generations(history: Sequence[Progress], metric: str | None = None) -> Figur
     top.set_xlabel("Forward passes so far (single rows)", color=GREY)
     top.tick_params(colors=GREY, length=0)
     top.spines["top"].set_visible(False)
-    _tidy(axes, "both")
+    tidy(axes, "both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -188,7 +187,7 @@ def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
     down = max(1, math.ceil(len(kinds) / across))
     cell = min(0.26, max(0.14, 9 / max(1, columns)))
     width = max(cell * columns, *(0.085 * len(kind) + 0.1 for kind in kinds), 0.6)
-    figure = _figure((max(5.6, across * (width + 0.2) + 2.0), down * (cell * len(SLOTS) + 0.4) + 0.9))
+    figure = empty_figure((max(5.6, across * (width + 0.2) + 2.0), down * (cell * len(SLOTS) + 0.4) + 0.9))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     full = len(kinds) == down * across  # or the numbers of the layers stand below every row
     for number, panel in enumerate(grid.flat):
@@ -226,7 +225,7 @@ def sizes(shares: Mapping[str, int]) -> Figure:
     total = table.sum()
 
     width = min(11.0, max(2.6, 0.21 * len(columns)))
-    figure = _figure((width + 4.4, max(3.8, 0.3 * len(kinds) + 1.5)))
+    figure = empty_figure((width + 4.4, max(3.8, 0.3 * len(kinds) + 1.5)))
     by_layer, by_kind = figure.subplots(1, 2, width_ratios=(width, 3.0))
     for number, (kind, row) in enumerate(zip(kinds, table, strict=True)):
         style = {
@@ -249,8 +248,8 @@ def sizes(shares: Mapping[str, int]) -> Figure:
     by_kind.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_kind.xaxis.set_major_locator(MaxNLocator(4))
     by_kind.margins(x=0.18)
-    _tidy(by_layer, "y")
-    _tidy(by_kind, "x")
+    tidy(by_layer, "y")
+    tidy(by_kind, "x")
     figure.suptitle(f"{int(total):,} trainable parameters")
     return figure
 
@@ -286,14 +285,3 @@ def _layer_ticks(columns: Sequence[int | None]) -> tuple[list[int], list[str]]:
 
 def _layer_label(columns: Sequence[int | None]) -> str:
     return f"Decoder layer ({OTHER}: in none)" if None in columns else "Decoder layer"
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    """Return an empty figure of (width, height) in inches, whose parts keep clear of each other."""
-    return Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-
-
-def _tidy(axes: Any, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.6)

@@ -5,6 +5,7 @@ Strict: an unknown key or a value of another type is an error. Nothing here impo
 
 from glora_llm.schema.adapter import AdapterSection, Mode, Slot, Slots, SlotSetting, SupernetSection
 from glora_llm.schema.data import DataSection
+from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.model import ModelSection, VLoRASection
 from glora_llm.schema.output import MergeSection, OutputSection
 from glora_llm.schema.section import PositiveInt, Section, Share, key
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterSection",
     "DataSection",
     "EvaluationSection",
+    "ImagesSection",
     "MergeSection",
     "Mode",
     "ModelSection",

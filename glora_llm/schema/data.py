@@ -2,15 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.section import PositiveInt, Section, Share, key
 
 
 class DataSection(Section):
-    """Where samples come from and how they become tokens."""
+    """Where samples come from and how they become tokens, or images of one size."""
 
-    format: str = key(..., "alpaca, prompt_completion, chat, text or classification (docs/data_formats.md)")
+    format: str = key(..., "alpaca, prompt_completion, chat, text, classification or images (docs/data_formats.md)")
     source: str | list[str] = key(
         ..., "file(s) (json, jsonl, csv, parquet, txt), a folder of them, a hub id, or `embedded:NAME`"
     )
@@ -32,6 +33,17 @@ class DataSection(Section):
         "auto", "auto: the tokenizer's template for format chat, plain text for the others"
     )
     bos: Literal["auto", "always", "never"] = key("auto", "begin with the BOS token; auto: as the family does")
-    max_tokens: Annotated[int, Field(ge=2)] = key(..., "longest sequence", "tokens")
+    max_tokens: Annotated[int, Field(ge=0)] = key(0, "longest sequence, 2 or more; 0 for images alone", "tokens")
     overlong: Literal["error", "drop", "truncate", "split"] = key("error", "what happens to longer samples")
     packing: bool = key(False, "several samples in one row, without attention between them")
+    images: ImagesSection | None = key(None, "format images: size and augmentation; none: all defaults")
+
+    @model_validator(mode="after")
+    def _text_or_images(self) -> "DataSection":
+        if self.format == "images":
+            return self
+        if self.images is not None:
+            raise ValueError(f"images belongs to format images, not to '{self.format}': data.images=null takes it away")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}; text needs 2 or more: the longest sequence in tokens")
+        return self

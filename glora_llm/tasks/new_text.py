@@ -9,7 +9,7 @@ from glora_llm.data.prepare import tokenizer_fingerprint, training_texts
 from glora_llm.data.sources import find_path
 from glora_llm.errors import UserError
 from glora_llm.models.cache import made_once
-from glora_llm.models.folder import new_config, new_folder
+from glora_llm.models.folder import new_config, new_folder, require_family
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.models.tokenizer import load_tokenizer
 from glora_llm.schema import Recipe
@@ -28,6 +28,7 @@ def new_text_model(recipe: Recipe) -> ResolvedModel:
         UserError: a configuration that does not fit, no tokenizer, or one that is larger than config.vocab_size.
     """
     section = recipe.model
+    require_family(section, "text")
     folder = _tokenizer_folder(recipe)
     tokenizer = load_tokenizer(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

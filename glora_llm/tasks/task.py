@@ -44,6 +44,7 @@ class Task(Protocol):
 
     Attributes:
         unit: what a row is made of, and speed is counted in: `tokens`, or `patches`.
+        scored: what each loss and each comparison is of: `tokens`, or `images`.
         causal: attention sees what came before alone (half of its products are masked).
         reports: by split: what was read, kept, dropped.
         previews: some training samples as text, for the eye.
@@ -51,6 +52,8 @@ class Task(Protocol):
 
     @property
     def unit(self) -> str: ...  # noqa: D102
+    @property
+    def scored(self) -> str: ...  # noqa: D102
     @property
     def causal(self) -> bool: ...  # noqa: D102
     @property

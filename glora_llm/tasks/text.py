@@ -32,6 +32,7 @@ class TextTask:
     tokenizer: Any
     data: Prepared
     unit: str = "tokens"
+    scored: str = "tokens"
     causal: bool = True
 
     @property

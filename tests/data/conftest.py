@@ -1,13 +1,17 @@
-"""Small tokenizers of three families, trained here on a few sentences, and a way to write rows to a file."""
+"""Small tokenizers of three families, trained here on a few sentences, small images, and ways to write rows."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from glora_llm.data.images import PreparedImages, prepare_images
 from glora_llm.data.tokenize import Sample
 from glora_llm.schema import DataSection
 
@@ -27,6 +31,8 @@ CHATML = (
 )
 
 Settings = Callable[..., DataSection]
+Prepare = Callable[..., PreparedImages]
+CLASSES = ["cat", "dog", "owl"]
 
 
 def byte_level(specials: list[str], trim_offsets: bool = True) -> Any:
@@ -124,3 +130,50 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 def learnt(sample: Sample, tokenizer: Any) -> str:
     """Return exactly the target tokens as text."""
     return str(tokenizer.decode(sample.tokens[sample.targets].tolist(), clean_up_tokenization_spaces=False))
+
+
+def picture(number: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    random = np.random.default_rng(number)
+    return Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def image_rows(count: int = 30, first: int = 0) -> list[dict[str, Any]]:
+    """Row n holds picture n, of class n modulo 3."""
+    return [{"img": {"bytes": encoded(picture(first + n)), "path": None}, "label": n % 3} for n in range(count)]
+
+
+def write_parquet(path: Path, content: list[dict[str, Any]], features: Any = None) -> str:
+    import datasets
+
+    path.parent.mkdir(exist_ok=True, parents=True)
+    datasets.Dataset.from_list(content, features=features).to_parquet(str(path))
+    return str(path)
+
+
+def hub_features() -> Any:
+    import datasets
+
+    return datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+
+
+def write_folder(folder: Path, count: int = 30, first: int = 0) -> str:
+    for n in range(count):
+        place = folder / CLASSES[n % 3]
+        place.mkdir(exist_ok=True, parents=True)
+        picture(first + n).save(place / f"{n:03d}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepare:
+    def make(source: str | list[str], cache: str = "cache", seed: int = 0, **keys: Any) -> PreparedImages:
+        settings = DataSection(**{"format": "images", "source": source, **keys})
+        return prepare_images(settings, tmp_path / cache, seed)
+
+    return make

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from glora_llm.data.splits import Role, Split, make_splits, to_split
+from glora_llm.data.sources import Role
+from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.errors import UserError
 from tests.data.conftest import Settings
 

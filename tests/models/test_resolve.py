@@ -119,7 +119,10 @@ def weights_file(folder: Path) -> ModelSection:
         (pickles, r"pytorch_model.bin but no safetensors.*save_pretrained"),
         (no_weights, "holds no weights"),
         (weights_file, "is a file but no .gguf"),
-        (lambda folder: edited(folder, architectures=["LlamaForSequenceClassification"]), "expected a causal language"),
+        (
+            lambda folder: edited(folder, architectures=["LlamaForSequenceClassification"]),
+            "one of the causal language mo",
+        ),
         (lambda folder: edited(folder, model_type="vit"), "model_type 'vit', which is no causal language model"),
         (lambda folder: edited(folder, quantization_config={"quant_method": "gptq"}), r"already quantised \(gptq\)"),
     ],

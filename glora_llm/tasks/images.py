@@ -1,0 +1,144 @@
+"""Images: bytes of pixels, an image classifier, loss and accuracy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from glora_llm.data.augment import augmentation
+from glora_llm.data.image_store import ImageSet
+from glora_llm.data.images import PreparedImages, prepare_images
+from glora_llm.data.report import ImageReport
+from glora_llm.errors import UserError
+from glora_llm.models.cache import cache_root
+from glora_llm.models.classifier import check_patches, from_data, with_head
+from glora_llm.models.folder import new_config, new_folder
+from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.schema import ImagesSection, Recipe
+from glora_llm.tasks.task import Batch
+from glora_llm.training.image_objective import TOP, ImageObjective
+
+MOST_COMPARED = 256  # images by which a merged model is compared
+AUGMENTATION = 43  # stream of the seeds by which training images are varied
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """An image classifier on prepared images. See `tasks.task.Task` for what the methods are for."""
+
+    recipe: Recipe
+    data: PreparedImages
+    unit: str = "patches"
+    scored: str = "images"
+    causal: bool = False
+
+    @property
+    def train(self) -> ImageSet:
+        """The training images."""
+        return self.data.train
+
+    @property
+    def validation(self) -> ImageSet | None:
+        """The images that choices are made by."""
+        return self.data.validation
+
+    @property
+    def test(self) -> ImageSet | None:
+        """The images that judge."""
+        return self.data.test
+
+    @property
+    def reports(self) -> dict[str, ImageReport]:
+        """What preparation did to each split."""
+        return self.data.reports
+
+    @property
+    def previews(self) -> list[str]:
+        """Some images in words."""
+        return self.data.previews
+
+    @property
+    def settings(self) -> ImagesSection:
+        """The recipe's section of images."""
+        return self.recipe.data.images or ImagesSection()
+
+    def batch(self, rows: ImageSet, indices: list[int]) -> Batch:
+        """Return `pixels` (B, S, S, 3) uint8 and `labels` (B) int64."""
+        found = [rows.row(index) for index in indices]
+        pixels = torch.from_numpy(np.stack([row.pixels for row in found]))
+        return {"pixels": pixels, "labels": torch.tensor([row.label for row in found])}
+
+    def training_batch(self, indices: list[int], step: int, place: int) -> Batch:
+        """Return training images, and the seed (1) int64 of how they are varied: no state is carried to a restart."""
+        key = [self.recipe.training.seed, AUGMENTATION, step, place]
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+        return self.batch(self.train, indices) | {"seed": torch.tensor([seed])}
+
+    def targets(self, rows: ImageSet, index: int) -> int:
+        """Return 1: every image counts the same."""
+        return 1
+
+    def objective(self, model: nn.Module) -> ImageObjective:
+        """Return the summed cross entropy of the classes, over varied images in training."""
+        vary = augmentation(self.settings, self.train.size, len(self.data.names))
+        return ImageObjective(model, self.data.mean, self.data.std, vary)
+
+    def means(self, table: Tensor, split: str) -> dict[str, float]:
+        """Return loss and accuracy; of more than five classes, whether the right one is among the first five."""
+        scores = {"loss": table[:, 0], "accuracy": table[:, 3]}
+        if len(self.data.names) > TOP:
+            scores["top5_accuracy"] = table[:, 4]
+        return {f"{split}/{name}": float(values.mean()) for name, values in scores.items()}
+
+    def comparison(self, rows: ImageSet, order: list[int]) -> list[Batch]:
+        """Return up to 256 images, one a batch."""
+        return [self.batch(rows, [index]) for index in order[:MOST_COMPARED]]
+
+    def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, C), and the loss of each image."""
+        images = batch["pixels"].permute(0, 3, 1, 2).float() / 255
+        logits = ImageObjective(model, self.data.mean, self.data.std).logits(images)
+        losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return logits.cpu(), losses.cpu()
+
+    def save_preprocessing(self, folder: Path) -> None:
+        """Write preprocessor_config.json: size and scale, as transformers' image processor applies them."""
+        from transformers import ViTImageProcessorPil
+
+        size = {"height": self.train.size, "width": self.train.size}
+        ViTImageProcessorPil(size=size, image_mean=self.data.mean, image_std=self.data.std).save_pretrained(folder)
+
+
+def image_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, ImageTask]:
+    """Return the classifier of a recipe (a new one has no weights yet) and its task, with the data prepared.
+
+    The data come first: they say how many classes the model has.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are.
+
+    Raises:
+        UserError: for a model or data that do not fit the recipe, or each other.
+    """
+    section, seed = recipe.model, recipe.training.seed
+    data = prepare_images(recipe.data, cache_root() / "data", seed)
+    task, size = ImageTask(recipe, data), data.train.size
+    if section.config is None:
+        return with_head(resolve(section, weights, "images"), data.names, size, seed, weights), task
+    if section.tokenizer is not None:
+        raise UserError(
+            "model.tokenizer belongs to text, and data.format is images: model.tokenizer=null takes it away."
+        )
+    config = new_config(section, "images", from_data(section.config, data.names, size))
+    check_patches(getattr(config, "patch_size", None), size)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"model.config: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+            f"{config.num_attention_heads}, so heads have no whole width."
+        )
+    identity = f"{data.mean} {data.std}"
+    folder, key = new_folder(config, recipe.vlora, seed, identity, task.save_preprocessing)
+    return ResolvedModel(folder, f"a new {config.model_type}", None, key), task

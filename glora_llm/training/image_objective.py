@@ -1,0 +1,77 @@
+"""What is minimised for images: the summed cross entropy of each image's class, soft targets included.
+
+Letters: B images, C classes, S side in pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_llm.training.objectives import TokenScores
+
+TOP = 5
+Vary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ImageObjective(nn.Module):
+    """Wraps an image classifier for the engine: batch -> summed loss over its images.
+
+    Pixels arrive as bytes and are scaled on the device; they are varied in training alone, never where they are scored.
+
+    Args:
+        model: a transformers image classifier: `pixel_values` (B, 3, S, S) -> `logits` (B, C).
+        mean, std: of red, green and blue, 0 to 1.
+        vary: (images (B, 3, S, S), labels (B)) -> (images, targets (B, C)), in training; None: nothing.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], vary: Vary | None = None):
+        super().__init__()
+        self.model, self.vary = model, vary
+        # Plain attributes: a buffer would be cast to the model's dtype by DeepSpeed.
+        self.scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+
+    def forward(
+        self, pixels: Tensor, labels: Tensor, seed: Tensor | None = None, score: bool = False
+    ) -> Tensor | TokenScores:
+        """Return the sum of -log p over the images, a float32 scalar; or, to `score`, the scores of each.
+
+        Args:
+            pixels: (B, S, S, 3) uint8.
+            labels: (B) int64.
+            seed: one int64, of all that is random in how these images are varied; None: torch's generator as it is.
+        """
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        if score:
+            return scores(self.logits(images), labels)
+        targets = labels
+        if self.vary is not None and self.training:
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(int(seed))
+                images, targets = self.vary(images, labels)
+        return nn.functional.cross_entropy(self.logits(images), targets, reduction="sum")
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        """Return the number of images."""
+        return len(batch["labels"])
+
+    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """Return the patches of a batch, and those of an image: what attends to each other, but for one class token."""
+        config: Any = self.model.config
+        patches = (batch["pixels"].shape[1] // config.patch_size) ** 2
+        return len(batch["labels"]) * patches, patches
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return float32 logits (B, C) of images (B, 3, S, S), 0 to 1."""
+        mean, std = (part.to(images.device) for part in self.scale)
+        dtype = next(value.dtype for value in self.model.parameters() if value.is_floating_point())
+        return self.model(pixel_values=((images - mean) / std).to(dtype)).logits.float()
+
+
+def scores(logits: Tensor, labels: Tensor) -> TokenScores:
+    """Return the scores of logits (B, C) for labels (B); `among_labels`: the class is among the five most likely."""
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    return TokenScores(torch.arange(len(labels), device=labels.device), loss, best[:, 0], best.any(-1))

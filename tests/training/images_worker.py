@@ -1,0 +1,56 @@
+"""Trains image classifiers in one launch, as worker.py does language models.
+
+deepspeed --num_gpus 2 tests/training/images_worker.py OUT
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from glora_llm import distributed, recipe, run
+from glora_llm.plan import make_plan
+from glora_llm.quiet import quiet_libraries
+from glora_llm.run_folder import RunFolder
+
+COMMON = [
+    "training.steps=6", "training.warmup=0", "training.global_batch=32", "training.micro_batch=8", "data.max_rows=300",
+    "data.max_test_rows=64", "data.validation=32", "model.config.num_hidden_layers=4", "vlora.layers_per_compound=2",
+    "vlora.start=kaiming", "evaluation.every=3", "output.save_every=3", "output.keep=5", "merge.after_training=false",
+]  # fmt: skip
+VARIED = "data.images={crop_padding: 2, flip: true, randaugment: 2, mixup: 0.4, cutmix: 0.4, label_smoothing: 0.1}"
+SCENARIOS: dict[str, list[str]] = {
+    "zero0": ["training.deepspeed=zero0", "data.images=null"],
+    "zero1": ["training.deepspeed=zero1", "data.images=null"],
+    "zero2": ["training.deepspeed=zero2", "data.images=null"],
+    "zero3": ["training.deepspeed=zero3", "data.images=null"],
+    "varied": ["training.deepspeed=zero2", VARIED],
+    "bfloat16": ["training.deepspeed=zero2", "model.dtype=bfloat16", VARIED],
+}
+RESUMED = ("zero3", "varied", "bfloat16")
+
+
+def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
+    """Train one scenario into `folder`."""
+    checked = recipe.load("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name], f"output.dir={folder}"])
+    made = RunFolder(folder)
+    if ranks.first:
+        made.write("recipe.yaml", recipe.dump(checked))
+    run.Run(make_plan(checked), made, ranks).go()
+
+
+def main() -> None:
+    """Train every scenario, and resume some of them from the middle in a folder of their own."""
+    quiet_libraries()
+    out, ranks = Path(sys.argv[-1]), distributed.start()
+    for name in SCENARIOS:
+        train(name, out / name, ranks)
+    for name in RESUMED:
+        again = out / f"{name}-resumed"
+        if ranks.first:
+            shutil.copytree(out / name / "checkpoints" / "step-3", again / "checkpoints" / "step-3")
+        train(name, again, ranks)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
