@@ -23,10 +23,10 @@ from glora_llm.evaluation.command import device
 from glora_llm.models.causal_lm import load_base
 from glora_llm.models.resolve import resolve
 from glora_llm.quiet import quiet_libraries
+from glora_llm.report.timing import interleaved, ratio
 from glora_llm.schema import AdapterSection, ModelSection, Slots
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.objectives import CausalLMObjective
-from timing import interleaved, ratio
 
 ALL_SLOTS: Slots = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
 METHODS: dict[str, AdapterSection] = {

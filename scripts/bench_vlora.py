@@ -25,10 +25,10 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from glora_llm.evaluation.command import device
 from glora_llm.quiet import quiet_libraries
+from glora_llm.report.timing import Times, interleaved, ratio
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.vlora import VLoRAConfig, make_compounds
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
-from timing import Times, interleaved, ratio
 
 STAR = {"topology": "star", "base_gradient": "first", "start": "kaiming"}
 FORMS: dict[str, dict[str, Any] | None] = {

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.report.timing import interleaved, ratio
 from glora_llm.vlora import VLoRAConfig, make_compounds
-from timing import interleaved, ratio
 
 SHAPES = {"768 x 768": (768, 768), "3072 x 768": (768, 3072)}  # O x I; ViT-B's attention and MLP
 FORMS = {
