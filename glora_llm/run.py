@@ -176,6 +176,8 @@ class Run:
             self.folder.write("recipe.yaml", recipes.dump(self.plan.recipe))
             identity = base_identity(self.plan, self.ranks.device)
             self.folder.write("base.json", json.dumps(identity, indent=1) + "\n")
+            if self.plan.recipe.adapter.genome:
+                self.folder.write("genome.json", Path(self.plan.recipe.adapter.genome).read_text())
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""

@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def genome(self) -> Path:
-        """The chosen genome of a supernet."""
+        """The chosen genome of a supernet, or the genome that a run was given."""
         return self.path / "genome.json"
 
     def recipe(self) -> Recipe:
@@ -64,7 +64,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is no run folder: it has no recipe.yaml. Give the output.dir of a training run."
             )
-        return recipes.load(str(file))
+        recipe = recipes.load(str(file))
+        genome = recipe.adapter.genome
+        if genome is None or Path(genome).is_file() or not self.genome.is_file():
+            return recipe
+        # The folder, or the file, has been moved since; a run keeps a copy.
+        adapter = recipe.adapter.model_copy(update={"genome": str(self.genome)})
+        return recipe.model_copy(update={"adapter": adapter})
 
     def summary(self) -> dict[str, Any]:
         """Return summary.json, or nothing where training has not ended."""

@@ -93,6 +93,11 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
         )
     print_scores(scores)
     print(f"genome: {folder.genome}; pictures and archive: {folder.search}")
+    if recipe.search and recipe.search.finetune_steps:
+        print(
+            f"to train it further, in {folder.path / 'finetuned'}: glora-llm train --recipe {folder.path}/recipe.yaml "
+            f"search.finetune_steps={recipe.search.finetune_steps}"
+        )
 
 
 def run_search(

@@ -60,6 +60,16 @@ def test_it_is_a_run_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"{RunFolder(tuned).summary()['test']['test/loss']:.4f}" in capsys.readouterr().out
 
 
+def test_it_may_be_moved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run holds a copy of its genome, wherever the file that its recipe names has gone."""
+    shutil.copytree(run / "finetuned", tmp_path / "moved")
+    recipe = tmp_path / "moved" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run), str(tmp_path / "gone")))
+    assert str(tmp_path / "gone") in recipe.read_text()
+    assert main(["evaluate", str(tmp_path / "moved")]) == 0
+    assert f"{RunFolder(run / 'finetuned').summary()['test']['test/loss']:.4f}" in capsys.readouterr().out
+
+
 def test_it_is_what_was_merged(run: Path) -> None:
     assert not (run / "merged").exists()
     merged = AutoModelForCausalLM.from_pretrained(run / "finetuned" / "merged", dtype=torch.float32).eval()
