@@ -7,6 +7,7 @@ RECIPE ?= quickstart
 ARGS   ?=
 RANKS  ?= 2
 TESTS  ?= tests
+WORKERS ?= 2
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
@@ -41,8 +42,8 @@ quickstart: $(STAMP)  ## train RECIPE on every GPU, or on RANKS processes of the
 	echo "$$launch train.py --recipe $(RECIPE) $$micro $(ARGS)"; \
 	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $$micro $(ARGS)
 
-test: $(STAMP)  ## all tests (those that need a GPU are skipped where there is none)
-	@$(IN_VENV) python -m pytest -q --durations=15 $(TESTS)
+test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are skipped where there is none)
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
 	@$(IN_VENV) python -m pytest -q -m "not slow and not launch" $(TESTS)

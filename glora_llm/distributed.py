@@ -45,7 +45,7 @@ def start() -> Ranks:
     import deepspeed
 
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
@@ -76,7 +76,8 @@ def stop() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """Return a TCP port of this machine that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

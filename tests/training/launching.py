@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from glora_llm.distributed import free_port
+
 ROOT = Path(__file__).parents[2]
 
 
-def launch(*arguments: str, ranks: int = 2, port: int = 29611) -> list[str]:
+def launch(*arguments: str, ranks: int = 2) -> list[str]:
     """Return the command line of a launch of so many CPU ranks."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    return [sys.executable, str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(port), *arguments]
+    return [sys.executable, str(deepspeed), "--num_gpus", str(ranks), "--master_port", free_port(), *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:

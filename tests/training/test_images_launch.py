@@ -23,7 +23,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The run folders of every scenario of images_worker.py: by two ranks, and in `alone` by one."""
     out = tmp_path_factory.mktemp("images")
     for ranks, folder in ((2, out), (1, out / "alone")):
-        done = finished(launch(WORKER, str(folder), ranks=ranks, port=29641))
+        done = finished(launch(WORKER, str(folder), ranks=ranks))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out
 

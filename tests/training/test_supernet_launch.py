@@ -39,7 +39,6 @@ from tests.training.supernet_worker import (
 )
 
 pytestmark = pytest.mark.launch
-PORT = 29631
 BETA = 0.9  # Adam's, of the first moment
 RESULTS = ("genome.json", "search/archive.json", *(f"search/genome-{text}.json" for text in BUDGETS))
 
@@ -52,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (out / f"{PARTITIONED}.json").write_text(json.dumps(config))
-    done = finished(launch("tests/training/supernet_worker.py", str(out), port=PORT), timeout=420, OMP_NUM_THREADS="1")
+    done = finished(launch("tests/training/supernet_worker.py", str(out)), timeout=420, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out
 
@@ -186,7 +185,7 @@ def test_a_search_that_is_killed_goes_on_and_the_launch_ends_fine_tuned_and_merg
     more = ["search.finetune_steps=2", "merge.after_training=true", f"output.dir={run}"]
     settings = [*searched_as(runs, "additive", "zero3"), *more]
     settings.remove("merge.after_training=false")
-    command = launch("train.py", "--recipe", "tiny_cpu_search", *settings, port=PORT)
+    command = launch("train.py", "--recipe", "tiny_cpu_search", *settings)
     known = journal(whole)
     killed_after(command, run / "search" / "journal.jsonl", len(known) // 3)
     left = len(journal_lines(run))
