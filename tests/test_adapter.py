@@ -1,7 +1,6 @@
 """The recipe's adapter section: its config, what is injected, what is trained at which rate, and what is saved."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,10 @@ from glora_llm.errors import UserError
 from glora_llm.glora import PRESETS, GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.models.causal_lm import meta_model
-from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import AdapterSection, ModelSection
 
 IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22]])
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ResolvedModel]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield resolve(ModelSection(name_or_path="embedded:tiny-llama"))
 
 
 def llama(**keys: Any) -> LlamaForCausalLM:

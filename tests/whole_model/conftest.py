@@ -14,6 +14,7 @@ __all__ = ["alone"]
 SHIPPED = Path(__file__).parents[2] / "glora_llm" / "data" / "tinyshakespeare" / "validation.txt"
 SMALL = [
     "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.tokenizer=train:400",
+    "vlora.layers_per_compound=2",
     "data.max_tokens=48", "data.validation=test", "data.test=null", "training.steps=5", "training.warmup=0",
     "training.global_batch=8", "training.micro_batch=2", "output.save_every=1", "output.keep=9",
     "merge.after_training=false", "evaluation.batch=16",
