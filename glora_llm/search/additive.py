@@ -1,14 +1,18 @@
-"""The additive search: fit what each choice of each slot adds to the score, propose the best sums, let them race.
+"""The additive search: fit what each choice of each slot adds to the score, propose the best sums, improve the winner.
 
 A supernet's score is close to a sum over its slots. So instead of scoring few genomes on all rows, many genomes are
 scored on a few rows each, and the effects of all choices are fitted at once. For a sum the best genome within a limit
-is found without a forward pass. New samples are taken around it, the fit is repeated, and in the end the proposals
-race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row by row. The
-winners breed, and their children race with them.
+is found without a forward pass. New samples are taken around it, the fit is repeated, and the proposals race: on
+growing parts of the rows the better half goes on, without what is surely worse than the best, row by row.
+
+What is no sum is left to chance and to the rows: children of the best genomes run heats. A child that is behind the
+best genome on a sixteenth of the rows is dropped, then on an eighth, and so on; one that is ahead on all of them takes
+its place. Four in five go after the first part, so a heat costs little.
 """
 
 import itertools
 from collections.abc import Generator, Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +23,28 @@ from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
 ROUNDS = 10  # fits, each after an equal share of the samples
-SHARE_FITTED = 0.55  # of the passes; the rest is for the races
+SHARE_FITTED = 0.45  # of the passes; the rest is for the race and the heats
 PARTS = 16  # the rows are cut in so many; while effects are fitted, so many genomes are scored on one part at a time
 PROPOSED = 3  # genomes after each fit
 MUTATED = 0.2  # share of the slots that is drawn anew around the best genome so far
 RACERS = 10
 RACE_COST = 0.32  # passes of a race for each racer: an eighth of the rows, half as many racers for each next part
-BRED = 0.08  # share of the slots that is drawn anew in a child of two winners of a race
-SCREENED = 8  # children that the fitted effects choose one of
-WINNERS = 4
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
+HEAT = 8  # children
+FIRST_PART = 16  # a heat begins with so small a part of the rows, and doubles it
+ELITE = 4  # genomes scored on all rows that have children
+CROSSED = 0.5  # share of the children that have two parents
+BRED = 0.08  # share of the slots that is drawn anew in a child
+SCREENED = 3  # children that the fitted effects choose one of
 SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
+
+
+class Known(NamedTuple):
+    """A genome that is scored on all rows: its mean, and the score of each row."""
+
+    score: float
+    code: Code
+    rows: NDArray[np.float64]
 
 
 @STRATEGIES.register("additive")
@@ -56,14 +71,15 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     left = round(settings.passes * (1 - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
     racers = _unique(reversed(proposals))[:field]
-    seen: set[tuple[bytes, int]] = set()
-    for lap in itertools.count(ROUNDS):
-        winners, used = yield from _race(racers, order, lap, seen)
+    winner, used = yield from _race(racers, order, ROUNDS)
+    elite, tried = [winner], {code.tobytes() for code in racers}
+    for lap in itertools.count(ROUNDS + 1):
         left -= used
-        if left < used or not used:
+        children = _children(space, elite, effects, limit, rng, tried) if left >= 2 * rows else []
+        if not children:
             break
-        children = [_child(space, winners, effects, limit, rng) for _ in range(field - len(winners))]
-        racers = _unique([*winners, *children])
+        better, used = yield from _heat(children, elite[0], rng.permutation(rows), lap)
+        elite = sorted([*elite, *better], key=lambda known: -known.score)[:ELITE]
     yield Ask(smaller, np.arange(rows), lap)
 
 
@@ -84,44 +100,78 @@ def _propose(space: Space, fit: Fit, effects: Effects, limit: float, rng: np.ran
     return [best_within(space, found, limit) for found in (*map(fit.effects, halves), effects)]
 
 
-def _child(space: Space, winners: list[Code], effects: Effects, limit: float, rng: np.random.Generator) -> Code:
-    """Return the child of two winners that the effects speak best of, out of several."""
-    genes, children = np.arange(len(space.genes)), []
-    for _ in range(SCREENED):
-        one, other = (winners[rng.integers(len(winners))] for _ in range(2))
-        children.append(space.mutate(space.cross(one, other, rng, limit), rng, limit, BRED))
-    return max(children, key=lambda code: float(effects[genes, code].sum()))
+def _children(
+    space: Space, elite: list[Known], effects: Effects, limit: float, rng: np.random.Generator, tried: set[bytes]
+) -> list[Code]:
+    """Return up to HEAT children of the elite that were not tried yet, each the best of some by the fitted effects."""
+    genes, found = np.arange(len(space.genes)), list[Code]()
+    for _ in range(20 * HEAT):
+        if len(found) == HEAT:
+            break
+        pool = []
+        for _ in range(SCREENED):
+            one, other = (elite[rng.integers(len(elite))].code for _ in range(2))
+            parent = space.cross(one, other, rng, limit) if rng.random() < CROSSED else one
+            pool.append(space.mutate(parent, rng, limit, BRED))
+        child = max(pool, key=lambda code: float(effects[genes, code].sum()))
+        if child.tobytes() not in tried:
+            tried.add(child.tobytes())
+            found.append(child)
+    return found
 
 
 def _unique(codes: Iterable[Code]) -> list[Code]:
     return list({code.tobytes(): code for code in codes}.values())
 
 
-def _race(
-    racers: list[Code], order: NDArray[np.int64], generation: int, seen: set[tuple[bytes, int]]
-) -> Generator[Ask, Values, tuple[list[Code], int]]:
+def _race(racers: list[Code], order: NDArray[np.int64], generation: int) -> Generator[Ask, Values, tuple[Known, int]]:
     """Score racers on a part of the rows, keep the better half without what is surely worse than the best, go on.
 
-    Args:
-        seen: (genome, first row of a part) of all races so far; what is in it costs nothing again.
-
     Returns:
-        the best, best first, and the row scores that this race cost.
+        the winner, and the row scores that the race cost.
     """
     done, end, used = 0, max(2, len(order) // 8), 0
     scores = np.zeros((len(racers), 0))
-    ranked = list(racers)
     while done < len(order):
-        values = yield Ask(racers, np.sort(order[done:end]), generation)
-        parts = {(code.tobytes(), done) for code in racers}
-        used += len(parts - seen) * values.shape[1]
-        seen |= parts
-        scores = np.hstack([scores, values])
+        scores = np.hstack([scores, (yield from _score(racers, order[done:end], generation))])
+        used += len(racers) * len(order[done:end])
         behind = scores[scores.mean(1).argmax()] - scores
-        error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1])
+        several = behind.shape[1] > 1  # of one row nothing is sure
+        error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1]) if several else np.full(len(racers), np.inf)
         best_first = np.argsort(-scores.mean(1), kind="stable")
-        ranked = [racers[index] for index in best_first] + ranked[len(racers) :]
         keep = [i for i in best_first[: max(2, len(racers) // 2)] if behind[i].mean() <= WORSE * error[i]]
         racers, scores = [racers[index] for index in keep], scores[keep]
         done, end = end, min(len(order), 2 * end)
-    return ranked[:WINNERS], used
+    return _known(racers[0], order, scores[0]), used
+
+
+def _heat(
+    children: list[Code], best: Known, order: NDArray[np.int64], generation: int
+) -> Generator[Ask, Values, tuple[list[Known], int]]:
+    """Score children on growing parts of the rows, each as long as it is ahead of the best genome on them.
+
+    Returns:
+        those that are ahead on all rows, and the row scores that the heat cost.
+    """
+    done, end, used = 0, max(2, len(order) // FIRST_PART), 0
+    scores = np.zeros((len(children), 0))
+    while children and done < len(order):
+        scores = np.hstack([scores, (yield from _score(children, order[done:end], generation))])
+        used += len(children) * len(order[done:end])
+        keep = np.flatnonzero(scores.mean(1) > best.rows[order[:end]].mean())
+        children, scores = [children[index] for index in keep], scores[keep]
+        done, end = end, min(len(order), 2 * end)
+    return [_known(code, order, row) for code, row in zip(children, scores, strict=True)], used
+
+
+def _score(codes: list[Code], rows: NDArray[np.int64], generation: int) -> Generator[Ask, Values, Values]:
+    """Ask for the scores of rows in any order; return them in that order."""
+    place = np.argsort(rows)
+    values = yield Ask(codes, rows[place], generation)
+    return values[:, np.argsort(place)]
+
+
+def _known(code: Code, order: NDArray[np.int64], scores: NDArray[np.float64]) -> Known:
+    rows = np.empty(len(order))
+    rows[order] = scores
+    return Known(float(rows.mean()), code, rows)

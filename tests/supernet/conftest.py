@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
-from glora_llm import distributed
 from glora_llm.adapter import adapted_layers, read_genome
 from glora_llm.cli import main
 from glora_llm.evaluation.command import load_adapted
@@ -17,10 +15,11 @@ from glora_llm.glora.path import Path as SlotPath
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
+from tests.in_process import one_thread, train_in_process
 from tests.merge.conftest import logits
-from tests.test_run import alone, forget_launch, write_rows
+from tests.test_run import alone, write_rows
 
-__all__ = ["alone"]
+__all__ = ["alone", "one_thread"]
 BUDGETS = {"3k": 3000, "1.5k": 1500, "0.7k": 700}
 SEARCH = ["--budget", ",".join(BUDGETS), "search.passes=6"]
 Copy = Callable[..., Path]
@@ -36,21 +35,8 @@ def overrides(data: Path, out: Path) -> list[str]:
 
 
 def train(data: Path, out: Path, *more: str) -> int:
-    """Run `glora-llm train` in this process, and forget that it was a launch."""
-    try:
-        return main(["train", "--recipe", "tiny_cpu_search", *overrides(data, out), *more])
-    finally:
-        distributed.stop()
-        forget_launch()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are cut in the same way however many cores there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """Train the supernet in this process."""
+    return train_in_process("tiny_cpu_search", *overrides(data, out), *more)
 
 
 @pytest.fixture(scope="module")

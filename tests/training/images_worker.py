@@ -7,10 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from glora_llm import distributed, recipe, run
-from glora_llm.plan import make_plan
+from glora_llm import distributed
 from glora_llm.quiet import quiet_libraries
-from glora_llm.run_folder import RunFolder
+from tests.training.scenarios import train_scenario
 
 COMMON = [
     "training.steps=6", "training.warmup=0", "training.global_batch=32", "training.micro_batch=8", "data.max_rows=300",
@@ -31,11 +30,7 @@ RESUMED = ("zero3", "varied", "bfloat16")
 
 def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
     """Train one scenario into `folder`."""
-    checked = recipe.load("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name], f"output.dir={folder}"])
-    made = RunFolder(folder)
-    if ranks.first:
-        made.write("recipe.yaml", recipe.dump(checked))
-    run.Run(make_plan(checked), made, ranks).go()
+    train_scenario("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name]], folder, ranks)
 
 
 def main() -> None:

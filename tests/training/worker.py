@@ -7,10 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from glora_llm import distributed, recipe, run
-from glora_llm.plan import make_plan
+from glora_llm import distributed
 from glora_llm.quiet import quiet_libraries
-from glora_llm.run_folder import RunFolder
+from tests.training.scenarios import train_scenario
 
 COMMON = [
     "training.steps=6",
@@ -50,11 +49,7 @@ RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora", 
 
 def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
     """Train one scenario into `folder`."""
-    checked = recipe.load("tiny_cpu", [*COMMON, *SCENARIOS[name], f"output.dir={folder}"])
-    made = RunFolder(folder)
-    if ranks.first:
-        made.write("recipe.yaml", recipe.dump(checked))
-    run.Run(make_plan(checked), made, ranks).go()
+    train_scenario("tiny_cpu", [*COMMON, *SCENARIOS[name]], folder, ranks)
 
 
 def main() -> None:

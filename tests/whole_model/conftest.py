@@ -1,16 +1,13 @@
 """VLoRA language models of a few thousand numbers, trained in this process."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from glora_llm import distributed
-from glora_llm.cli import main
-from tests.test_run import alone, forget_launch
+from tests.in_process import one_thread, train_in_process
+from tests.test_run import alone
 
-__all__ = ["alone"]
+__all__ = ["alone", "one_thread"]
 SHIPPED = Path(__file__).parents[2] / "glora_llm" / "data" / "tinyshakespeare" / "validation.txt"
 SMALL = [
     "model.config.hidden_size=32", "model.config.intermediate_size=48", "model.tokenizer=train:400",
@@ -27,21 +24,8 @@ def overrides(out: Path) -> list[str]:
 
 
 def train(out: Path, *more: str, recipe: str = "vlora_lm_tiny") -> int:
-    """Run `glora-llm train` in this process, and forget that it was a launch."""
-    try:
-        return main(["train", "--recipe", recipe, *overrides(out), *more])
-    finally:
-        distributed.stop()
-        forget_launch()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are cut in the same way however many cores there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    """Train in this process."""
+    return train_in_process(recipe, *overrides(out), *more)
 
 
 @pytest.fixture(scope="module")

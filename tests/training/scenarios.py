@@ -1,0 +1,16 @@
+"""What the workers of launched tests do for each scenario."""
+
+from pathlib import Path
+
+from glora_llm import distributed, recipe, run
+from glora_llm.plan import make_plan
+from glora_llm.run_folder import RunFolder
+
+
+def train_scenario(recipe_name: str, overrides: list[str], folder: Path, ranks: distributed.Ranks) -> None:
+    """Train a recipe into `folder` on ranks that have met already."""
+    checked = recipe.load(recipe_name, [*overrides, f"output.dir={folder}"])
+    made = RunFolder(folder)
+    if ranks.first:
+        made.write("recipe.yaml", recipe.dump(checked))
+    run.Run(make_plan(checked), made, ranks).go()
