@@ -17,8 +17,8 @@ from glora_llm import recipe as recipes
 from glora_llm.adapter import adapted_layers
 from glora_llm.distributed import Ranks
 from glora_llm.errors import UserError
-from glora_llm.evaluation.command import device, load_adapted, print_scores, score_model, score_of
-from glora_llm.evaluation.genomes import RowScorer
+from glora_llm.evaluation.command import device, load_adapted, passes_of, print_scores, score_model
+from glora_llm.evaluation.genomes import Passes, RowScorer
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
 from glora_llm.glora.supernet import set_paths
@@ -64,7 +64,7 @@ def search_after_training(
         say(f"the search had ended already: {folder.genome} (`glora-llm search {folder.path}` starts another)")
         return None
     place = (ranks.rank, ranks.world, engine.stage == 3)
-    return run_search(plan, folder, model, engine.score, engine.gather_rows, launch, place)
+    return run_search(plan, folder, model, Passes(engine.score, engine.loss), engine.gather_rows, launch, place)
 
 
 def search_command(run: Path, overrides: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     require_same_base(folder, plan)
     model = load_adapted(plan, folder.adapter)
     launch = Launch(True, lambda value: value, device())
-    results = run_search(plan, folder, model, score_of(plan, model), lambda table: table, launch)
+    results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch)
     scores = {} if plan.task.test is None else score_model(plan, model, "test")
     folder.update_summary({"search": results, "test_genome": scores})
     for text, found in results.items():
@@ -104,7 +104,7 @@ def run_search(
     plan: Plan,
     folder: RunFolder,
     model: Any,
-    score: Callable[[Any], Any],
+    passes: Passes,
     gather: Callable[[torch.Tensor], torch.Tensor],
     launch: Launch,
     place: tuple[int, int, bool] = (0, 1, False),
@@ -112,7 +112,6 @@ def run_search(
     """Search within every limit of the recipe; write genomes, archive and figures; leave the model on the first genome.
 
     Args:
-        score: batch -> TokenScores.
         gather: sums a table over ranks.
         place: rank, world, and whether parameters are sharded.
 
@@ -125,7 +124,7 @@ def run_search(
     settings = plan.recipe.search or SearchSection()
     layers = adapted_layers(model)
     space = space_of(layers, settings, _measured(plan, folder, layers, settings, launch))
-    scorer = RowScorer.of(plan, layers, settings, score, gather, *place)
+    scorer = RowScorer.of(plan, layers, settings, passes, gather, *place)
     journal = _journal(folder, scorer, launch)
     results, found = {}, {}
     for text, limit in limits(settings).items():

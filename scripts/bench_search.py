@@ -1,6 +1,6 @@
 """The additive search against the GLoRA paper's evolution on one supernet: forward samples, seconds, best score.
 
-  python scripts/bench_search.py [--run RUN] [--budget 10k] [--seeds 0 1 2 3 4] [--out FILE.md]
+  python scripts/bench_search.py [--run RUN] [--budget 15k] [--seeds 0 1 2 3 4] [--out FILE.md]
 
 Without --run a supernet of a small random LLaMA is trained first (`--recipe bench_search`). Evolution runs with its
 reference numbers: 50 random candidates, then 20 generations of 50, each scored on all validation rows. A search has
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from glora_llm.adapter import adapted_layers
-from glora_llm.evaluation.command import load_adapted, score_of
+from glora_llm.evaluation.command import load_adapted, passes_of
 from glora_llm.evaluation.genomes import RowScorer
 from glora_llm.plan import make_plan
 from glora_llm.quiet import quiet_libraries
@@ -38,7 +38,11 @@ def main() -> int:
     """Run every search, print the table, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, help="a trained supernet; none: train the small one")
-    parser.add_argument("--budget", default="10k", help="limit on trainable parameters")
+    parser.add_argument(
+        "--budget",
+        default="15k",
+        help="limit on trainable parameters (default: half of what the supernet draws on average)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", type=int, help="validation rows; none: all")
     parser.add_argument("--strategies", nargs="+", default=[REFERENCE, "random", OURS])
@@ -73,7 +77,7 @@ class Bench:
         layers = adapted_layers(model)
         self.settings = SearchSection(budget=budget, max_rows=rows)
         self.space: Space = space_of(layers, self.settings)
-        self.scorer = RowScorer.of(plan, layers, self.settings, score_of(plan, model), lambda table: table)
+        self.scorer = RowScorer.of(plan, layers, self.settings, passes_of(plan, model), lambda table: table)
 
     def search(self, strategy: str, seed: int) -> tuple[Found, Any]:
         """Search from nothing; return what was found and the best candidate's scores, (rows)."""

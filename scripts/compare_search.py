@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from glora_llm.adapter import adapted_layers, read_genome
 from glora_llm.errors import UserError
-from glora_llm.evaluation.command import load_adapted, score_model, score_of
+from glora_llm.evaluation.command import load_adapted, passes_of, score_model
 from glora_llm.evaluation.genomes import RowScorer
 from glora_llm.glora.path import Path
 from glora_llm.glora.supernet import set_paths
@@ -63,7 +63,7 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
     space = space_of(layers, settings)
     limit = next(iter(limits(settings).values()))
     loss = settings.model_copy(update={"metric": "loss"})
-    scorer = RowScorer.of(plan, layers, loss, score_of(plan, model), lambda table: table)
+    scorer = RowScorer.of(plan, layers, loss, passes_of(plan, model), lambda table: table)
     rows = np.arange(len(scorer.numbers))
     effects = _effects(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
     uniform = sorted(_uniform(space, limit), key=lambda code: -effects[np.arange(len(code)), code].sum())[:FINALISTS]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from glora_llm.errors import UserError
+from glora_llm.evaluation.genomes import Passes
 from glora_llm.evaluation.scoring import score_rows
 from glora_llm.models.families import auto_class
 from glora_llm.plan import Plan, make_plan
@@ -102,13 +103,18 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
 
 def score_of(plan: Plan, model: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
     """Return batch -> TokenScores of a model in this process alone."""
+    return passes_of(plan, model).score
+
+
+def passes_of(plan: Plan, model: Any) -> Passes:
+    """Return what a search asks of a model, in this process alone."""
     objective = plan.task.objective(model).eval()
 
     def score(batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
             return objective(**on(device(), batch), score=True)
 
-    return score
+    return Passes(score, lambda batch: objective(**on(device(), batch)))
 
 
 def print_summary(folder: RunFolder) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,20 @@ from torch import distributed as dist
 from glora_llm.evaluation.scoring import score_rows
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
+from glora_llm.glora.slopes import slopes
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan import Plan
 from glora_llm.schema import SearchSection
 from glora_llm.tasks.task import Rows
 
 COLUMNS = {"exact_match": 3, "label_accuracy": 4}
+
+
+class Passes(NamedTuple):
+    """A model as a search uses it. Every rank of sharded parameters must call them equally often."""
+
+    score: Callable[[dict[str, torch.Tensor]], Any]  # batch -> TokenScores
+    loss: Callable[[dict[str, torch.Tensor]], torch.Tensor]  # batch -> summed loss with its graph
 
 
 @dataclass
@@ -31,7 +40,7 @@ class RowScorer:
         layers: of the supernet, by name.
         numbers: the validation rows that a search counts as 0, 1, ...
         metric: `loss`, `exact_match` or `label_accuracy`.
-        score_batch: batch -> TokenScores.
+        passes: the model.
         gather: sums a float64 table over ranks.
         rank, world: of this launch.
         sharded: parameters are partitioned, so all ranks must compute every layer together.
@@ -41,7 +50,7 @@ class RowScorer:
     layers: Mapping[str, GLoRALinear]
     numbers: Sequence[int]
     metric: str
-    score_batch: Callable[[Any], Any]
+    passes: Passes
     gather: Callable[[torch.Tensor], torch.Tensor]
     rank: int = 0
     world: int = 1
@@ -49,7 +58,7 @@ class RowScorer:
 
     @classmethod
     def of(cls, plan: Plan, layers: Mapping[str, GLoRALinear], settings: SearchSection, *launch: Any) -> "RowScorer":
-        """Return the scorer that a search section asks for; `launch` is the rest, from `score_batch` on."""
+        """Return the scorer that a search section asks for; `launch` is the rest, from `passes` on."""
         rows = plan.rows("validation")
         assert rows is not None
         return cls(plan, layers, plan.choice(rows, settings.max_rows), settings.metric, *launch)
@@ -73,11 +82,31 @@ class RowScorer:
             tables = list(self.gather(torch.cat(tables)).split([len(rows) for _, rows in requests]))
         return [self._values(table) for table in tables]
 
+    def slopes(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
+        """Return, for each request, by how much `loss` would fall for each choice of each slot, to first order."""
+        found: dict[int, torch.Tensor] = {}
+        for start in range(0, len(requests), self.world):
+            index = min(start + self.rank, len(requests) - 1)  # idle ranks keep step: sharded layers need all of them
+            genome, rows = requests[index]
+            set_paths(self.layers, genome)
+            values = self._slopes([self.numbers[row] for row in rows]) / (len(rows) * self.mean_targets)
+            found[index] = values if index == start + self.rank else torch.zeros_like(values)
+        empty = torch.zeros_like(values)
+        return [
+            table.numpy() for table in self.gather(torch.stack([found.get(i, empty) for i in range(len(requests))]))
+        ]
+
+    def _slopes(self, chosen: list[int]) -> torch.Tensor:
+        size = self.plan.recipe.evaluation.batch
+        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        losses = [partial(self.passes.loss, self.plan.batch(self.rows, batch)) for batch in batches]
+        return torch.stack([slopes(self.layers, loss) for loss in losses]).sum(0)
+
     def _table(self, chosen: list[int]) -> torch.Tensor:
         return score_rows(
             [int(self.lengths[number]) for number in chosen],
             lambda indices: self.plan.batch(self.rows, [chosen[index] for index in indices]),
-            self.score_batch,
+            self.passes.score,
             self.gather if self.sharded else lambda table: table,
             self.plan.recipe.evaluation.batch,
             self.rank if self.sharded else 0,

@@ -66,6 +66,12 @@ def _tiny() -> Path:
     return made_once("tiny-llama-v1", lambda folder: write_random_llama(folder, TINY, seed=0))
 
 
+def _small() -> Path:
+    from glora_llm.models.random_llama import SMALL, write_random_llama
+
+    return made_once("small-llama-v1", lambda folder: write_random_llama(folder, SMALL, seed=0))
+
+
 def _seven_billion() -> Path:
     from glora_llm.models.random_llama import LLAMA2_7B, write_random_llama
 
@@ -78,6 +84,7 @@ EMBEDDED.register("smollm2-135m-instruct")(
 EMBEDDED.register("tiny-llama")(
     EmbeddedModel("2 layers of width 64 with random weights and a byte tokenizer, 0.4 MB; for tests", _tiny)
 )
+EMBEDDED.register("small-llama")(EmbeddedModel("tiny-llama with 8 layers, 1.3 MB; for scripts/bench_search.py", _small))
 EMBEDDED.register("llama2-7b-random")(
     EmbeddedModel("the shape of LLaMA-2-7B with random bfloat16 weights, 13.5 GB; for speed and memory", _seven_billion)
 )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ class LlamaShape:
 
 # std 0.1 rather than 0.02: at width 64 the logits would otherwise be so flat that tests could not tell them apart
 TINY = LlamaShape(2, 64, 128, 4, 2, 256 + len(SPECIALS), 512, "float32", 0.1)
+SMALL = replace(TINY, layers=8)
 LLAMA2_7B = LlamaShape(32, 4096, 11008, 32, 32, 32000, 4096, "bfloat16", 0.02)  # arXiv 2307.09288, untied head
 
 

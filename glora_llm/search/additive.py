@@ -1,9 +1,10 @@
 """The additive search: fit what each choice of each slot adds to the score, propose the best sums, improve the winner.
 
-A supernet's score is close to a sum over its slots. So instead of scoring few genomes on all rows, many genomes are
-scored on a few rows each, and the effects of all choices are fitted at once. For a sum the best genome within a limit
-is found without a forward pass. New samples are taken around it, the fit is repeated, and the proposals race: on
-growing parts of the rows the better half goes on, without what is surely worse than the best, row by row.
+A supernet's score is close to a sum over its slots. Backward passes of random genomes, on a few rows each, say to first
+order what every choice is worth. Then, instead of scoring few genomes on all rows, many genomes are scored on a few
+rows each, and the effects of all choices are fitted at once, the slopes among the regressors. For a sum the best genome
+within a limit is found without a forward pass. New samples are taken around it, the fit is repeated, and the proposals
+race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row by row.
 
 What is no sum is left to chance and to the rows: children of the best genomes run heats. A child that is behind the
 best genome on a sixteenth of the rows is dropped, then on an eighth, and so on; one that is ahead on all of them takes
@@ -18,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glora_llm.schema import SearchSection
+from glora_llm.search.archive import SLOPE_SAMPLES
 from glora_llm.search.effects import Effects, Fit, best_within
 from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
 ROUNDS = 10  # fits, each after an equal share of the samples
-SHARE_FITTED = 0.45  # of the passes; the rest is for the race and the heats
+SHARE_SLOPES = 0.15  # of the passes
+SHARE_FITTED = 0.4  # of the passes; the rest is for the race and the heats
 PARTS = 16  # the rows are cut in so many; while effects are fitted, so many genomes are scored on one part at a time
 PROPOSED = 3  # genomes after each fit
 MUTATED = 0.2  # share of the slots that is drawn anew around the best genome so far
@@ -54,7 +57,7 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     order = rng.permutation(rows)
     parts = [np.sort(part) for part in np.array_split(order, min(PARTS, rows))]
     asks = max(ROUNDS, round(settings.passes * SHARE_FITTED))
-    fit = Fit(space)
+    fit = Fit(space, (yield from _slopes(space, limit, parts, settings.passes, rng)))
     proposals: list[Code] = []
     for number in range(asks):
         turn = number * ROUNDS // asks
@@ -68,7 +71,7 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     effects = fit.effects()
     proposals += _propose(space, fit, effects, limit, rng)
     smaller = _smaller(space, effects, space.cost(proposals[-1]))
-    left = round(settings.passes * (1 - SHARE_FITTED) - len(smaller)) * rows
+    left = round(settings.passes * (1 - SHARE_SLOPES - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
     racers = _unique(reversed(proposals))[:field]
     winner, used = yield from _race(racers, order, ROUNDS)
@@ -81,6 +84,18 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
         better, used = yield from _heat(children, elite[0], rng.permutation(rows), lap)
         elite = sorted([*elite, *better], key=lambda known: -known.score)[:ELITE]
     yield Ask(smaller, np.arange(rows), lap)
+
+
+def _slopes(
+    space: Space, limit: float, parts: list[NDArray[np.int64]], passes: int, rng: np.random.Generator
+) -> Generator[Ask, Values, Effects]:
+    """Return the mean slopes of random genomes, each over one part of the rows."""
+    count = max(1, round(passes * SHARE_SLOPES / SLOPE_SAMPLES * len(parts)))
+    found = np.zeros(space.parameters.shape)
+    for number, part in enumerate(parts[:count]):
+        codes = [space.random(rng, limit) for _ in range(number, count, len(parts))]
+        found += (yield Ask(codes, part, 0, slopes=True)).sum(0) / count
+    return found
 
 
 def _sample(space: Space, proposals: list[Code], limit: float, rng: np.random.Generator) -> Code:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from glora_llm.errors import UserError
 from glora_llm.search.space import Code
 
+SLOPE_SAMPLES = 3  # forward passes that a row's forward and backward pass are worth
+
 
 class Scored(NamedTuple):
     """One candidate that was scored on all rows."""
@@ -53,6 +55,7 @@ class Journal:
     def __init__(self, file: Path | None, identity: dict[str, Any], rows: int, lines: Sequence[str] = ()):
         self.file, self.rows = file, rows
         self.values: dict[bytes, NDArray[np.float64]] = {}
+        self.slopes: dict[bytes, NDArray[np.float64]] = {}  # by the bytes of code and rows
         self.samples = 0
         entries = list(_whole_lines(lines))
         if entries and entries[0] != identity:
@@ -62,7 +65,9 @@ class Journal:
                 "search anew, or put back what was changed."
             )
         for entry in entries[1:]:
-            self._keep(bytes.fromhex(entry["code"]), np.array(entry["rows"]), np.array(entry["values"]))
+            keep = self._keep_slopes if "slopes" in entry else self._keep
+            values = np.array(entry["slopes" if "slopes" in entry else "values"])
+            keep(bytes.fromhex(entry["code"]), np.array(entry["rows"]), values)
         if file is not None:
             kept = entries or [identity]
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,12 +88,23 @@ class Journal:
     def record(self, code: Code, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """Keep the scores of some rows, on disk too."""
         self._keep(code.tobytes(), rows, values)
+        self._append({"code": code.tobytes().hex(), "rows": rows.tolist(), "values": values.tolist()})
+
+    def record_slopes(self, code: Code, rows: NDArray[np.int64], slopes: NDArray[np.float64]) -> None:
+        """Keep the slopes of a genome over some rows, on disk too; they count as SLOPE_SAMPLES of each row."""
+        self._keep_slopes(code.tobytes(), rows, slopes)
+        self._append({"code": code.tobytes().hex(), "rows": rows.tolist(), "slopes": slopes.tolist()})
+
+    def _append(self, entry: dict[str, Any]) -> None:
         if self.file is not None:
-            entry = {"code": code.tobytes().hex(), "rows": rows.tolist(), "values": values.tolist()}
             with self.file.open("a") as out:
                 out.write(json.dumps(entry) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
+
+    def _keep_slopes(self, key: bytes, rows: NDArray[np.int64], slopes: NDArray[np.float64]) -> None:
+        self.slopes[key + rows.tobytes()] = slopes
+        self.samples += SLOPE_SAMPLES * len(rows)
 
     def _keep(self, key: bytes, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         self.values.setdefault(key, np.full(self.rows, np.nan))[rows] = values

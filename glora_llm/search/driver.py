@@ -13,9 +13,9 @@ import glora_llm.search.additive  # noqa: F401 - registers itself
 from glora_llm.errors import UserError
 from glora_llm.glora.path import Genome
 from glora_llm.schema import SearchSection
-from glora_llm.search.archive import Journal, Scored, best
+from glora_llm.search.archive import SLOPE_SAMPLES, Journal, Scored, best
 from glora_llm.search.space import Code, Space
-from glora_llm.search.strategies import STRATEGIES, Ask
+from glora_llm.search.strategies import STRATEGIES, Ask, Strategy
 
 Rows = NDArray[np.int64]
 WORST = -1e6  # the score of a row whose loss is not finite: no such genome wins
@@ -30,6 +30,10 @@ class Scorer(Protocol):
         """Return the scores of each request's rows, on all ranks alike; all ranks must call it together."""
         ...
 
+    def slopes(self, requests: Sequence[tuple[Genome, Rows]]) -> list[NDArray[np.float64]]:
+        """Return what each choice of each gene adds to the mean score of a request's rows, to first order."""
+        ...
+
     def agree(self, text: str) -> bool:
         """Tell whether all ranks gave the same text."""
         ...
@@ -41,7 +45,7 @@ class Progress(NamedTuple):
     generation: int
     best: float  # score of the best candidate that is scored on all rows; -inf before the first
     mean: float  # of what was scored in this question
-    samples: int  # forward passes of single rows of this search, those known from a journal included
+    samples: int  # forward passes of single rows of this search, those known from a journal included; slopes count too
     candidates: int  # scored on all rows
 
 
@@ -50,7 +54,7 @@ class Found:
     """What a search came to."""
 
     candidates: list[Scored] = field(default_factory=list)
-    samples: int = 0  # rows scored, each genome and row once
+    samples: int = 0  # rows scored, each genome and row once; a row of slopes counts SLOPE_SAMPLES
     seconds: float = 0.0  # of scoring in this launch
     history: list[Progress] = field(default_factory=list)
 
@@ -83,6 +87,10 @@ def search(
     began, ask = time.perf_counter(), next(strategy, None)
     while ask is not None:
         _require_same(ask, scorer)
+        if ask.slopes:
+            found.samples += SLOPE_SAMPLES * len(ask.rows) * len({code.tobytes() for code in ask.codes})
+            ask = _next(strategy, _slopes(ask, space, scorer, journal))
+            continue
         values = _answer(ask, space, scorer, journal)
         for code in ask.codes:
             rows = counted.setdefault(code.tobytes(), set())
@@ -96,12 +104,16 @@ def search(
         progress = Progress(ask.generation, top, float(values.mean()), found.samples, len(found.candidates))
         found.history.append(progress)
         tell(progress)
-        try:
-            ask = strategy.send(values)
-        except StopIteration:
-            ask = None
+        ask = _next(strategy, values)
     found.seconds = time.perf_counter() - began
     return found
+
+
+def _next(strategy: Strategy, values: NDArray[np.float64]) -> Ask | None:
+    try:
+        return strategy.send(values)
+    except StopIteration:
+        return None
 
 
 def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
@@ -119,8 +131,19 @@ def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray
     return np.array([journal.get(code, ask.rows) for code in ask.codes])
 
 
+def _slopes(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
+    """Ask for the slopes that the journal does not know yet, and return (candidates, G, choices)."""
+    codes = {code.tobytes(): code for code in ask.codes}
+    todo = [code for code in codes.values() if code.tobytes() + ask.rows.tobytes() not in journal.slopes]
+    for start in range(0, len(todo), scorer.at_once):
+        group = todo[start : start + scorer.at_once]
+        for code, slopes in zip(group, scorer.slopes([(space.genome(c), ask.rows) for c in group]), strict=True):
+            journal.record_slopes(code, ask.rows, np.nan_to_num(slopes, posinf=0.0, neginf=0.0))
+    return np.array([space.table(journal.slopes[code.tobytes() + ask.rows.tobytes()]) for code in ask.codes])
+
+
 def _require_same(ask: Ask, scorer: Scorer) -> None:
-    text = b"".join(code.tobytes() for code in ask.codes) + ask.rows.tobytes()
+    text = b"".join(code.tobytes() for code in ask.codes) + ask.rows.tobytes() + bytes([ask.slopes])
     if not scorer.agree(hashlib.sha256(text).hexdigest()):
         raise UserError(
             "The ranks of this search disagree on the next candidates: they do not run the same recipe or the same "

@@ -14,9 +14,14 @@ class Fit:
 
     An effect is the sum of four: of the choice anywhere in the model, in this kind of linear, at this depth, and in
     this layer alone. So scarce samples say what a slot is worth in general, and many say where.
+
+    Args:
+        slopes: what first order says of each choice, (G, choices). The effects are a multiple of it, as large as the
+            scores say, and what the sums above add to that; before the fit both explain half of the scores.
     """
 
-    def __init__(self, space: Space):
+    def __init__(self, space: Space, slopes: Effects | None = None):
+        self.slopes = np.zeros(space.parameters.shape) if slopes is None else slopes
         self.columns = _columns(space)
         self.there = np.isfinite(space.parameters)
         self.features: list[NDArray[np.float64]] = []
@@ -25,8 +30,10 @@ class Fit:
 
     def add(self, code: Code, part: int, score: float) -> None:
         """Add the mean score of a genome on one part of the rows."""
-        row = np.zeros(int(self.columns.max()) + 1)
-        np.add.at(row, self.columns[:, np.arange(len(code)), code].ravel(), 1.0)
+        genes = np.arange(len(code))
+        row = np.zeros(int(self.columns.max()) + 2)
+        np.add.at(row, self.columns[:, genes, code].ravel(), 1.0)
+        row[-1] = self.slopes[genes, code].sum()
         self.features.append(row)
         self.scores.append(score)
         self.parts.append(part)
@@ -40,9 +47,10 @@ class Fit:
         parts = np.array(self.parts)[rows]
         features = _within(np.array(self.features)[rows], parts)
         scores = _within(np.array(self.scores)[rows, None], parts)[:, 0]
-        kernel = features @ features.T
-        scale = max(float(np.trace(kernel)) / len(kernel), 1e-12)
-        values, vectors = np.linalg.eigh(kernel / scale)
+        own, slope = (max(float((part**2).sum(1).mean()), 1e-12) for part in (features[:, :-1], features[:, -1:]))
+        scales = np.append(np.full(features.shape[1] - 1, own**-0.5), slope**-0.5)
+        features = features * scales
+        values, vectors = np.linalg.eigh(features @ features.T)
         inner = vectors.T @ scores
 
         def solve(noise: float) -> tuple[float, NDArray[np.float64]]:
@@ -52,8 +60,8 @@ class Fit:
             return float((left_out**2).sum()), alpha
 
         _, alpha = min((solve(noise) for noise in NOISES), key=lambda found: found[0])
-        weights = features.T @ alpha / scale
-        return np.where(self.there, weights[self.columns].sum(0), -np.inf)
+        weights = features.T @ alpha * scales
+        return np.where(self.there, weights[self.columns].sum(0) + weights[-1] * self.slopes, -np.inf)
 
 
 def _columns(space: Space) -> NDArray[np.int64]:

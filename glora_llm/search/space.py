@@ -131,6 +131,12 @@ class Space:
             cost = self.cost(code)
         return code
 
+    def table(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return (G, choices) of one value for each choice of each gene in turn; 0 where a gene has fewer choices."""
+        found = np.zeros(self.parameters.shape)
+        found[np.isfinite(self.parameters)] = values
+        return found
+
     def genome(self, code: Code) -> Genome:
         """Return the paths that a code stands for."""
         slots: list[list[tuple[str, SlotSpec]]] = [[] for _ in self.layers]

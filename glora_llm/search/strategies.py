@@ -18,14 +18,17 @@ Values = NDArray[np.float64]
 
 
 class Ask(NamedTuple):
-    """Candidates whose rows are to be scored."""
+    """Candidates whose rows are to be scored, or whose slopes over these rows are asked for."""
 
     codes: list[Code]
     rows: NDArray[np.int64]  # numbers of rows, the same for all candidates
     generation: int
+    slopes: bool = False
 
 
-Strategy = Generator[Ask, Values, None]  # is sent (candidates, rows) scores, higher is better
+Strategy = Generator[
+    Ask, Values, None
+]  # is sent (candidates, rows) scores, higher is better; or slopes, (candidates, G, choices)
 MakeStrategy = Callable[[Space, SearchSection, float, int], Strategy]  # space, settings, limit, number of rows
 STRATEGIES: Registry[MakeStrategy] = Registry("search strategy")
 

@@ -215,6 +215,26 @@ class Engine:
         finally:
             self.ds.train()
 
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the objective's summed loss of one batch with its graph, in evaluation mode; for a search's slopes.
+
+        Not what DeepSpeed's forward returns: that begins a step of training when it is differentiated.
+        """
+        inner: list[Tensor] = []
+
+        def keep(module: Any, inputs: Any, loss: Tensor) -> Tensor:
+            inner.append(loss)
+            return loss.clone()
+
+        handle = self.ds.module.register_forward_hook(keep)
+        self.ds.eval()
+        try:
+            self.ds(**self._to_device(batch))
+        finally:
+            handle.remove()
+            self.ds.train()
+        return inner[0]
+
     def _total(self, value: Any) -> Any:
         """Return the sum of a number over all ranks."""
         tensor = torch.tensor([float(value)], dtype=torch.float64, device=self._reduce_device())

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from glora_llm import recipe as recipes
 from glora_llm.adapter import adapted_layers, inject
-from glora_llm.evaluation.command import score_model, score_of
+from glora_llm.evaluation.command import passes_of, score_model
 from glora_llm.evaluation.genomes import RowScorer
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import Genome
+from glora_llm.glora.path import Genome, slots_with
 from glora_llm.glora.supernet import set_paths
 from glora_llm.models.causal_lm import load_base
 from glora_llm.models.resolve import ResolvedModel
@@ -67,7 +67,7 @@ def scorer(trained: Trained, metric: str = "loss", numbers: Sequence[int] | None
     validation = plan.rows("validation")
     assert validation is not None
     chosen = plan.choice(validation, None) if numbers is None else numbers
-    return RowScorer(plan, layers, chosen, metric, score_of(plan, model), lambda table: table, **place)
+    return RowScorer(plan, layers, chosen, metric, passes_of(plan, model), lambda table: table, **place)
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
@@ -121,13 +121,13 @@ def test_ranks_share_the_work_and_change_no_score(sharded: bool, world: int, tra
     def counted(rank: int) -> list[NDArray[np.float64]]:
         one = scorer(trained, rank=rank, world=world, sharded=sharded)
         assert one.at_once == (1 if sharded else world)
-        score, before = one.score_batch, len(calls)
+        score, before = one.passes.score, len(calls)
 
         def score_batch(batch: Any) -> Any:
             calls.append(rank)
             return score(batch)
 
-        one.score_batch = score_batch
+        one.passes = one.passes._replace(score=score_batch)
         values = one(requests)
         assert len(calls) > before, "every rank has work"
         return values
@@ -139,6 +139,40 @@ def test_ranks_share_the_work_and_change_no_score(sharded: bool, world: int, tra
         np.testing.assert_allclose(parts.sum(0), values, rtol=0, atol=1e-6)
     shares = [calls.count(rank) for rank in range(world)]
     assert not sharded or len(set(shares)) == 1, "a rank that computes less often would leave the others waiting"
+
+
+def test_slopes_tell_how_the_score_moves(trained: Trained) -> None:
+    """A slot that is a little larger moves the score by that share of its slope: sign, unit and order are right."""
+    one, rows, genome = scorer(trained), ALL[:7], trained.genomes[0]
+    (slopes,) = one.slopes([(genome, rows)])
+    left = iter(slopes.tolist())
+    compared = 0
+    for name, layer in trained.layers.items():
+        for slot in slots_with(layer.b0 is not None):
+            own = {spec: next(left) for spec in layer.choices["default"][slot]}
+            spec = genome[name][slot]
+            if spec.mode == "none" or abs(own[spec]) < 1e-3:
+                continue
+            parameter = getattr(getattr(layer, f"slot_{slot}")["default"], "up" if spec.mode == "lora" else spec.mode)
+            scores = []
+            for factor in (1.03, 0.97):
+                kept = parameter.data.clone()
+                parameter.data.mul_(factor)
+                scores.append(one([(genome, rows)])[0].mean())
+                parameter.data.copy_(kept)
+            assert (scores[0] - scores[1]) / 0.06 == pytest.approx(own[spec], rel=0.05), (name, slot, spec)
+            compared += 1
+    assert compared > 10 and not list(left)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_share_slopes(sharded: bool, trained: Trained) -> None:
+    """Three requests on two ranks: each is computed as one rank computes it, and counted once."""
+    requests: list[Request] = [(genome, ALL[:5]) for genome in trained.genomes]
+    expected = scorer(trained).slopes(requests)
+    by_rank = [scorer(trained, rank=rank, world=2, sharded=sharded).slopes(requests) for rank in range(2)]
+    for index, values in enumerate(expected):
+        assert np.array_equal(by_rank[0][index] + by_rank[1][index], values)
 
 
 def test_a_search_reads_validation_rows_alone(trained: Trained) -> None:

@@ -10,7 +10,7 @@ from glora_llm.errors import UserError
 from glora_llm.glora.path import Genome
 from glora_llm.glora.supernet import slot_choices
 from glora_llm.schema import SearchSection
-from glora_llm.search.archive import Journal
+from glora_llm.search.archive import SLOPE_SAMPLES, Journal
 from glora_llm.search.driver import Found, search
 from glora_llm.search.space import Code, LayerShape, Space
 
@@ -60,6 +60,7 @@ class Toy:
         self.noise = noise - noise.mean(0) + rng.normal(0, 20, rows)[:, None, None] / shape[0]
         self.calls: list[int] = []  # genomes of each call
         self.scored: list[tuple[bytes, int]] = []
+        self.sloped: list[tuple[bytes, int]] = []
 
     def truth(self, code: Code) -> float:
         """Return the score over all rows."""
@@ -90,6 +91,22 @@ class Toy:
             self.scored += [(code.tobytes(), int(row)) for row in rows]
             found.append(self.of_rows(code)[rows])
         return found
+
+    def slopes(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
+        """Return the effects with half of the rows' noise: first order knows the sum, and no pair."""
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        self.calls.append(len(requests))
+        there, found = np.isfinite(self.effects), []
+        for genome, rows in requests:
+            code = self.space.code(genome)
+            self.sloped += [(code.tobytes(), int(row)) for row in rows]
+            found.append((self.effects + self.noise[rows].mean(0) / 2)[there])
+        return found
+
+    def spent(self) -> int:
+        """Row scores so far; a row of slopes counts three."""
+        return len(self.scored) + SLOPE_SAMPLES * len(self.sloped)
 
     def agree(self, text: str) -> bool:
         return bool(text)

@@ -11,7 +11,7 @@ import pytest
 
 from glora_llm.errors import UserError
 from glora_llm.schema import SearchSection
-from glora_llm.search.archive import Journal
+from glora_llm.search.archive import SLOPE_SAMPLES, Journal
 from glora_llm.search.driver import Found, Progress, search
 from glora_llm.search.space import Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy
@@ -48,7 +48,7 @@ def test_a_search_killed_at_any_call_ends_the_same(name: str, at_once: int, tmp_
     keys = {"strategy": name, "seed": 3, **SMALL[name]}
     whole = toy(at_once=at_once)
     expected = run(whole, LIMIT, **keys)
-    assert len(whole.calls) >= 3 and len(whole.scored) == len(set(whole.scored)) == expected.samples
+    assert len(whole.calls) >= 3 and len(whole.scored) == len(set(whole.scored)) and whole.spent() == expected.samples
     count = len(whole.calls)
     for calls in {*range(0, count, 1 if count < 25 else count // 9), count - 1}:
         file = tmp_path / f"{calls}.jsonl"
@@ -58,6 +58,7 @@ def test_a_search_killed_at_any_call_ends_the_same(name: str, at_once: int, tmp_
         found = run(again, LIMIT, journal_of(file), **keys)
         assert outcome(found) == outcome(expected)
         assert killed.scored + again.scored == whole.scored, "nothing is scored twice, nothing is left out"
+        assert killed.sloped + again.sloped == whole.sloped and bool(whole.sloped) == (name == "additive")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -88,11 +89,12 @@ def test_a_kill_while_a_score_is_written_ends_the_same(name: str, tmp_path: Path
     written = file.read_bytes()
     for kept in np.linspace(0, len(written), 12).astype(int).tolist():
         file.write_bytes(written[:kept])
-        known = {(e["code"], row) for e in whole_lines(written[:kept]) for row in e["rows"]}
+        known = {("values" in e, e["code"], row) for e in whole_lines(written[:kept]) for row in e["rows"]}
         again = toy(at_once=3)
         assert outcome(run(again, LIMIT, journal_of(file), **keys)) == outcome(expected)
-        scored = {(code.hex(), row) for code, row in again.scored}
-        assert not scored & known and len(scored | known) == expected.samples
+        done = {(part is again.scored, c.hex(), row) for part in (again.scored, again.sloped) for c, row in part}
+        spent = [1 if scored else SLOPE_SAMPLES for scored, _, _ in done | known]
+        assert not done & known and sum(spent) == expected.samples
 
 
 def whole_lines(text: bytes) -> Iterator[dict[str, Any]]:
@@ -185,7 +187,8 @@ def test_ranks_that_ask_differently_stop(name: str) -> None:
     keys = {"strategy": name, **SMALL[name]}
     first = OneOfTwoRanks([])
     expected = run(first, LIMIT, seed=0, **keys)
-    assert len(first.texts) == len(set(first.texts)) == len(expected.history)
+    slopes = 2 if name == "additive" else 0  # questions that are no scores
+    assert len(first.texts) == len(set(first.texts)) == len(expected.history) + slopes
     same = OneOfTwoRanks(first.texts)
     assert outcome(run(same, LIMIT, seed=0, **keys)) == outcome(expected)
     other = OneOfTwoRanks(first.texts)

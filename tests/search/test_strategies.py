@@ -31,7 +31,7 @@ def passes_of(name: str, keys: dict[str, int]) -> int:
 
 
 def trace(toy: Toy, found: Found) -> Any:
-    return toy.scored, found.history, [(c.code.tobytes(), *c[1:]) for c in found.candidates]
+    return toy.scored, toy.sloped, found.history, [(c.code.tobytes(), *c[1:]) for c in found.candidates]
 
 
 def test_every_strategy_of_a_recipe_is_there() -> None:
@@ -82,7 +82,7 @@ def test_a_budget_of_samples_is_kept(name: str, passes: int) -> None:
     for seed in SEEDS:
         toy = Toy(SPACE, seed=seed)
         found = run(toy, HALF, strategy=name, seed=seed, **keys)
-        assert found.samples == len(toy.scored) == len(set(toy.scored)), "nothing is scored twice"
+        assert found.samples == toy.spent() and len(toy.scored) == len(set(toy.scored)), "nothing is scored twice"
         assert found.history[-1].samples == found.samples > allowed / 2
         # The last racer of `additive` is scored on all rows, whatever is left.
         assert found.samples <= allowed + (2 * ROWS if name == "additive" else 0)

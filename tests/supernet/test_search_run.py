@@ -13,7 +13,7 @@ from glora_llm import recipe as recipes
 from glora_llm.adapter import adapted_layers, read_genome
 from glora_llm.cli import main
 from glora_llm.data.store import TokenSet
-from glora_llm.evaluation.command import load_adapted, score_model, score_of
+from glora_llm.evaluation.command import load_adapted, passes_of, score_model
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
@@ -60,7 +60,7 @@ def test_a_search_leaves_an_archive_and_pictures(searched: Path) -> None:
     assert chosen in [entry["genome"] for entry in front]
 
 
-def test_the_score_of_a_search_is_what_the_genome_s_own_adapter_has(searched: Path, tmp_path: Path) -> None:
+def test_the_passes_of_a_search_is_what_the_genome_s_own_adapter_has(searched: Path, tmp_path: Path) -> None:
     """Minus the validation loss; and the test rows were scored once, on that genome."""
     plan = make_plan(RunFolder(searched).recipe())
     extract(searched / "adapter", searched / "genome.json", tmp_path / "adapter")
@@ -93,17 +93,17 @@ def test_test_rows_are_sealed_while_a_genome_is_chosen(supernet: Path, copy_of: 
     plan = make_plan(recipes.load(str(folder.path / "recipe.yaml"), ["search.passes=2"]))
     model, test = load_adapted(plan, folder.adapter), plan.task.test
     assert isinstance(test, TokenSet)
-    score, peeks = score_of(plan, model), 0
+    passes, peeks = passes_of(plan, model), 0
 
     def peeking(batch: dict[str, torch.Tensor]) -> object:
         nonlocal peeks
         peeks += 1
         if peeks == 3:
             test.row(0)
-        return score(batch)
+        return passes.score(batch)
 
     with pytest.raises(RuntimeError, match="the test rows were read while a search was choosing a genome"):
-        run_search(plan, folder, model, peeking, lambda table: table, ALONE)
+        run_search(plan, folder, model, passes._replace(score=peeking), lambda table: table, ALONE)
     assert peeks == 3 and not folder.genome.exists()
     assert len(test.row(0).tokens) > 0, "open again"
 

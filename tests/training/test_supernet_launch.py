@@ -175,7 +175,10 @@ def test_a_search_on_two_ranks_ends_like_one_in_one_process(
         assert found["candidates"] > 1 and found | {"seconds": 0} == summaries[1][text] | {"seconds": 0}
     scored = [(entry["code"], row) for entry in journal(two) for row in entry["rows"]]
     assert len(set(scored)) == len(scored)
-    assert journal(two) == journal(one)
+    for entry, other in zip(journal(two), journal(one), strict=True):
+        # ZeRO 3 gathers parameters to other addresses, where sums may be taken in another order.
+        assert entry.pop("slopes", []) == pytest.approx(other.pop("slopes", []), rel=1e-5, abs=1e-7)
+        assert entry == other
 
 
 def test_a_search_that_is_killed_goes_on_and_the_launch_ends_fine_tuned_and_merged(runs: Path, tmp_path: Path) -> None:
