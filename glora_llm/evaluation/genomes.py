@@ -1,5 +1,6 @@
 """Scores of genomes on validation rows, through a supernet: what a search is guided by."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,23 +85,22 @@ class RowScorer:
 
     def slopes(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
         """Return, for each request, by how much `loss` would fall for each choice of each slot, to first order."""
-        found: dict[int, torch.Tensor] = {}
-        for start in range(0, len(requests), self.world):
-            index = min(start + self.rank, len(requests) - 1)  # idle ranks keep step: sharded layers need all of them
-            genome, rows = requests[index]
-            set_paths(self.layers, genome)
-            values = self._slopes([self.numbers[row] for row in rows]) / (len(rows) * self.mean_targets)
-            found[index] = values if index == start + self.rank else torch.zeros_like(values)
-        empty = torch.zeros_like(values)
-        return [
-            table.numpy() for table in self.gather(torch.stack([found.get(i, empty) for i in range(len(requests))]))
-        ]
+        own: dict[int, torch.Tensor] = {}
+        for turn in range(math.ceil(len(requests) / self.world)):
+            index = turn * self.world + self.rank
+            # A rank without a request keeps step: sharded layers need all ranks.
+            values = own[index] = self._slopes(*requests[min(index, len(requests) - 1)])
+        table = torch.stack([own.get(index, torch.zeros_like(values)) for index in range(len(requests))])
+        return [row.numpy() for row in self.gather(table)]
 
-    def _slopes(self, chosen: list[int]) -> torch.Tensor:
-        size = self.plan.recipe.evaluation.batch
+    def _slopes(self, genome: Genome, rows: NDArray[np.int64]) -> torch.Tensor:
+        set_paths(self.layers, genome)
+        chosen, recipe = [self.numbers[row] for row in rows], self.plan.recipe
+        # In evaluation mode all activations are kept: a model that is trained with checkpointing gets row by row.
+        size = 1 if recipe.model.gradient_checkpointing else recipe.training.micro_batch
         batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         losses = [partial(self.passes.loss, self.plan.batch(self.rows, batch)) for batch in batches]
-        return torch.stack([slopes(self.layers, loss) for loss in losses]).sum(0)
+        return torch.stack([slopes(self.layers, loss) for loss in losses]).sum(0) / (len(rows) * self.mean_targets)
 
     def _table(self, chosen: list[int]) -> torch.Tensor:
         return score_rows(

@@ -57,7 +57,8 @@ class SearchSection(Section):
     """The search for a path for every layer of a supernet, scored on validation rows alone."""
 
     strategy: Literal["additive", "evolution", "random"] = key(
-        "additive", "additive: effects of single slots, fitted and raced; evolution: the GLoRA paper's; random"
+        "additive",
+        "additive: effects of single slots by slopes and fits, then races; evolution: the GLoRA paper's; random",
     )
     budget: list[str] | str | int | float | None = key(
         None, "limit such as 0.5M, 250k or a number; several (a list, or 1.0M,0.5M) give one genome each", "limit"
@@ -68,7 +69,9 @@ class SearchSection(Section):
     metric: Literal["loss", "exact_match", "label_accuracy"] = key("loss", "score of a candidate on validation rows")
     max_rows: PositiveInt | None = key(None, "score on at most this many validation rows (seeded choice)", "rows")
     seed: Annotated[int, Field(ge=0)] = key(0, "of the search's draws")
-    passes: PositiveInt = key(100, "additive, random: forward passes over all rows for one limit", "passes")
+    passes: PositiveInt = key(
+        100, "additive, random: forward passes over all rows for one limit; slopes count as three", "passes"
+    )
     population: PositiveInt = key(50, "evolution: random candidates at the start, and candidates of a generation")
     parents: PositiveInt = key(10, "evolution: best candidates that breed")
     generations: PositiveInt = key(20, "evolution: generations after the first population")

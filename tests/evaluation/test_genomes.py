@@ -165,14 +165,31 @@ def test_slopes_tell_how_the_score_moves(trained: Trained) -> None:
     assert compared > 10 and not list(left)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_ranks_share_slopes(sharded: bool, trained: Trained) -> None:
-    """Three requests on two ranks: each is computed as one rank computes it, and counted once."""
-    requests: list[Request] = [(genome, ALL[:5]) for genome in trained.genomes]
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_share_slopes(count: int, world: int, trained: Trained) -> None:
+    """Each request is computed as one rank computes it, and counted once; all ranks compute equally often."""
+    requests: list[Request] = [(genome, ALL[:5]) for genome in trained.genomes[:count]]
     expected = scorer(trained).slopes(requests)
-    by_rank = [scorer(trained, rank=rank, world=2, sharded=sharded).slopes(requests) for rank in range(2)]
+    calls: list[int] = []
+
+    def on_rank(rank: int) -> list[NDArray[np.float64]]:
+        one = scorer(trained, rank=rank, world=world)
+        loss = one.passes.loss
+
+        def counted(batch: Any) -> torch.Tensor:
+            calls.append(rank)
+            return loss(batch)
+
+        one.passes = one.passes._replace(loss=counted)
+        return one.slopes(requests)
+
+    by_rank = [on_rank(rank) for rank in range(world)]
     for index, values in enumerate(expected):
-        assert np.array_equal(by_rank[0][index] + by_rank[1][index], values)
+        assert np.array_equal(sum(own[index] for own in by_rank), values)
+    assert len({calls.count(rank) for rank in range(world)}) == 1, (
+        "one that computes less would leave the others waiting"
+    )
 
 
 def test_a_search_reads_validation_rows_alone(trained: Trained) -> None:
