@@ -111,7 +111,7 @@ def _smaller(space: Space, effects: Effects, cost: float) -> list[Code]:
 def _propose(space: Space, fit: Fit, effects: Effects, limit: float, rng: np.random.Generator) -> list[Code]:
     """Return the best sums by effects fitted to halves of the samples, and last by those fitted to all of them."""
     count = len(fit.scores)
-    halves = [rng.choice(count, max(2, count // 2), replace=False) for _ in range(2)]
+    halves = [rng.choice(count, min(count, max(2, count // 2)), replace=False) for _ in range(2)]
     return [best_within(space, found, limit) for found in (*map(fit.effects, halves), effects)]
 
 

@@ -105,6 +105,16 @@ def test_a_small_space_and_few_rows_are_searched_to_the_end(name: str, rows: int
             assert found.best.score == pytest.approx(toy.truth(toy.best()))
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_least_of_rows_and_passes_is_searched(name: str, rows: int, passes: int) -> None:
+    """The first fit has one score, or two."""
+    toy = Toy(SPACE, rows=rows)
+    found = run(toy, HALF, strategy=name, passes=passes, population=2, parents=1, generations=1)
+    assert all(is_legal(SPACE, candidate.code, HALF) for candidate in found.candidates) and found.candidates
+
+
 def mean_truth(search_once: Callable[[Toy, int], Found]) -> tuple[float, int]:
     """Mean over seeds of the best genome's share of what is between chance (0) and the known best (1), and samples."""
     shares, samples = [], 0
