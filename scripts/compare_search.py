@@ -86,8 +86,8 @@ def _effects(space: Space, lines: list[str], rows: int) -> Any:
     journal = Journal(None, json.loads(lines[0]), rows, lines)
     table = np.array(list(journal.values.values()))
     table -= np.nanmean(table, 0)
-    slopes = space.table(np.mean(list(journal.slopes.values()), axis=0)) if journal.slopes else None
-    fit = Fit(space, slopes)
+    slopes = journal.mean_slopes()
+    fit = Fit(space, None if slopes is None else space.table(slopes))
     for key, values in zip(journal.values, table, strict=True):
         fit.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
     return fit.effects()

@@ -1,13 +1,22 @@
 """A launch of one rank inside the test's own process."""
 
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from glora_llm import distributed
 from glora_llm.cli import main
-from tests.test_run import forget_launch
+
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def forget_launch() -> None:
+    for name in LAUNCH:
+        os.environ.pop(name, None)
 
 
 def train_in_process(recipe: str, *overrides: str) -> int:
@@ -26,3 +35,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this module's own, ninja found where this Python is, and no trace of a launch, before or after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        for name in LAUNCH:
+            patch.setenv(name, "")  # so that it is undone at the end
+            patch.delenv(name)
+        yield
+        distributed.stop()

@@ -12,8 +12,8 @@ from glora_llm import recipe as recipes
 from glora_llm import run
 from glora_llm.plan import describe, make_plan
 from glora_llm.schema import Recipe
+from tests.in_process import alone
 from tests.test_plan import EVERY
-from tests.test_run import alone
 
 __all__ = ["alone"]
 NAMES = [name for name in EVERY if recipes.load(name).data.format == "images"]

@@ -1,10 +1,8 @@
 """Whatever a user may get wrong ends with exit code 2 and one message, before anything is trained or written."""
 
 import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glora_llm import distributed
 from glora_llm import recipe as recipes
 from glora_llm.cli import main
 from glora_llm.models.embedded import embedded_folder
 from glora_llm.run import train
+from tests.in_process import alone, forget_launch, train_in_process
 
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+__all__ = ["alone"]
 WORDS = ["card arrival", "lost card", "top up"]
 Outcome = Callable[..., str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own, ninja found where this Python is, and no trace of a launch, before or after."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-        for name in LAUNCH:
-            patch.setenv(name, "")  # so that it is undone at the end
-            patch.delenv(name)
-        yield
-        distributed.stop()
 
 
 def write_rows(path: Path, count: int = 40) -> Path:
@@ -59,11 +44,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(recipes.load("tiny_cpu", overrides(write_rows(folder / "data.jsonl"), folder / "run")))
     forget_launch()
     return folder
-
-
-def forget_launch() -> None:
-    for name in LAUNCH:
-        os.environ.pop(name, None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -205,11 +185,7 @@ def test_an_existing_run_is_not_touched(more: list[str], said: list[str], refuse
 
 def resumed(trained: Path, *more: str) -> int:
     """Run the command of the finished run again: this is refused by what the checkpoint knows, after ranks started."""
-    try:
-        return main(["train", "--recipe", "tiny_cpu", *overrides(trained / "data.jsonl", trained / "run"), *more])
-    finally:
-        distributed.stop()
-        forget_launch()
+    return train_in_process("tiny_cpu", *overrides(trained / "data.jsonl", trained / "run"), *more)
 
 
 def test_rows_that_changed_since_the_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

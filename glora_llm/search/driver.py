@@ -134,12 +134,13 @@ def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray
 def _slopes(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
     """Ask for the slopes that the journal does not know yet, and return (candidates, G, choices)."""
     codes = {code.tobytes(): code for code in ask.codes}
-    todo = [code for code in codes.values() if code.tobytes() + ask.rows.tobytes() not in journal.slopes]
+    todo = [code for code in codes.values() if journal.slopes_of(code, ask.rows) is None]
     for start in range(0, len(todo), scorer.at_once):
         group = todo[start : start + scorer.at_once]
         for code, slopes in zip(group, scorer.slopes([(space.genome(c), ask.rows) for c in group]), strict=True):
             journal.record_slopes(code, ask.rows, np.nan_to_num(slopes, posinf=0.0, neginf=0.0))
-    return np.array([space.table(journal.slopes[code.tobytes() + ask.rows.tobytes()]) for code in ask.codes])
+    known = [journal.slopes_of(code, ask.rows) for code in ask.codes]
+    return np.array([space.table(slopes) for slopes in known if slopes is not None])
 
 
 def _require_same(ask: Ask, scorer: Scorer) -> None:

@@ -26,9 +26,8 @@ class Ask(NamedTuple):
     slopes: bool = False
 
 
-Strategy = Generator[
-    Ask, Values, None
-]  # is sent (candidates, rows) scores, higher is better; or slopes, (candidates, G, choices)
+# Is sent scores, (candidates, rows), higher is better; or the slopes it asked for, (candidates, G, choices).
+Strategy = Generator[Ask, Values, None]
 MakeStrategy = Callable[[Space, SearchSection, float, int], Strategy]  # space, settings, limit, number of rows
 STRATEGIES: Registry[MakeStrategy] = Registry("search strategy")
 

@@ -1,5 +1,6 @@
 """DeepSpeed behind four calls: `train_step`, `score`, `state` and `restore`."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -209,11 +210,8 @@ class Engine:
     @torch.no_grad()
     def score(self, batch: Batch) -> Any:
         """Return the objective's scores of one batch, in evaluation mode; all ranks must call it equally often."""
-        self.ds.eval()
-        try:
+        with self._evaluating():
             return self.ds(**self._to_device(batch), score=True)
-        finally:
-            self.ds.train()
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss of one batch with its graph, in evaluation mode; for a search's slopes.
@@ -227,13 +225,20 @@ class Engine:
             return loss.clone()
 
         handle = self.ds.module.register_forward_hook(keep)
-        self.ds.eval()
         try:
-            self.ds(**self._to_device(batch))
+            with self._evaluating():
+                self.ds(**self._to_device(batch))
         finally:
             handle.remove()
-            self.ds.train()
         return inner[0]
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.ds.eval()
+        try:
+            yield
+        finally:
+            self.ds.train()
 
     def _total(self, value: Any) -> Any:
         """Return the sum of a number over all ranks."""

@@ -15,9 +15,9 @@ from glora_llm.glora.path import Path as SlotPath
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan import make_plan
 from glora_llm.run_folder import RunFolder
-from tests.in_process import one_thread, train_in_process
+from tests.in_process import alone, one_thread, train_in_process
 from tests.merge.conftest import logits
-from tests.test_run import alone, write_rows
+from tests.test_run import write_rows
 
 __all__ = ["alone", "one_thread"]
 BUDGETS = {"3k": 3000, "1.5k": 1500, "0.7k": 700}

@@ -60,7 +60,7 @@ def test_a_search_leaves_an_archive_and_pictures(searched: Path) -> None:
     assert chosen in [entry["genome"] for entry in front]
 
 
-def test_the_passes_of_a_search_is_what_the_genome_s_own_adapter_has(searched: Path, tmp_path: Path) -> None:
+def test_the_score_of_a_search_is_what_the_genome_s_own_adapter_has(searched: Path, tmp_path: Path) -> None:
     """Minus the validation loss; and the test rows were scored once, on that genome."""
     plan = make_plan(RunFolder(searched).recipe())
     extract(searched / "adapter", searched / "genome.json", tmp_path / "adapter")

@@ -176,8 +176,8 @@ def test_a_search_on_two_ranks_ends_like_one_in_one_process(
     scored = [(entry["code"], row) for entry in journal(two) for row in entry["rows"]]
     assert len(set(scored)) == len(scored)
     for entry, other in zip(journal(two), journal(one), strict=True):
-        # ZeRO 3 gathers parameters to other addresses, where sums may be taken in another order.
-        assert entry.pop("slopes", []) == pytest.approx(other.pop("slopes", []), rel=1e-5, abs=1e-7)
+        if name == "additive-zero3":  # gathers parameters to other addresses, where sums may be taken in another order
+            assert entry.pop("slopes", []) == pytest.approx(other.pop("slopes", []), rel=1e-5, abs=1e-7)
         assert entry == other
 
 

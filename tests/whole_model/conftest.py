@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_process import one_thread, train_in_process
-from tests.test_run import alone
+from tests.in_process import alone, one_thread, train_in_process
 
 __all__ = ["alone", "one_thread"]
 SHIPPED = Path(__file__).parents[2] / "glora_llm" / "data" / "tinyshakespeare" / "validation.txt"
