@@ -2,9 +2,10 @@
 
   python scripts/bench_vlora.py [--rounds 5] [--images 64] [--width 768] [--out FILE.md]
 
-ViT-B's shape on 32 x 32 images in patches of 4 (65 tokens an image, so 64 images are 4,160 tokens), k 4, r 8. Times are
-medians of one interleaved run, ratios medians of the ratios within a round. Memory is the peak over two steps in a
-process of its own: resident set on a CPU, allocated on a GPU. `released` is what vlora 0.1 computes (star, the base
+ViT-B's shape on 32 x 32 images in patches of 4 (65 tokens an image, so 64 images are 4,160 tokens), k 4, r 8. A step is
+this trainer's own: forward, backward, clipping and AdamW under DeepSpeed ZeRO 1 on one rank. Times are medians of one
+interleaved run, ratios medians of the ratios within a round. Memory is the peak over two steps in a process of its own:
+resident set on a CPU, allocated on a GPU. `released` is what vlora 0.1 computes (star, the base
 detached outside the first layer, W = base + B A by plain autograd) on the same parameters. Exits with 1 when a bound
 is not kept.
 """
@@ -14,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from glora_llm import distributed
 from glora_llm.evaluation.command import device
 from glora_llm.quiet import quiet_libraries
 from glora_llm.report.timing import Times, interleaved, ratio
+from glora_llm.schema import TrainingSection
+from glora_llm.training.engine import Engine
+from glora_llm.training.image_objective import ImageObjective
 from glora_llm.training.loop import peak_memory_gb
+from glora_llm.training.optim import Trainable
 from glora_llm.vlora import VLoRAConfig, make_compounds
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
 
@@ -38,6 +43,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
     "released": STAR,
 }
 FORWARD_BACKWARD, STEP, PARAMETERS = 1.05, 1.00, 0.30  # x dense, at most
+MIDDLE = (0.5, 0.5, 0.5)
 ADAM_BYTES = 8  # two float32 moments a parameter
 
 
@@ -60,18 +66,19 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     if arguments.memory_of:
+        distributed.start()
         model = make_model(arguments.memory_of, arguments.width)
-        one_pass, adam = make_step(model, arguments.images)
+        step = make_step(model, arguments.images)
         for _ in range(2):
-            one_pass()
-            adam()
+            step()
         linears = [module for module in layers_of(model).modules() if isinstance(module, nn.Linear)]
         counts = [sum(p.numel() for p in m.parameters(recurse=False)) for m in linears]
         total = sum(p.numel() for p in model.parameters())
         print(json.dumps(Measured(total, sum(counts), peak_memory_gb(device()))))
         return 0
-    passes, steps = time_all(arguments)
     measured = {name: measure(name, arguments) for name in FORMS}
+    distributed.start()
+    passes, steps = time_all(arguments)
     lines, good = table(passes, steps, measured)
     print("\n".join(lines))
     if arguments.out:
@@ -111,48 +118,52 @@ def released(layer: VLoRALinear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def make_step(model: Any, images: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return what runs forward and backward, and what runs the optimizer."""
+def make_pass(model: Any, images: int) -> Callable[[], None]:
+    """Return what runs forward and backward."""
+    objective, batch = ImageObjective(model, MIDDLE, MIDDLE).train(), make_batch(images)
+
+    def run() -> None:
+        objective(**batch).backward()
+        model.zero_grad()
+        synchronize()
+
+    return run
+
+
+def make_step(model: Any, images: int) -> Callable[[], None]:
+    """Return what runs a whole step of the trainer."""
+    objective, batch = ImageObjective(model, MIDDLE, MIDDLE), make_batch(images)
+    parts = [Trainable(name, parameter) for name, parameter in model.named_parameters()]
+    settings = TrainingSection.model_validate({"global_batch": images, "micro_batch": images, "steps": 1, "lr": 1e-4})
+    engine = Engine(objective, parts, settings, torch.float32, device())
+
+    def run() -> None:
+        engine.train_step([batch], 1e-4)
+        synchronize()
+
+    return run
+
+
+def make_batch(images: int) -> dict[str, Tensor]:
+    """Return images of noise, of two classes."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(images, 3, 32, 32, generator=generator).to(device())
-    labels = torch.randint(0, 2, (images,), generator=generator).to(device())
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    pixels = torch.randint(0, 256, (images, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return {"pixels": pixels.to(device()), "labels": torch.randint(0, 2, (images,), generator=generator).to(device())}
 
-    def one_pass() -> None:
-        model(pixel_values=pixels, labels=labels).loss.backward()
-        if device().type == "cuda":
-            torch.cuda.synchronize()
 
-    def update() -> None:
-        adam.step()
-        adam.zero_grad()
-        if device().type == "cuda":
-            torch.cuda.synchronize()
-
-    return one_pass, update
+def synchronize() -> None:
+    """Wait for the GPU."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def time_all(arguments: Any) -> tuple[Times, Times]:
     """Return seconds of forward and backward, and of whole steps, by form."""
-    adam_seconds: Times = {name: [] for name in FORMS}
-
-    def step(name: str) -> Callable[[], None]:
-        one_pass, update = make_step(make_model(name, arguments.width), arguments.images)
-
-        def run() -> None:
-            one_pass()
-            began = time.perf_counter()
-            update()
-            adam_seconds[name].append(time.perf_counter() - began)
-
-        return run
-
-    whole = interleaved({name: step(name) for name in FORMS}, arguments.rounds)
-    passes = {
-        name: [all_of - adam for all_of, adam in zip(times, adam_seconds[name][1:], strict=True)]
-        for name, times in whole.items()
-    }
-    return passes, whole
+    found = []
+    for make in (make_pass, make_step):
+        ready = {name: make(make_model(name, arguments.width), arguments.images) for name in FORMS}
+        found.append(interleaved(ready, arguments.rounds))
+    return found[0], found[1]
 
 
 def measure(name: str, arguments: Any) -> Measured:

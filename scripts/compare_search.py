@@ -2,7 +2,7 @@
 
   python scripts/compare_search.py RUN [RUN ...]
 
-For each run: every path of which all layers together keep the limit is ranked by the effects fitted to what the search
+For each run: every path of which all layers together keep the limit is ranked by what is fitted to all that the search
 scored (RUN/search/journal.jsonl); the best 12 are scored on all validation rows, and the best of them and the genome on
 the test rows. Prints a Markdown line for each, with means and ranges over the runs at the end.
 """
@@ -12,7 +12,6 @@ import itertools
 import json
 import statistics
 from pathlib import Path as File
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from glora_llm.quiet import quiet_libraries
 from glora_llm.run_folder import RunFolder
 from glora_llm.schema import SearchSection
 from glora_llm.search.archive import Journal
-from glora_llm.search.effects import Fit
+from glora_llm.search.effects import Fit, Surface
 from glora_llm.search.limits import limits
 from glora_llm.search.space import Code, Space, space_of
 
@@ -65,8 +64,8 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
     loss = settings.model_copy(update={"metric": "loss"})
     scorer = RowScorer.of(plan, layers, loss, passes_of(plan, model), lambda table: table)
     rows = np.arange(len(scorer.numbers))
-    effects = _effects(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
-    uniform = sorted(_uniform(space, limit), key=lambda code: -effects[np.arange(len(code)), code].sum())[:FINALISTS]
+    surface = _surface(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
+    uniform = sorted(_uniform(space, limit), key=surface.predict, reverse=True)[:FINALISTS]
     scores = {c.tobytes(): float(scorer([(space.genome(c), rows)])[0].mean()) for c in tqdm(uniform, desc="uniform")}
     best = max(uniform, key=lambda code: scores[code.tobytes()])
     chosen = space.code(read_genome(folder.genome))
@@ -81,8 +80,8 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
     return result
 
 
-def _effects(space: Space, lines: list[str], rows: int) -> Any:
-    """Fit the effects to a journal, each row's own difficulty taken out."""
+def _surface(space: Space, lines: list[str], rows: int) -> Surface:
+    """Fit a journal, each row's own difficulty taken out."""
     journal = Journal(None, json.loads(lines[0]), rows, lines)
     table = np.array(list(journal.values.values()))
     table -= np.nanmean(table, 0)
@@ -90,7 +89,7 @@ def _effects(space: Space, lines: list[str], rows: int) -> Any:
     fit = Fit(space, None if slopes is None else space.table(slopes))
     for key, values in zip(journal.values, table, strict=True):
         fit.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
-    return fit.effects()
+    return fit.surface()
 
 
 def _uniform(space: Space, limit: float) -> list[Code]:

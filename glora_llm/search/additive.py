@@ -1,10 +1,13 @@
 """The additive search: fit what each choice of each slot adds to the score, propose the best sums, improve the winner.
 
-A supernet's score is close to a sum over its slots. Backward passes of random genomes, on a few rows each, say to first
-order what every choice is worth. Then, instead of scoring few genomes on all rows, many genomes are scored on a few
-rows each, and the effects of all choices are fitted at once, the slopes among the regressors. For a sum the best genome
-within a limit is found without a forward pass. New samples are taken around it, the fit is repeated, and the proposals
-race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row by row.
+A supernet's score is close to a sum over its slots, and a parabola in the sum of their slopes (`effects.py`). Backward
+passes of random genomes, on a few rows each, say to first order what every choice is worth. Then, instead of scoring
+few genomes on all rows, many genomes are scored on a few rows each, and the effects of all choices are fitted at once.
+What is fitted says without a forward pass which genome within the limit is best: one by half of the samples, one by all
+of them, and one by all of them without the curve (how far the slopes reach is what the first samples tell worst). They
+meet the centre so far on a few rows, new samples are taken around the best of them, and the fit is repeated. At the end
+all centres race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row
+by row.
 
 What is no sum is left to chance and to the rows: children of the best genomes run heats. A child that is behind the
 best genome on a sixteenth of the rows is dropped, then on an eighth, and so on; one that is ahead on all of them takes
@@ -12,6 +15,7 @@ its place. Four in five go after the first part, so a heat costs little.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
@@ -20,16 +24,19 @@ from numpy.typing import NDArray
 
 from glora_llm.schema import SearchSection
 from glora_llm.search.archive import SLOPE_SAMPLES
-from glora_llm.search.effects import Effects, Fit, best_within
+from glora_llm.search.effects import Effects, Fit, Surface, best_within
 from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
-ROUNDS = 10  # fits, each after an equal share of the samples
+ROUNDS = 8  # fits at most, each after an equal share of the samples
 SHARE_SLOPES = 0.15  # of the passes
 SHARE_FITTED = 0.4  # of the passes; the rest is for the race and the heats
-PARTS = 16  # the rows are cut in so many; while effects are fitted, so many genomes are scored on one part at a time
+PARTS = 32  # the rows are cut in so many at most; a genome whose score is fitted is scored on one of them
+LEAST = 3  # rows of a part
+SLOPE_PARTS = 16  # the same for slopes, of which each costs a backward pass
 PROPOSED = 3  # genomes after each fit
-MUTATED = 0.2  # share of the slots that is drawn anew around the best genome so far
+CHECKED = 0.125  # share of the rows on which they meet the centre so far
+MUTATED = 0.2  # share of the slots that is drawn anew around the centre
 RACERS = 10
 RACE_COST = 0.32  # passes of a race for each racer: an eighth of the rows, half as many racers for each next part
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
@@ -55,22 +62,12 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     """Fit the effects of single choices to scores of parts of the rows; race the genomes that they propose."""
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(rows)
-    parts = [np.sort(part) for part in np.array_split(order, min(PARTS, rows))]
-    asks = max(ROUNDS, round(settings.passes * SHARE_FITTED))
-    fit = Fit(space, (yield from _slopes(space, limit, parts, settings.passes, rng)))
-    proposals: list[Code] = []
-    for number in range(asks):
-        turn = number * ROUNDS // asks
-        if turn > len(proposals) // PROPOSED:
-            proposals += _propose(space, fit, fit.effects(), limit, rng)
-        part = number % len(parts)
-        codes = [_sample(space, proposals, limit, rng) for _ in parts]
-        values = yield Ask(codes, parts[part], turn)
-        for code, score in zip(codes, values.mean(1), strict=True):
-            fit.add(code, part, float(score))
-    effects = fit.effects()
-    proposals += _propose(space, fit, effects, limit, rng)
-    smaller = _smaller(space, effects, space.cost(proposals[-1]))
+    parts = _parts(order, max(1, min(PARTS, rows // LEAST)))
+    fit = Fit(space, (yield from _slopes(space, limit, _parts(order, min(SLOPE_PARTS, rows)), settings.passes, rng)))
+    centres = yield from _sampled(space, fit, limit, parts, settings.passes * SHARE_FITTED, rng)
+    surface = fit.surface()
+    proposals = [*centres, *_propose(space, fit, limit, rng)]
+    smaller = _smaller(space, surface, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_SLOPES - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
     racers = _unique(reversed(proposals))[:field]
@@ -78,12 +75,16 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     elite, tried = [winner], {code.tobytes() for code in racers}
     for lap in itertools.count(ROUNDS + 1):
         left -= used
-        children = _children(space, elite, effects, limit, rng, tried) if left >= 2 * rows else []
+        children = _children(space, elite, surface, limit, rng, tried) if left >= 2 * rows else []
         if not children:
             break
         better, used = yield from _heat(children, elite[0], rng.permutation(rows), lap)
         elite = sorted([*elite, *better], key=lambda known: -known.score)[:ELITE]
     yield Ask(smaller, np.arange(rows), lap)
+
+
+def _parts(order: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    return [np.sort(part) for part in np.array_split(order, count)]
 
 
 def _slopes(
@@ -98,28 +99,73 @@ def _slopes(
     return found
 
 
-def _sample(space: Space, proposals: list[Code], limit: float, rng: np.random.Generator) -> Code:
-    return space.mutate(proposals[-1], rng, limit, MUTATED) if proposals else space.random(rng, limit)
+def _sampled(
+    space: Space, fit: Fit, limit: float, parts: list[NDArray[np.int64]], passes: float, rng: np.random.Generator
+) -> Generator[Ask, Values, list[Code]]:
+    """Score genomes on one part of the rows each: random ones, then around a centre that what is fitted proposes anew.
+
+    Returns:
+        the centres.
+    """
+    rounds = int(np.clip(round(passes / 2), 1, ROUNDS))
+    asks = max(rounds, round(passes - rounds * CHECKED * (PROPOSED + 1)))
+    centres: list[Code] = []
+    for number in range(asks):
+        turn, part = number * rounds // asks, number % len(parts)
+        if turn > len(centres):
+            centres.append((yield from _centre(space, fit, centres[-1:], limit, parts, turn, rng)))
+        codes = [_sample(space, centres, limit, rng) for _ in parts]
+        values = yield Ask(codes, parts[part], turn)
+        for code, score in zip(codes, values.mean(1), strict=True):
+            fit.add(code, part, float(score))
+    return centres
 
 
-def _smaller(space: Space, effects: Effects, cost: float) -> list[Code]:
+def _sample(space: Space, centres: list[Code], limit: float, rng: np.random.Generator) -> Code:
+    """Return a genome that differs from the centre, or from all others, in something that many of its layers share."""
+    code, share = (centres[-1], MUTATED) if centres else (space.random(rng, limit), 1.0)
+    return space.mutate_alike(code, rng, limit, share)
+
+
+def _centre(
+    space: Space,
+    fit: Fit,
+    before: list[Code],
+    limit: float,
+    parts: list[NDArray[np.int64]],
+    turn: int,
+    rng: np.random.Generator,
+) -> Generator[Ask, Values, Code]:
+    """Return the best of the proposals and of the centre before, on a few parts of the rows."""
+    codes = _unique([*_propose(space, fit, limit, rng), *before])
+    scores = np.zeros(len(codes))
+    for part in rng.choice(len(parts), math.ceil(CHECKED * len(parts)), replace=False):
+        values = (yield Ask(codes, parts[part], turn)).mean(1)
+        scores += values
+    for code, score in zip(codes, values, strict=True):
+        fit.add(code, int(part), float(score))
+    return codes[int(scores.argmax())]
+
+
+def _smaller(space: Space, surface: Surface, cost: float) -> list[Code]:
     """Return the best sums at shares of a cost: what less would do, the rest of the Pareto front."""
     least = space.costs.min(1).sum()
-    return [best_within(space, effects, max(least, cost * share)) for share in SMALLER]
+    return [best_within(space, surface, max(least, cost * share)) for share in SMALLER]
 
 
-def _propose(space: Space, fit: Fit, effects: Effects, limit: float, rng: np.random.Generator) -> list[Code]:
-    """Return the best sums by effects fitted to halves of the samples, and last by those fitted to all of them."""
+def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> list[Code]:
+    """Return the best genomes by half of the samples, by all of them without a curve, and by all of them."""
     count = len(fit.scores)
-    halves = [rng.choice(count, min(count, max(2, count // 2)), replace=False) for _ in range(2)]
-    return [best_within(space, found, limit) for found in (*map(fit.effects, halves), effects)]
+    half = rng.choice(count, min(count, max(2, count // 2)), replace=False)
+    surfaces = (fit.surface(half), fit.surface(curved=False), fit.surface())
+    return [best_within(space, surface, limit) for surface in surfaces]
 
 
 def _children(
-    space: Space, elite: list[Known], effects: Effects, limit: float, rng: np.random.Generator, tried: set[bytes]
+    space: Space, elite: list[Known], surface: Surface, limit: float, rng: np.random.Generator, tried: set[bytes]
 ) -> list[Code]:
-    """Return up to HEAT children of the elite that were not tried yet, each the best of some by the fitted effects."""
-    genes, found = np.arange(len(space.genes)), list[Code]()
+    """Return up to HEAT children of the elite that were not tried yet, each the best of some by the fit."""
+    found = list[Code]()
     for _ in range(20 * HEAT):
         if len(found) == HEAT:
             break
@@ -128,7 +174,7 @@ def _children(
             one, other = (elite[rng.integers(len(elite))].code for _ in range(2))
             parent = space.cross(one, other, rng, limit) if rng.random() < CROSSED else one
             pool.append(space.mutate(parent, rng, limit, BRED))
-        child = max(pool, key=lambda code: float(effects[genes, code].sum()))
+        child = max(pool, key=surface.predict)
         if child.tobytes() not in tried:
             tried.add(child.tobytes())
             found.append(child)

@@ -1,4 +1,11 @@
-"""What each choice of each slot adds to the score: ridge regression on scores of parts of the rows."""
+"""What each choice of each slot adds to the score, and what they add together: ridge regression on scores.
+
+A supernet learns the choices of each slot in the company of about as much as a random path has. Slots help the loss in
+one direction, so many strong choices at once overshoot: the score is close to a sum over the slots and a parabola in
+the sum of their slopes.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,6 +14,35 @@ from glora_llm.search.space import Code, Space
 
 Effects = NDArray[np.float64]  # (G, choices), -inf where a gene has fewer choices
 NOISES = tuple(10.0**power for power in np.arange(-2, 4, 0.5))  # variance of a score over that of an effect
+TREND = 3.0  # times as much of the scores as all effects together, before the fit, is from the line, and from the curve
+OUTLIER = 4.0  # median deviations below the median of its part at which a score is left out of a fit
+HALVINGS = 20  # of the range that the best sum of slopes is sought in
+
+
+class Surface(NamedTuple):
+    """Score of a code, up to a constant: sum of effects + slope * s + curve * s^2, s the sum of its choices' slopes."""
+
+    effects: Effects
+    slopes: Effects  # 0 where a gene has fewer choices
+    slope: float
+    curve: float  # 0 or less
+
+    def predict(self, code: Code) -> float:
+        """Return the score of a code, up to the constant."""
+        total = self.total(code)
+        return _sum(self.effects, code) + self.slope * total + self.curve * total**2
+
+    def total(self, code: Code) -> float:
+        """Return the sum of the slopes of a code's choices."""
+        return _sum(self.slopes, code)
+
+    def tangent(self, total: float) -> Effects:
+        """Return the effects of single choices next to a sum of slopes."""
+        return self.effects + (self.slope + 2 * self.curve * total) * self.slopes
+
+
+def _sum(values: Effects, code: Code) -> float:
+    return float(values[np.arange(len(code)), code].sum())
 
 
 class Fit:
@@ -16,8 +52,7 @@ class Fit:
     this layer alone. So scarce samples say what a slot is worth in general, and many say where.
 
     Args:
-        slopes: what first order says of each choice, (G, choices). The effects are a multiple of it, as large as the
-            scores say, and what the sums above add to that; before the fit both explain half of the scores.
+        slopes: what first order says of each choice, (G, choices); none: zeros.
     """
 
     def __init__(self, space: Space, slopes: Effects | None = None):
@@ -25,58 +60,74 @@ class Fit:
         self.columns = _columns(space)
         self.there = np.isfinite(space.parameters)
         self.features: list[NDArray[np.float64]] = []
+        self.totals: list[float] = []
         self.scores: list[float] = []
         self.parts: list[int] = []
 
     def add(self, code: Code, part: int, score: float) -> None:
         """Add the mean score of a genome on one part of the rows."""
-        genes = np.arange(len(code))
-        row = np.zeros(int(self.columns.max()) + 2)
-        np.add.at(row, self.columns[:, genes, code].ravel(), 1.0)
-        row[-1] = self.slopes[genes, code].sum()
+        row = np.zeros(int(self.columns.max()) + 1)
+        np.add.at(row, self.columns[:, np.arange(len(code)), code].ravel(), 1.0)
         self.features.append(row)
+        self.totals.append(_sum(self.slopes, code))
         self.scores.append(score)
         self.parts.append(part)
 
-    def effects(self, chosen: NDArray[np.int64] | None = None) -> Effects:
-        """Return the effects, fitted to all scores or to a choice of them.
-
-        The noise is the one of the least error on each score left out, which ridge regression has in closed form.
-        """
+    def surface(self, chosen: NDArray[np.int64] | None = None, curved: bool = True) -> Surface:
+        """Return what is fitted to all scores or to a choice of them, with or without a curve."""
         rows = np.arange(len(self.scores)) if chosen is None else chosen
+        rows = rows[_usual(np.array(self.scores)[rows], np.array(self.parts)[rows])]
         parts = np.array(self.parts)[rows]
+        totals = np.array(self.totals)[rows]
+        middle = totals.mean()
+        parabola = np.column_stack([totals - middle, (totals - middle) ** 2])
         features = _within(np.array(self.features)[rows], parts)
         scores = _within(np.array(self.scores)[rows, None], parts)[:, 0]
-        own, slope = (max(float((part**2).sum(1).mean()), 1e-12) for part in (features[:, :-1], features[:, -1:]))
-        scales = np.append(np.full(features.shape[1] - 1, own**-0.5), slope**-0.5)
-        features = features * scales
-        values, vectors = np.linalg.eigh(features @ features.T)
-        inner = vectors.T @ scores
+        own, trend = _ridge(features, _within(parabola, parts), scores)
+        if not curved or trend[1] > 0:  # nothing says that more is ever too much
+            own, trend = _ridge(features, _within(parabola[:, :1], parts), scores)
+        slope, curve = trend[0], trend[1] if len(trend) > 1 else 0.0
+        effects = np.where(self.there, own[self.columns].sum(0), -np.inf)
+        return Surface(effects, self.slopes, float(slope - 2 * curve * middle), float(curve))
 
-        def solve(noise: float) -> tuple[float, NDArray[np.float64]]:
-            inverse = 1 / (values.clip(0) + noise)
-            alpha = vectors @ (inverse * inner)
-            left_out = alpha / ((vectors**2) @ inverse)
-            return float((left_out**2).sum()), alpha
 
-        _, alpha = min((solve(noise) for noise in NOISES), key=lambda found: found[0])
-        weights = features.T @ alpha * scales
-        return np.where(self.there, weights[self.columns].sum(0) + weights[-1] * self.slopes, -np.inf)
+def _ridge(
+    features: NDArray[np.float64], trend: NDArray[np.float64], scores: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the weights of ridge regression: of the features, and of the few that are the trend.
+
+    The noise is the one of the least error on each score left out, which ridge regression has in closed form.
+    """
+    scales = [TREND * (trend**2).mean(0).clip(1e-12) ** -0.5, max(float((features**2).sum(1).mean()), 1e-12) ** -0.5]
+    columns = np.hstack([trend * scales[0], features * scales[1]])
+    values, vectors = np.linalg.eigh(columns @ columns.T)
+    inner = vectors.T @ scores
+
+    def solve(noise: float) -> tuple[float, NDArray[np.float64]]:
+        inverse = 1 / (values.clip(0) + noise)
+        alpha = vectors @ (inverse * inner)
+        left_out = alpha / ((vectors**2) @ inverse)
+        return float((left_out**2).sum()), alpha
+
+    _, alpha = min((solve(noise) for noise in NOISES), key=lambda found: found[0])
+    return features.T @ alpha * scales[1] ** 2, trend.T @ alpha * scales[0] ** 2
 
 
 def _columns(space: Space) -> NDArray[np.int64]:
     """Return (4, G, choices): the columns of the regression that a choice of a gene counts in."""
-    widest = space.parameters.shape[1]
-    ids: dict[object, int] = {}
-    found = np.zeros((4, len(space.genes), widest), np.int64)
-    for row, gene in enumerate(space.genes):
-        name = space.layers[gene.layer].name
-        kind = name.rpartition(".")[2]
-        depth = next((part for part in name.split(".") if part.isdigit()), name)
-        for level, group in enumerate((("all",), ("kind", kind), ("depth", depth), ("layer", name))):
-            for choice in range(widest):
-                found[level, row, choice] = ids.setdefault((group, gene.slot, choice), len(ids))
-    return found
+    widest, start, found = space.parameters.shape[1], 0, []
+    for groups in space.levels:
+        found.append(start + groups[:, None] * widest + np.arange(widest))
+        start = int(found[-1].max()) + 1
+    return np.array(found)
+
+
+def _usual(scores: NDArray[np.float64], parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which scores are not far below the others of their part: how bad a genome is says little of the best."""
+    behind = scores.copy()
+    for part in np.unique(parts):
+        behind[parts == part] = np.median(scores[parts == part]) - scores[parts == part]
+    return np.flatnonzero(behind <= OUTLIER * np.median(abs(behind)))
 
 
 def _within(values: NDArray[np.float64], parts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -87,7 +138,26 @@ def _within(values: NDArray[np.float64], parts: NDArray[np.int64]) -> NDArray[np
     return left
 
 
-def best_within(space: Space, effects: Effects, limit: float) -> Code:
+def best_within(space: Space, surface: Surface, limit: float) -> Code:
+    """Return the code of the best predicted score within the limit, near enough.
+
+    A parabola that opens downwards lies below each of its tangents, and the best code of a tangent has the less of
+    slopes the further out the tangent touches: halving finds the tangent that touches where its own best code is.
+    """
+    if surface.curve == 0:
+        return _best_sum(space, surface.tangent(0.0), limit)
+    there = np.isfinite(surface.effects)
+    low = float(np.where(there, surface.slopes, np.inf).min(1).sum())
+    high = float(np.where(there, surface.slopes, -np.inf).max(1).sum())
+    codes = []
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        codes.append(_best_sum(space, surface.tangent(middle), limit))
+        low, high = (middle, high) if surface.total(codes[-1]) > middle else (low, middle)
+    return max(codes, key=surface.predict)
+
+
+def _best_sum(space: Space, effects: Effects, limit: float) -> Code:
     """Return the code of the largest sum of effects within the limit, near enough.
 
     A price on the cost makes every gene's choice its own (Lagrange); the price is the lowest that keeps the limit. What

@@ -20,6 +20,7 @@ from glora_llm.schema import SearchSection
 from glora_llm.search.limits import limits
 
 Code = NDArray[np.uint8]
+LEANING = 0.5  # of a Dirichlet distribution: the lower, the more alike are the genes of a group
 
 
 class LayerShape(NamedTuple):
@@ -62,9 +63,10 @@ class Space:
         widest = max(len(gene.specs) for gene in self.genes)
         self.parameters = self._table(widest, self._numel)
         self.costs = self.parameters if cost is None else self._table(widest, cost)
-        odds = self._table(widest, lambda _, slot, spec: _odds(choices[slot], spec), missing=0.0)
-        self._cumulative = odds.cumsum(1) / odds.sum(1, keepdims=True)
+        self._odds = self._table(widest, lambda _, slot, spec: _odds(choices[slot], spec), missing=0.0)
+        self._cumulative = self._odds.cumsum(1) / self._odds.sum(1, keepdims=True)
         self._last = np.array([len(gene.specs) - 1 for gene in self.genes], np.uint8)
+        self.levels = [self._groups(level) for level in range(4)]
 
     def _table(self, widest: int, value: Value, missing: float = np.inf) -> NDArray[np.float64]:
         """Return (G, widest) values of (layer, slot, spec); `missing` where a gene has fewer choices."""
@@ -78,6 +80,12 @@ class Space:
                     known[key] = float(value(layer, gene.slot, spec))
                 table[row, column] = known[key]
         return table
+
+    def _groups(self, level: int) -> NDArray[np.int64]:
+        """Return the number of the group (G,) of each gene: its slot at one of the places of `_places`."""
+        ids: dict[object, int] = {}
+        keys = [(gene.slot, _places(self.layers[gene.layer].name)[level]) for gene in self.genes]
+        return np.array([ids.setdefault(key, len(ids)) for key in keys])
 
     def _numel(self, layer: LayerShape, slot: str, spec: SlotSpec) -> int:
         return slot_numel(slot, spec, self.composition, layer.out_features, layer.in_features)
@@ -108,13 +116,30 @@ class Space:
         return self.repair(self._draw(rng), rng, limit)
 
     def _draw(self, rng: np.random.Generator) -> Code:
-        above = (rng.random((len(self.genes), 1)) > self._cumulative).sum(1)
+        return self._pick(self._cumulative, rng)
+
+    def _pick(self, cumulative: NDArray[np.float64], rng: np.random.Generator) -> Code:
+        above = (rng.random((len(self.genes), 1)) > cumulative).sum(1)
         return np.minimum(above, self._last).astype(np.uint8)
 
     def mutate(self, code: Code, rng: np.random.Generator, limit: float, probability: float) -> Code:
         """Draw each gene anew with a probability."""
         fresh = self._draw(rng)
         return self.repair(np.where(rng.random(len(code)) < probability, fresh, code), rng, limit)
+
+    def mutate_alike(self, code: Code, rng: np.random.Generator, limit: float, probability: float) -> Code:
+        """Draw groups of genes anew, each with a probability; what a group draws is mostly alike.
+
+        A group is one slot in the whole model, in a kind of linear, at a depth, or in one layer: which of these, is
+        drawn first. Where every gene is drawn by itself, all codes hold about the same in sum, and none of them tells
+        what a slot is worth in general.
+        """
+        groups = self.levels[rng.integers(len(self.levels))]
+        odds = self._odds[np.unique(groups, return_index=True)[1]]
+        weights = rng.standard_gamma(LEANING * odds * (odds > 0).sum(1, keepdims=True)) + 1e-9 * odds
+        cumulative = (weights / weights.sum(1, keepdims=True)).cumsum(1)
+        drawn = rng.random(len(odds)) < probability
+        return self.repair(np.where(drawn[groups], self._pick(cumulative[groups], rng), code), rng, limit)
 
     def cross(self, one: Code, other: Code, rng: np.random.Generator, limit: float) -> Code:
         """Take each gene from one of two parents."""
@@ -168,6 +193,12 @@ class Space:
     def uniform(self, path: Path) -> Code:
         """Return the code that gives every layer the same path (without D where there is no bias)."""
         return self.code({layer.name: path if layer.has_bias else path.without("D") for layer in self.layers})
+
+
+def _places(name: str) -> tuple[str, str, str, str]:
+    """Return where a layer is: anywhere, its kind of linear, its depth, itself."""
+    depth = next((part for part in name.split(".") if part.isdigit()), name)
+    return "", name.rpartition(".")[2], depth, name
 
 
 def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: Value | None = None) -> Space:

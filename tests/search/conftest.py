@@ -93,7 +93,7 @@ class Toy:
         return found
 
     def slopes(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
-        """Return the effects with half of the rows' noise: first order knows the sum, and no pair."""
+        """Return first order with half of the rows' noise: it knows the sum, and no pair."""
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
         self.calls.append(len(requests))
@@ -101,8 +101,12 @@ class Toy:
         for genome, rows in requests:
             code = self.space.code(genome)
             self.sloped += [(code.tobytes(), int(row)) for row in rows]
-            found.append((self.effects + self.noise[rows].mean(0) / 2)[there])
+            found.append((self.first_order() + self.noise[rows].mean(0) / 2)[there])
         return found
+
+    def first_order(self) -> NDArray[np.float64]:
+        """Return what slopes over all rows are."""
+        return self.effects
 
     def spent(self) -> int:
         """Row scores so far; a row of slopes counts three."""

@@ -110,6 +110,46 @@ def test_a_mutation_changes_its_share_of_the_genes() -> None:
     assert (np.abs(changed - expected) < EVEN * np.sqrt(expected * (1 - expected) / 400)).all()
 
 
+def test_groups_are_a_slot_at_a_place() -> None:
+    """In the whole model, in a kind of linear, at a depth, in a layer: 5, 14, 15 and 42 of them in three layers."""
+    space = make_space()
+    assert [int(groups.max()) + 1 for groups in space.levels] == [5, 3 * 4 + 2, 3 * 5, len(space.genes)]
+    names = [space.layers[gene.layer].name for gene in space.genes]
+    for place, groups in enumerate(space.levels):
+        for group in range(int(groups.max()) + 1):
+            members = np.flatnonzero(groups == group)
+            assert len({space.genes[i].slot for i in members}) == 1
+            parts = [("", names[i].split(".", 3)[3], names[i].split(".")[2], names[i])[place] for i in members]
+            assert len(set(parts)) == 1
+            others = [i for i in np.flatnonzero(groups != group) if space.genes[i].slot == space.genes[members[0]].slot]
+            assert parts[0] not in [
+                ("", names[i].split(".", 3)[3], names[i].split(".")[2], names[i])[place] for i in others
+            ]
+
+
+def test_what_is_mutated_alike_is_drawn_by_the_same_odds_and_differs_more_in_sum() -> None:
+    """Of each gene; but the number of slots that hold a choice varies far more than where each is drawn by itself."""
+    space, rng, count = make_space(12), np.random.default_rng(6), 1500
+    start = space.random(rng, float("inf"))
+    alike = np.array([space.mutate_alike(start, rng, float("inf"), 1.0) for _ in range(count)])
+    alone = np.array([space.random(rng, float("inf")) for _ in range(count)])
+    for row, gene in enumerate(space.genes):
+        shares = [np.bincount(codes[:, row], minlength=len(gene.specs)) / count for codes in (alike, alone)]
+        assert np.abs(shares[0] - shares[1]).max() < EVEN * np.sqrt(0.5 / count)
+    of_a = [row for row, gene in enumerate(space.genes) if gene.slot == "A"]
+    none = len(space.choices["A"]) - 1
+    assert (alike[:, of_a] == none).sum(1).var() > 4 * (alone[:, of_a] == none).sum(1).var()
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_groups_that_are_not_drawn_stay(probability: float) -> None:
+    space, rng = make_space(), np.random.default_rng(7)
+    code = space.random(rng, float("inf"))
+    changed = [space.mutate_alike(code, rng, float("inf"), probability) != code for _ in range(400)]
+    assert 0 <= np.mean(changed) <= probability
+    assert (np.mean(changed) > probability / 3) == (probability > 0)
+
+
 def test_a_child_takes_every_gene_from_a_parent() -> None:
     space, rng = make_space(), np.random.default_rng(3)
     one, other = (space.random(rng, float("inf")) for _ in range(2))
