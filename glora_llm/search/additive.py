@@ -28,6 +28,7 @@ from glora_llm.search.effects import Effects, Fit, Surface, best_within
 from glora_llm.search.space import Code, Space
 from glora_llm.search.strategies import STRATEGIES, Ask, Strategy, Values
 
+Parts = list[NDArray[np.int64]]  # numbers of rows
 ROUNDS = 8  # fits at most, each after an equal share of the samples
 SHARE_SLOPES = 0.15  # of the passes
 SHARE_FITTED = 0.4  # of the passes; the rest is for the race and the heats
@@ -49,6 +50,14 @@ SCREENED = 3  # children that the fitted effects choose one of
 SMALLER = (0.75, 0.5, 0.25)  # of the cost of the best proposal: sums that are scored beside it
 
 
+class Ground(NamedTuple):
+    """What is searched: genomes of a space within a limit; and the one generator of all that is random."""
+
+    space: Space
+    limit: float
+    rng: np.random.Generator
+
+
 class Known(NamedTuple):
     """A genome that is scored on all rows: its mean, and the score of each row."""
 
@@ -60,13 +69,14 @@ class Known(NamedTuple):
 @STRATEGIES.register("additive")
 def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> Strategy:
     """Fit the effects of single choices to scores of parts of the rows; race the genomes that they propose."""
-    rng = np.random.default_rng(settings.seed)
-    order = rng.permutation(rows)
+    ground = Ground(space, limit, np.random.default_rng(settings.seed))
+    order = ground.rng.permutation(rows)
     parts = _parts(order, max(1, min(PARTS, rows // LEAST)))
-    fit = Fit(space, (yield from _slopes(space, limit, _parts(order, min(SLOPE_PARTS, rows)), settings.passes, rng)))
-    centres = yield from _sampled(space, fit, limit, parts, settings.passes * SHARE_FITTED, rng)
+    slopes = yield from _slopes(ground, _parts(order, min(SLOPE_PARTS, rows)), settings.passes * SHARE_SLOPES)
+    fit = Fit(space, slopes)
+    centres = yield from _sampled(ground, fit, parts, settings.passes * SHARE_FITTED)
     surface = fit.surface()
-    proposals = [*centres, *_propose(space, fit, limit, rng)]
+    proposals = [*centres, *_propose(ground, fit)]
     smaller = _smaller(space, surface, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_SLOPES - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
@@ -75,33 +85,29 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     elite, tried = [winner], {code.tobytes() for code in racers}
     for lap in itertools.count(ROUNDS + 1):
         left -= used
-        children = _children(space, elite, surface, limit, rng, tried) if left >= 2 * rows else []
+        children = _children(ground, elite, surface, tried) if left >= 2 * rows else []
         if not children:
             break
-        better, used = yield from _heat(children, elite[0], rng.permutation(rows), lap)
+        better, used = yield from _heat(children, elite[0], ground.rng.permutation(rows), lap)
         elite = sorted([*elite, *better], key=lambda known: -known.score)[:ELITE]
     yield Ask(smaller, np.arange(rows), lap)
 
 
-def _parts(order: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+def _parts(order: NDArray[np.int64], count: int) -> Parts:
     return [np.sort(part) for part in np.array_split(order, count)]
 
 
-def _slopes(
-    space: Space, limit: float, parts: list[NDArray[np.int64]], passes: int, rng: np.random.Generator
-) -> Generator[Ask, Values, Effects]:
+def _slopes(ground: Ground, parts: Parts, passes: float) -> Generator[Ask, Values, Effects]:
     """Return the mean slopes of random genomes, each over one part of the rows."""
-    count = max(1, round(passes * SHARE_SLOPES / SLOPE_SAMPLES * len(parts)))
-    found = np.zeros(space.parameters.shape)
+    count = max(1, round(passes / SLOPE_SAMPLES * len(parts)))
+    found = np.zeros(ground.space.parameters.shape)
     for number, part in enumerate(parts[:count]):
-        codes = [space.random(rng, limit) for _ in range(number, count, len(parts))]
+        codes = [ground.space.random(ground.rng, ground.limit) for _ in range(number, count, len(parts))]
         found += (yield Ask(codes, part, 0, slopes=True)).sum(0) / count
     return found
 
 
-def _sampled(
-    space: Space, fit: Fit, limit: float, parts: list[NDArray[np.int64]], passes: float, rng: np.random.Generator
-) -> Generator[Ask, Values, list[Code]]:
+def _sampled(ground: Ground, fit: Fit, parts: Parts, passes: float) -> Generator[Ask, Values, list[Code]]:
     """Score genomes on one part of the rows each: random ones, then around a centre that what is fitted proposes anew.
 
     Returns:
@@ -113,33 +119,26 @@ def _sampled(
     for number in range(asks):
         turn, part = number * rounds // asks, number % len(parts)
         if turn > len(centres):
-            centres.append((yield from _centre(space, fit, centres[-1:], limit, parts, turn, rng)))
-        codes = [_sample(space, centres, limit, rng) for _ in parts]
+            centres.append((yield from _centre(ground, fit, parts, centres[-1:], turn)))
+        codes = [_sample(ground, centres) for _ in parts]
         values = yield Ask(codes, parts[part], turn)
         for code, score in zip(codes, values.mean(1), strict=True):
             fit.add(code, part, float(score))
     return centres
 
 
-def _sample(space: Space, centres: list[Code], limit: float, rng: np.random.Generator) -> Code:
+def _sample(ground: Ground, centres: list[Code]) -> Code:
     """Return a genome that differs from the centre, or from all others, in something that many of its layers share."""
+    space, limit, rng = ground
     code, share = (centres[-1], MUTATED) if centres else (space.random(rng, limit), 1.0)
     return space.mutate_alike(code, rng, limit, share)
 
 
-def _centre(
-    space: Space,
-    fit: Fit,
-    before: list[Code],
-    limit: float,
-    parts: list[NDArray[np.int64]],
-    turn: int,
-    rng: np.random.Generator,
-) -> Generator[Ask, Values, Code]:
+def _centre(ground: Ground, fit: Fit, parts: Parts, before: list[Code], turn: int) -> Generator[Ask, Values, Code]:
     """Return the best of the proposals and of the centre before, on a few parts of the rows."""
-    codes = _unique([*_propose(space, fit, limit, rng), *before])
+    codes = _unique([*_propose(ground, fit), *before])
     scores = np.zeros(len(codes))
-    for part in rng.choice(len(parts), math.ceil(CHECKED * len(parts)), replace=False):
+    for part in ground.rng.choice(len(parts), math.ceil(CHECKED * len(parts)), replace=False):
         values = (yield Ask(codes, parts[part], turn)).mean(1)
         scores += values
     for code, score in zip(codes, values, strict=True):
@@ -153,18 +152,17 @@ def _smaller(space: Space, surface: Surface, cost: float) -> list[Code]:
     return [best_within(space, surface, max(least, cost * share)) for share in SMALLER]
 
 
-def _propose(space: Space, fit: Fit, limit: float, rng: np.random.Generator) -> list[Code]:
+def _propose(ground: Ground, fit: Fit) -> list[Code]:
     """Return the best genomes by half of the samples, by all of them without a curve, and by all of them."""
     count = len(fit.scores)
-    half = rng.choice(count, min(count, max(2, count // 2)), replace=False)
+    half = ground.rng.choice(count, min(count, max(2, count // 2)), replace=False)
     surfaces = (fit.surface(half), fit.surface(curved=False), fit.surface())
-    return [best_within(space, surface, limit) for surface in surfaces]
+    return [best_within(ground.space, surface, ground.limit) for surface in surfaces]
 
 
-def _children(
-    space: Space, elite: list[Known], surface: Surface, limit: float, rng: np.random.Generator, tried: set[bytes]
-) -> list[Code]:
+def _children(ground: Ground, elite: list[Known], surface: Surface, tried: set[bytes]) -> list[Code]:
     """Return up to HEAT children of the elite that were not tried yet, each the best of some by the fit."""
+    space, limit, rng = ground
     found = list[Code]()
     for _ in range(20 * HEAT):
         if len(found) == HEAT:
