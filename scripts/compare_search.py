@@ -8,7 +8,6 @@ the test rows. Prints a Markdown line for each, with means and ranges over the r
 """
 
 import argparse
-import itertools
 import json
 import statistics
 from pathlib import Path as File
@@ -65,7 +64,9 @@ def compare(run: File) -> list[tuple[str, list[str], float]]:
     scorer = RowScorer.of(plan, layers, loss, passes_of(plan, model), lambda table: table)
     rows = np.arange(len(scorer.numbers))
     surface = _surface(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
-    uniform = sorted(_uniform(space, limit), key=surface.predict, reverse=True)[:FINALISTS]
+    uniform = sorted(space.uniforms(limit), key=surface.predict, reverse=True)[:FINALISTS]
+    if not uniform:
+        raise UserError("No single path for all layers is within the limit of this search.")
     scores = {c.tobytes(): float(scorer([(space.genome(c), rows)])[0].mean()) for c in tqdm(uniform, desc="uniform")}
     best = max(uniform, key=lambda code: scores[code.tobytes()])
     chosen = space.code(read_genome(folder.genome))
@@ -90,19 +91,6 @@ def _surface(space: Space, lines: list[str], rows: int) -> Surface:
     for key, values in zip(journal.values, table, strict=True):
         fit.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
     return fit.surface()
-
-
-def _uniform(space: Space, limit: float) -> list[Code]:
-    slots = [slot for slot in space.choices if any(gene.slot == slot for gene in space.genes)]
-    found = []
-    for specs in itertools.product(*(space.choices[slot] for slot in slots)):
-        pairs = [pair for pair in zip(slots, specs, strict=True) if pair[1].mode != "none"]
-        code = space.uniform(Path(tuple(pairs)))
-        if space.cost(code) <= limit:
-            found.append(code)
-    if not found:
-        raise UserError("No single path for all layers is within the limit of this search.")
-    return found
 
 
 def _first(space: Space, code: Code) -> Path:

@@ -6,8 +6,8 @@ few genomes on all rows, many genomes are scored on a few rows each, and the eff
 What is fitted says without a forward pass which genome within the limit is best: one by half of the samples, one by all
 of them, and one by all of them without the curve (how far the slopes reach is what the first samples tell worst). They
 meet the centre so far on a few rows, new samples are taken around the best of them, and the fit is repeated. At the end
-all centres race: on growing parts of the rows the better half goes on, without what is surely worse than the best, row
-by row.
+all centres race, and with them the best of those that give all layers the same path: on growing parts of the rows the
+better half goes on, without what is surely worse than the best, row by row.
 
 What is no sum is left to chance and to the rows: children of the best genomes run heats. A child that is behind the
 best genome on a sixteenth of the rows is dropped, then on an eighth, and so on; one that is ahead on all of them takes
@@ -39,6 +39,7 @@ PROPOSED = 3  # genomes after each fit
 CHECKED = 0.125  # share of the rows on which they meet the centre so far
 MUTATED = 0.2  # share of the slots that is drawn anew around the centre
 RACERS = 10
+UNIFORM = 2  # of them, at most, with one path for all layers
 RACE_COST = 0.32  # passes of a race for each racer: an eighth of the rows, half as many racers for each next part
 WORSE = 2.0  # standard errors of a paired difference at which a racer is dropped
 HEAT = 8  # children
@@ -76,7 +77,8 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     fit = Fit(space, slopes)
     centres = yield from _sampled(ground, fit, parts, settings.passes * SHARE_FITTED)
     surface = fit.surface()
-    proposals = [*centres, *_propose(ground, fit)]
+    uniform = sorted(space.uniforms(limit), key=surface.predict)[-UNIFORM:]
+    proposals = [*centres, *uniform, *_propose(ground, fit)]
     smaller = _smaller(space, surface, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_SLOPES - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))

@@ -5,6 +5,7 @@ over its genes of a table, so limits on parameters, time and memory are all kept
 that leaves this module is within its limit.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -193,6 +194,13 @@ class Space:
     def uniform(self, path: Path) -> Code:
         """Return the code that gives every layer the same path (without D where there is no bias)."""
         return self.code({layer.name: path if layer.has_bias else path.without("D") for layer in self.layers})
+
+    def uniforms(self, limit: float) -> NDArray[np.uint8]:
+        """Return the codes (U, G) within the limit that give every layer the same path."""
+        slots = list(dict.fromkeys(gene.slot for gene in self.genes))
+        paths = list(itertools.product(*(range(len(self.choices[slot])) for slot in slots)))
+        codes = np.array(paths, np.uint8)[:, [slots.index(gene.slot) for gene in self.genes]]
+        return codes[self.costs[np.arange(len(self.genes)), codes].sum(1) <= limit]
 
 
 def _places(name: str) -> tuple[str, str, str, str]:

@@ -110,6 +110,18 @@ def test_a_mutation_changes_its_share_of_the_genes() -> None:
     assert (np.abs(changed - expected) < EVEN * np.sqrt(expected * (1 - expected) / 400)).all()
 
 
+def test_uniform_codes_are_all_paths_within_the_limit() -> None:
+    space = make_space(2, "product", False)
+    codes = space.uniforms(float("inf"))
+    assert len({code.tobytes() for code in codes}) == len(codes) == 6 * 6 * 5 * 3
+    for code in codes[::17]:
+        (path,) = set(space.genome(code).values())
+        assert np.array_equal(space.uniform(path), code)
+    limit = float(np.median([space.cost(code) for code in codes]))
+    assert {c.tobytes() for c in space.uniforms(limit)} == {c.tobytes() for c in codes if space.cost(c) <= limit}
+    assert len(make_space(A=["vector"]).uniforms(0.0)) == 0
+
+
 def test_groups_are_a_slot_at_a_place() -> None:
     """In the whole model, in a kind of linear, at a depth, in a layer: 5, 14, 15 and 42 of them in three layers."""
     space = make_space()
