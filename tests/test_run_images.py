@@ -108,10 +108,8 @@ def test_an_adapter_on_a_vlora_vit_trains_and_merges(method: str, trained: Path,
     out = tmp_path / "run"
     slots = [] if method == "glora" else ["adapter.slots=null"]
     base = f"model.name_or_path={trained / 'model'}"
-    assert (
-        train_in_process("vit_cifar10_glora", base, *ON_TOP, f"adapter.method={method}", *slots, f"output.dir={out}")
-        == 0
-    )
+    kind = [f"adapter.method={method}", *slots]
+    assert train_in_process("vit_cifar10_glora", base, *ON_TOP, *kind, f"output.dir={out}") == 0
     assert main(["merge", str(out), "--out", str(out / "merged")]) == 0
     report = json.loads((out / "merged" / "merge_report.json").read_text())
     assert report["max_abs_logit_diff"] < 1e-5 and report["tokens"] == 32

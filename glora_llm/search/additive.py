@@ -78,7 +78,7 @@ def additive(space: Space, settings: SearchSection, limit: float, rows: int) -> 
     centres = yield from _sampled(ground, fit, parts, settings.passes * SHARE_FITTED)
     surface = fit.surface()
     uniform = sorted(space.uniforms(limit), key=surface.predict)[-UNIFORM:]
-    proposals = [*centres, *uniform, *_propose(ground, fit)]
+    proposals = [*centres, *uniform, *_propose(ground, fit, surface)]
     smaller = _smaller(space, surface, space.cost(proposals[-1]))
     left = round(settings.passes * (1 - SHARE_SLOPES - SHARE_FITTED) - len(smaller)) * rows
     field = min(RACERS, max(2, round(left / (RACE_COST * rows))))
@@ -138,7 +138,7 @@ def _sample(ground: Ground, centres: list[Code]) -> Code:
 
 def _centre(ground: Ground, fit: Fit, parts: Parts, before: list[Code], turn: int) -> Generator[Ask, Values, Code]:
     """Return the best of the proposals and of the centre before, on a few parts of the rows."""
-    codes = _unique([*_propose(ground, fit), *before])
+    codes = _unique([*_propose(ground, fit, fit.surface()), *before])
     scores = np.zeros(len(codes))
     for part in ground.rng.choice(len(parts), math.ceil(CHECKED * len(parts)), replace=False):
         values = (yield Ask(codes, parts[part], turn)).mean(1)
@@ -154,12 +154,12 @@ def _smaller(space: Space, surface: Surface, cost: float) -> list[Code]:
     return [best_within(space, surface, max(least, cost * share)) for share in SMALLER]
 
 
-def _propose(ground: Ground, fit: Fit) -> list[Code]:
+def _propose(ground: Ground, fit: Fit, surface: Surface) -> list[Code]:
     """Return the best genomes by half of the samples, by all of them without a curve, and by all of them."""
     count = len(fit.scores)
     half = ground.rng.choice(count, min(count, max(2, count // 2)), replace=False)
-    surfaces = (fit.surface(half), fit.surface(curved=False), fit.surface())
-    return [best_within(ground.space, surface, ground.limit) for surface in surfaces]
+    fitted = (fit.surface(half), fit.surface(curved=False), surface)
+    return [best_within(ground.space, found, ground.limit) for found in fitted]
 
 
 def _children(ground: Ground, elite: list[Known], surface: Surface, tried: set[bytes]) -> list[Code]:

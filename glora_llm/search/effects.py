@@ -5,7 +5,8 @@ one direction, so many strong choices at once overshoot: the score is close to a
 the sum of their slopes.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,13 +81,15 @@ class Fit:
         parts = np.array(self.parts)[rows]
         totals = np.array(self.totals)[rows]
         middle = totals.mean()
-        parabola = np.column_stack([totals - middle, (totals - middle) ** 2])
+        line = (totals - middle)[:, None]
         features = _within(np.array(self.features)[rows], parts)
         scores = _within(np.array(self.scores)[rows, None], parts)[:, 0]
-        own, trend = _ridge(features, _within(parabola, parts), scores)
-        if not curved or trend[1] > 0:  # nothing says that more is ever too much
-            own, trend = _ridge(features, _within(parabola[:, :1], parts), scores)
-        slope, curve = trend[0], trend[1] if len(trend) > 1 else 0.0
+        curve = 0.0
+        if curved:
+            own, (slope, curve) = _ridge(features, _within(np.hstack([line, line**2]), parts), scores)
+        if not curved or curve > 0:  # nothing says that more is ever too much
+            own, (slope,) = _ridge(features, _within(line, parts), scores)
+            curve = 0.0
         effects = np.where(self.there, own[self.columns].sum(0), -np.inf)
         return Surface(effects, self.slopes, float(slope - 2 * curve * middle), float(curve))
 
@@ -124,17 +127,17 @@ def _columns(space: Space) -> NDArray[np.int64]:
 
 def _usual(scores: NDArray[np.float64], parts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return which scores are not far below the others of their part: how bad a genome is says little of the best."""
-    behind = scores.copy()
-    for part in np.unique(parts):
-        behind[parts == part] = np.median(scores[parts == part]) - scores[parts == part]
-    return np.flatnonzero(behind <= OUTLIER * np.median(abs(behind)))
+    ahead = _within(scores[:, None], parts, np.median)[:, 0]
+    return np.flatnonzero(ahead >= -OUTLIER * np.median(abs(ahead)))
 
 
-def _within(values: NDArray[np.float64], parts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Subtract each part's mean: parts differ in difficulty, which is no genome's merit."""
+def _within(
+    values: NDArray[np.float64], parts: NDArray[np.int64], middle: Callable[..., Any] = np.mean
+) -> NDArray[np.float64]:
+    """Subtract the middle of each part: parts differ in difficulty, which is no genome's merit."""
     left = values.copy()
     for part in np.unique(parts):
-        left[parts == part] -= left[parts == part].mean(0)
+        left[parts == part] -= middle(left[parts == part], axis=0)
     return left
 
 

@@ -127,16 +127,14 @@ def test_groups_are_a_slot_at_a_place() -> None:
     space = make_space()
     assert [int(groups.max()) + 1 for groups in space.levels] == [5, 3 * 4 + 2, 3 * 5, len(space.genes)]
     names = [space.layers[gene.layer].name for gene in space.genes]
+    places = [("", name.split(".", 3)[3], name.split(".")[2], name) for name in names]
     for place, groups in enumerate(space.levels):
         for group in range(int(groups.max()) + 1):
             members = np.flatnonzero(groups == group)
             assert len({space.genes[i].slot for i in members}) == 1
-            parts = [("", names[i].split(".", 3)[3], names[i].split(".")[2], names[i])[place] for i in members]
-            assert len(set(parts)) == 1
+            assert len({places[i][place] for i in members}) == 1
             others = [i for i in np.flatnonzero(groups != group) if space.genes[i].slot == space.genes[members[0]].slot]
-            assert parts[0] not in [
-                ("", names[i].split(".", 3)[3], names[i].split(".")[2], names[i])[place] for i in others
-            ]
+            assert places[members[0]][place] not in [places[i][place] for i in others]
 
 
 def test_what_is_mutated_alike_is_drawn_by_the_same_odds_and_differs_more_in_sum() -> None:
