@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glora_llm.search.space import Code, Space
+from glora_llm.search.space import Code, Space, chosen
 
 Effects = NDArray[np.float64]  # (G, choices), -inf where a gene has fewer choices
 NOISES = tuple(10.0**power for power in np.arange(-2, 4, 0.5))  # variance of a score over that of an effect
@@ -31,19 +31,15 @@ class Surface(NamedTuple):
     def predict(self, code: Code) -> float:
         """Return the score of a code, up to the constant."""
         total = self.total(code)
-        return _sum(self.effects, code) + self.slope * total + self.curve * total**2
+        return float(chosen(self.effects, code).sum()) + self.slope * total + self.curve * total**2
 
     def total(self, code: Code) -> float:
         """Return the sum of the slopes of a code's choices."""
-        return _sum(self.slopes, code)
+        return float(chosen(self.slopes, code).sum())
 
     def tangent(self, total: float) -> Effects:
         """Return the effects of single choices next to a sum of slopes."""
         return self.effects + (self.slope + 2 * self.curve * total) * self.slopes
-
-
-def _sum(values: Effects, code: Code) -> float:
-    return float(values[np.arange(len(code)), code].sum())
 
 
 class Fit:
@@ -70,13 +66,13 @@ class Fit:
         row = np.zeros(int(self.columns.max()) + 1)
         np.add.at(row, self.columns[:, np.arange(len(code)), code].ravel(), 1.0)
         self.features.append(row)
-        self.totals.append(_sum(self.slopes, code))
+        self.totals.append(float(chosen(self.slopes, code).sum()))
         self.scores.append(score)
         self.parts.append(part)
 
-    def surface(self, chosen: NDArray[np.int64] | None = None, curved: bool = True) -> Surface:
+    def surface(self, subset: NDArray[np.int64] | None = None, curved: bool = True) -> Surface:
         """Return what is fitted to all scores or to a choice of them, with or without a curve."""
-        rows = np.arange(len(self.scores)) if chosen is None else chosen
+        rows = np.arange(len(self.scores)) if subset is None else subset
         rows = rows[_usual(np.array(self.scores)[rows], np.array(self.parts)[rows])]
         parts = np.array(self.parts)[rows]
         totals = np.array(self.totals)[rows]
@@ -185,10 +181,9 @@ def _at_price(space: Space, effects: Effects, price: float) -> Code:
 
 
 def _spend(space: Space, effects: Effects, code: Code, limit: float) -> Code:
-    genes = np.arange(len(code))
     while True:
-        gain = effects - effects[genes, code][:, None]
-        extra = space.costs - space.costs[genes, code][:, None]
+        gain = effects - chosen(effects, code)[:, None]
+        extra = space.costs - chosen(space.costs, code)[:, None]
         fits = (extra <= limit - space.cost(code)) & (gain > 0)
         if not fits.any():
             return code

@@ -93,11 +93,11 @@ class Space:
 
     def cost(self, code: Code) -> float:
         """Return what a code costs, in the unit of the limit."""
-        return float(self.costs[np.arange(len(code)), code].sum())
+        return float(chosen(self.costs, code).sum())
 
     def size(self, code: Code) -> int:
         """Return the trainable parameters of a code."""
-        return int(self.parameters[np.arange(len(code)), code].sum())
+        return int(chosen(self.parameters, code).sum())
 
     def require_limit(self, limit: float, text: str) -> None:
         """Check that a limit can be kept.
@@ -150,7 +150,7 @@ class Space:
         """Make random genes cheaper until the code is within the limit (which the cheapest one is)."""
         code, cost = code.copy(), self.cost(code)
         while cost > limit:
-            here = self.costs[np.arange(len(code)), code]
+            here = chosen(self.costs, code)
             cheaper = self.costs < here[:, None]
             gene = rng.choice(np.flatnonzero(cheaper.any(1)))
             code[gene] = rng.choice(np.flatnonzero(cheaper[gene]))
@@ -191,16 +191,17 @@ class Space:
             found[row] = gene.specs.index(spec)
         return found
 
-    def uniform(self, path: Path) -> Code:
-        """Return the code that gives every layer the same path (without D where there is no bias)."""
-        return self.code({layer.name: path if layer.has_bias else path.without("D") for layer in self.layers})
-
     def uniforms(self, limit: float) -> NDArray[np.uint8]:
         """Return the codes (U, G) within the limit that give every layer the same path."""
         slots = list(dict.fromkeys(gene.slot for gene in self.genes))
         paths = list(itertools.product(*(range(len(self.choices[slot])) for slot in slots)))
         codes = np.array(paths, np.uint8)[:, [slots.index(gene.slot) for gene in self.genes]]
-        return codes[self.costs[np.arange(len(self.genes)), codes].sum(1) <= limit]
+        return codes[chosen(self.costs, codes).sum(1) <= limit]
+
+
+def chosen(table: NDArray[np.float64], codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return what a table (G, choices) holds for each gene of a code (G,), or of several (N, G)."""
+    return table[np.arange(len(table)), codes]
 
 
 def _places(name: str) -> tuple[str, str, str, str]:
