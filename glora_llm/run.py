@@ -33,6 +33,7 @@ from glora_llm.training.engine import Engine, read_deepspeed_config, zero_stage
 from glora_llm.training.flops import measure_cost
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
+from glora_llm.training.stop import StopRequest
 from glora_llm.vlora import m_steps, vlora_layers
 
 
@@ -120,6 +121,7 @@ class Run:
         schedule = Schedule(
             self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
         )
+        request = StopRequest()
         hooks = Hooks(
             batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
             validate=self._validate if self.plan.task.validation is not None else None,
@@ -127,8 +129,10 @@ class Run:
             diagnose=partial(first_bad_module, self.model, self.engine.score),
             before_micro_step=self.supernet.draw,
             observe=self._observe,
+            told_to_end=lambda: request.made,
         )
-        last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
+        with request.listening():
+            last = fit(self.engine, start, schedule, recipe.training, recipe.output, hooks, log, self.cost)
         self._finish(log, last, start)
         if recipe.search:
             self._search(log)

@@ -173,7 +173,7 @@ class Engine:
         The loss is the sum over targets divided by the number of targets of the whole step on all ranks, so it does
         not depend on how the step is cut into micro batches and ranks.
         """
-        targets = self._total(sum(self.objective.targets(batch) for batch in batches))
+        targets = self.total(sum(self.objective.targets(batch) for batch in batches))
         set_lr(self.adam.optimizer, lr)
         self.ds.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
@@ -189,7 +189,7 @@ class Engine:
                 self.ds.step()
         skipped, norm = self._apply()
         self.applied += not skipped
-        return StepResult(self._total(loss_sum) / targets, int(targets), norm, skipped)
+        return StepResult(self.total(loss_sum) / targets, int(targets), norm, skipped)
 
     def _apply(self) -> tuple[bool, float]:
         """Let DeepSpeed step unless a gradient is not finite; return (skipped, gradient norm)."""
@@ -240,8 +240,8 @@ class Engine:
         finally:
             self.ds.train()
 
-    def _total(self, value: Any) -> Any:
-        """Return the sum of a number over all ranks."""
+    def total(self, value: Any) -> Any:
+        """Return the sum of a number over all ranks; all must call it."""
         tensor = torch.tensor([float(value)], dtype=torch.float64, device=self._reduce_device())
         dist.all_reduce(tensor)
         return float(tensor)

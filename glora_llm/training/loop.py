@@ -17,6 +17,7 @@ from glora_llm.training.engine import Batch, Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.optim import lr_at
+from glora_llm.training.stop import EXIT_CODE
 
 
 class NonFinite(CheckFailed):
@@ -34,6 +35,7 @@ class Hooks:
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
         before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
         observe: step -> further numbers that are logged with the step's own; all ranks call it.
+        told_to_end: whether this rank is to end after this step; one is enough for all.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -42,6 +44,7 @@ class Hooks:
     diagnose: Callable[[Sequence[Batch]], str]
     before_micro_step: Callable[[int, int], None] = lambda _step, _micro: None
     observe: Callable[[int], dict[str, float]] = lambda _step: {}
+    told_to_end: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def fit(
 
     Raises:
         NonFinite: after `settings.max_bad_steps` skipped steps in a row.
+        SystemExit: with code 143 after the step, and a checkpoint, at whose end a rank was told to end.
     """
     bad, last_validation = 0, {}
     for step in range(start, schedule.total):
@@ -102,9 +106,13 @@ def fit(
         if hooks.validate is not None and schedule.due(done, schedule.validate_every):
             last_validation = hooks.validate(done)
             log.scalars(done, last_validation)
-        if schedule.due(done, output.save_every) and not bad:
+        stopping = bool(engine.total(hooks.told_to_end()))
+        if (stopping or schedule.due(done, output.save_every)) and not bad:
             log.flush()
             hooks.save(done)
+        if stopping:
+            log.say(f"told to end (SIGTERM) after step {done} of {schedule.total}; the same command goes on")
+            raise SystemExit(EXIT_CODE)
     return last_validation
 
 

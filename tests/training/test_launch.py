@@ -1,11 +1,14 @@
 """Two gloo ranks: every ZeRO stage gives one trajectory, a resumed run is the whole one, kill -9 costs nothing."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,22 +96,30 @@ def test_one_rank_follows_two(trained: Path, tmp_path: Path) -> None:
     )
 
 
-def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_path: Path) -> None:
-    """SIGKILL to the launcher and all ranks as soon as a checkpoint is there; the same command again goes on."""
-    run = tmp_path / "killed"
-    command = launch("train.py", "--recipe", "tiny_cpu", *COMMON, "training.deepspeed=zero3", f"output.dir={run}")
+@contextlib.contextmanager
+def started(command: list[str], awaited: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a launch, and wait until a file or folder is there that it makes."""
     with subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     ) as process:
         limit = time.monotonic() + 300
-        while not (run / "checkpoints" / "step-3").is_dir():
-            assert process.poll() is None and time.monotonic() < limit, "no checkpoint appeared"
+        while not awaited.exists():
+            assert process.poll() is None and time.monotonic() < limit, f"no {awaited.name} appeared"
             time.sleep(0.002)
+        yield process
+
+
+def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_path: Path) -> None:
+    """SIGKILL to the launcher and all ranks as soon as a checkpoint is there; the same command again goes on."""
+    run = tmp_path / "killed"
+    command = launch("train.py", "--recipe", "tiny_cpu", *COMMON, "training.deepspeed=zero3", f"output.dir={run}")
+    with started(command, run / "checkpoints" / "step-3") as process:
         kill_all(process.pid)
     assert not (run / "adapter").exists(), "killed too late to show anything"
     done = finished(command)
@@ -118,12 +129,34 @@ def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_
     assert metrics(run, "train/loss") == metrics(trained / "zero3", "train/loss")
 
 
-def kill_all(pid: int) -> None:
-    """Kill a process and all its descendants at once (the launcher starts its ranks in sessions of their own)."""
-    import psutil
+def test_told_to_end_all_ranks_save_and_the_same_command_goes_on(trained: Path, tmp_path: Path) -> None:
+    """SIGTERM to one rank in its first steps, long before a checkpoint is due."""
+    run = tmp_path / "preempted"
+    wanted = [*COMMON, "training.deepspeed=zero3", "output.save_every=100", f"output.dir={run}"]
+    command = launch("train.py", "--recipe", "tiny_cpu", *wanted)
+    with started(command, run / "metrics.jsonl") as process:
+        (second,) = [member for member in family(process.pid) if "--local_rank=1" in member.cmdline()[:4]]
+        second.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[0]
+    (saved,) = (run / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert process.returncode == 143 and step < 6, "told too late to show anything"
+    assert f"told to end (SIGTERM) after step {step} of 6; the same command goes on" in said
+    done = finished(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resumed after step {step}" in done.stdout
+    assert adapter_bytes(run) == adapter_bytes(trained / "zero3")
+    assert metrics(run, "train/loss") == metrics(trained / "zero3", "train/loss")
 
-    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for member in family:
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants (the launcher starts its ranks in sessions of their own)."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def kill_all(pid: int) -> None:
+    """Kill a process and all its descendants at once."""
+    for member in family(pid):
         try:
             member.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
