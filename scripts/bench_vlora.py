@@ -5,8 +5,8 @@
 ViT-B's shape on 32 x 32 images in patches of 4 (65 tokens an image, so 64 images are 4,160 tokens), k 4, r 8. A step is
 this trainer's own: forward, backward, clipping and AdamW under DeepSpeed ZeRO 1 on one rank. Times are medians of one
 interleaved run, ratios medians of the ratios within a round. Memory is the peak over two steps in a process of its own:
-allocated on a GPU; on a CPU the resident set, where glibc gives back what is freed at once. `released` is what vlora 0.1
-computes (star, the base detached outside the first layer, W = base + B A by plain autograd) on the same parameters.
+allocated on a GPU; on a CPU the resident set, where glibc gives back what is freed at once. `released` is what vlora
+0.1 computes (star, the base detached outside the first layer, W = base + B A by plain autograd) on the same parameters.
 Exits with 1 when a bound is not kept.
 """
 
