@@ -83,7 +83,7 @@ def fit(
 
     Raises:
         NonFinite: after `settings.max_bad_steps` skipped steps in a row.
-        SystemExit: with code 143 after the step, and a checkpoint, at whose end a rank was told to end.
+        SystemExit: with code 143 when a rank was told to end: after the step and a checkpoint (none after a bad step).
     """
     bad, last_validation = 0, {}
     for step in range(start, schedule.total):
