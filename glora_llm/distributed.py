@@ -14,7 +14,7 @@ import torch
 
 from glora_llm.cpu_memory import keep_freed_memory
 from glora_llm.errors import CheckFailed, UserError
-from glora_llm.extensions import load_extension
+from glora_llm.extensions import leave_out_shared_buffers
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def start() -> Ranks:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     if not gpu:
         keep_freed_memory()
-        load_extension("ShareMemCommBuilder")  # init_distributed would build it
+        leave_out_shared_buffers()
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 

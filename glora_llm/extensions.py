@@ -21,7 +21,7 @@ def load_extension(builder_name: str) -> None:
     """Compile (once a machine) and load one of DeepSpeed's extensions, one process at a time.
 
     Args:
-        builder_name: class name of DeepSpeed's builder, such as `ShareMemCommBuilder`. Nothing happens where this
+        builder_name: class name of DeepSpeed's builder, such as `CPUAdamBuilder`. Nothing happens where this
             accelerator has none, or the machine cannot compile it.
     """
     import deepspeed
@@ -41,6 +41,18 @@ def load_extension(builder_name: str) -> None:
         note.write_text(builder.name)
         builder.load()
         note.unlink()
+
+
+def leave_out_shared_buffers() -> None:
+    """Keep DeepSpeed from compiling and opening its shared memory between CPU ranks, which only its inference uses.
+
+    Nobody removes those buffers, 66 MiB of memory a rank in /dev/shm: each launch with a port of its own would take
+    that much of the machine until it is booted again (DeepSpeed 0.19, csrc/cpu/comm/shm.cpp: nothing calls
+    `shared_close`).
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def extensions_root() -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from glora_llm.extensions import LOCK, NOTE, abandoned, extensions_root
 
-LOAD = "from glora_llm.extensions import load_extension; load_extension('ShareMemCommBuilder'); print('loaded')"
+LOAD = "from glora_llm.extensions import load_extension; load_extension('CPUAdamBuilder'); print('loaded')"
 
 
 def locks(root: Path, *extensions: str) -> list[Path]:
@@ -23,11 +23,11 @@ def locks(root: Path, *extensions: str) -> list[Path]:
 
 
 def test_the_file_of_a_build_that_we_began_is_abandoned_and_others_only_when_they_are_old(tmp_path: Path) -> None:
-    ours, young, old = locks(tmp_path, "deepspeed_shm_comm", "py311_cpu/another", "py311_cpu/cpu_adam")
+    ours, young, old = locks(tmp_path, "cpu_adam", "py311_cpu/another", "py311_cpu/fused_adam")
     hour_ago = time.time() - 3600
     os.utime(old, (hour_ago, hour_ago))
     assert list(abandoned(tmp_path)) == [old]
-    (tmp_path / NOTE).write_text("deepspeed_shm_comm")
+    (tmp_path / NOTE).write_text("cpu_adam")
     assert set(abandoned(tmp_path)) == {ours, old}
     assert young.exists()
 
@@ -49,19 +49,19 @@ def test_a_build_that_is_killed_does_not_block_the_next_one(tmp_path: Path) -> N
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-c", LOAD]
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock = tmp_path / "cpu_adam" / "lock"
     deadline = time.monotonic() + 120
     while not lock.exists():
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0].decode()
         time.sleep(0.05)
     first.kill()
     first.wait()
-    assert lock.exists() and (tmp_path / NOTE).read_text() == "deepspeed_shm_comm"
+    assert lock.exists() and (tmp_path / NOTE).read_text() == "cpu_adam"
 
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=400)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert all("loaded" in text for text in said)
     assert sum("left by a build that was killed" in text for text in said) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "deepspeed_shm_comm"}
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "cpu_adam"}
     assert not lock.exists()

@@ -122,6 +122,8 @@ def test_killed_and_started_again_ends_with_the_same_adapter(trained: Path, tmp_
     with started(command, run / "checkpoints" / "step-3") as process:
         kill_all(process.pid)
     assert not (run / "adapter").exists(), "killed too late to show anything"
+    port = command[command.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed*{port}*")), "memory that nobody gives back"
     done = finished(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed after step 3" in done.stdout
