@@ -203,7 +203,7 @@ class Run:
         if self.loaded is None:
             return 0
         tensors, trainer = self.loaded
-        self.engine.restore(tensors, trainer["applied"])
+        self.engine.restore(tensors, trainer["applied"], trainer.get("loss_scale", {}))
         self.loaded = None
         step, self.earlier_seconds = int(trainer["step"]), trainer["seconds"]
         if self.allocation:

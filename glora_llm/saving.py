@@ -51,6 +51,7 @@ class Saver:
         trainer = {
             "step": step,
             "applied": engine.applied,
+            "loss_scale": engine.loss_scale.state(),
             "samples": step * training.global_batch,
             "seed": training.seed,
             **self.facts(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
@@ -245,6 +246,29 @@ def test_a_dry_run_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sets train_batch_size to 99, the recipe to 16"):
         run.train(recipe.model_copy(update={"training": training}), dry_run=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("computes", "stage", "message"),
+    [
+        (False, "zero1", r"this \w+ does not compute in it\. Use model\.dtype=bfloat16 or float32"),
+        (True, "zero0", r"zero0 \(ZeRO 0\) does not scale the loss.* Use training\.deepspeed=zero1"),
+        (True, "zero1", None),
+    ],
+)
+def test_float16_needs_a_device_and_a_loss_scale(
+    computes: bool, stage: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: computes)
+    recipe = local("tiny_cpu", tmp_path)
+    model = recipe.model.model_copy(update={"dtype": "float16"})
+    training = recipe.training.model_copy(update={"deepspeed": stage})
+    plan = make_plan(recipe.model_copy(update={"model": model, "training": training}))
+    if message is None:
+        assert f"deepspeed  {stage}" in describe(plan, world=1)
+        return
+    with pytest.raises(UserError, match=message):
+        describe(plan, world=1)
 
 
 def test_only_answers_can_match_exactly(tmp_path: Path) -> None:

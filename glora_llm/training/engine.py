@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import distributed as dist
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import TrainingSection
+from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 
 Batch = dict[str, Tensor]
@@ -28,12 +30,14 @@ class StepResult:
         targets: their number.
         grad_norm: global norm before clipping; inf when it was not finite.
         skipped: the step was not applied, because loss or gradient was not finite.
+        overflow: skipped only because float16's loss scale was too large; it is lower for the next step.
     """
 
     loss: float
     targets: int
     grad_norm: float
     skipped: bool
+    overflow: bool = False
 
 
 def deepspeed_config_files() -> dict[str, Path]:
@@ -160,6 +164,7 @@ class Engine:
             model=objective, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.adam = AdamState(self.ds, self.stage)
+        self.loss_scale = LossScale(self.ds.optimizer)
         self.applied = 0  # optimizer steps that were applied: Adam's own count
 
     def train_step(
@@ -187,9 +192,10 @@ class Engine:
             loss_sum += loss.detach().double().cpu()
             if index + 1 < len(batches):
                 self.ds.step()
+        loss, scale_may_fall = self.total(loss_sum) / targets, self.loss_scale.can_fall
         skipped, norm = self._apply()
         self.applied += not skipped
-        return StepResult(self.total(loss_sum) / targets, int(targets), norm, skipped)
+        return StepResult(loss, int(targets), norm, skipped, skipped and scale_may_fall and math.isfinite(loss))
 
     def _apply(self) -> tuple[bool, float]:
         """Let DeepSpeed step unless a gradient is not finite; return (skipped, gradient norm)."""
@@ -198,7 +204,7 @@ class Engine:
         if self.stage == 0:  # the other stages check the norm themselves
             grads = [item.parameter.grad for item in self.trainables if item.parameter.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
-            if not torch.isfinite(torch.tensor(norm)):
+            if not math.isfinite(norm):
                 for item in self.trainables:
                     item.parameter.grad = None
                 self.ds.skipped_steps += 1
@@ -256,10 +262,11 @@ class Engine:
         """Yield master weights and Adam moments by name, on the CPU; all ranks must iterate together."""
         return self.adam.gather(self.trainables)
 
-    def restore(self, tensors: dict[str, Tensor], applied: int) -> None:
-        """Set what `state` yielded, after `applied` applied optimizer steps."""
+    def restore(self, tensors: dict[str, Tensor], applied: int, loss_scale: dict[str, Any]) -> None:
+        """Set what `state` and `loss_scale.state` gave, after `applied` applied optimizer steps."""
         self.adam.restore(self.trainables, tensors, applied)
         self.applied = applied
+        self.loss_scale.restore(loss_scale)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks away: under ZeRO 1 and 2 they would keep the model alive beside the next one."""

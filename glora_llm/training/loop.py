@@ -92,11 +92,13 @@ def fit(
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
         result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step))
-        bad = bad + 1 if result.skipped else 0
+        bad = bad + (not result.overflow) if result.skipped else 0
         done = step + 1
         if bad >= settings.max_bad_steps:
             raise NonFinite(_stop_message(engine, batches, hooks, bad, done))
-        if result.skipped:
+        if result.overflow:
+            log.say(f"step {done}: a float16 gradient overflowed, step skipped; loss scale {engine.loss_scale.value:g}")
+        elif result.skipped:
             log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
         if done % schedule.log_every == 0 or done == schedule.total:
             values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, done, log)
@@ -132,11 +134,13 @@ def _metrics(
     extents = [engine.objective.extent(batch) for batch in batches]
     tokens, width = sum(count for count, _ in extents) * engine.world, max(width for _, width in extents)
     flops = cost.step_flops(tokens, result.targets, width)
+    scale = engine.loss_scale.value
     return {
         "train/loss": result.loss,
         "train/lr": lr,
         "train/grad_norm": result.grad_norm,
         "train/targets": result.targets,
+        **({} if scale is None else {"train/loss_scale": scale}),
         "train/samples": done * engine.settings.global_batch,
         "speed/seconds_per_step": seconds,
         f"speed/{log.unit}_per_second": tokens / seconds,

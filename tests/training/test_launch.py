@@ -45,6 +45,18 @@ def test_other_optimizers_and_methods_train(trained: Path) -> None:
         assert losses[6] < losses[1] - 0.5, name
 
 
+def test_float16_finds_its_loss_scale(trained: Path) -> None:
+    """Steps that overflow are skipped and are no bad steps, of which the first would have ended this run."""
+    scale, norm = metrics(trained / "float16", "train/loss_scale"), metrics(trained / "float16", "train/grad_norm")
+    skipped = [step for step in scale if norm[step] is None]
+    assert skipped and all(scale[step] == scale.get(step - 1, 2.0**19) / 2 for step in skipped)
+    assert any(scale[step] == 2 * scale[step - 1] for step in scale if step > 1), "it never rose"
+    summary = json.loads((trained / "float16" / "summary.json").read_text())
+    assert summary["skipped_steps"] == len(skipped) < 6
+    first = next(step for step in norm if norm[step] is not None)
+    assert norm[first] == pytest.approx(metrics(trained / "zero3", "train/grad_norm")[1], rel=0.3), "not unscaled"
+
+
 def test_zero3_shards_the_nf4_base(trained: Path) -> None:
     """A rank of two holds half of what it holds under ZeRO 1, blocks of 4 bits included."""
     held = {
