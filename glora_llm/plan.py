@@ -20,6 +20,7 @@ from glora_llm.search.space import space_of
 from glora_llm.tasks.images import image_task
 from glora_llm.tasks.task import Batch, Rows, Task
 from glora_llm.tasks.text import text_task
+from glora_llm.training import checkpoint
 from glora_llm.training.engine import accumulation, read_deepspeed_config, resolve_deepspeed_config, zero_stage
 from glora_llm.vlora import allocated
 
@@ -197,6 +198,7 @@ def describe(plan: Plan, world: int) -> str:
     model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
     if recipe.search is not None:
         measured = recipe.search.limit != "parameters"  # what that costs is not known yet
         space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
@@ -210,7 +212,7 @@ def describe(plan: Plan, world: int) -> str:
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
-        f"deepspeed  {recipe.training.deepspeed}; {2 * 16 * trained / 1e6:.0f} MB for two checkpoints",
+        f"deepspeed  {recipe.training.deepspeed}; {2 * saved / 1e6:.0f} MB for two checkpoints",
         f"merge      {obstacle or 'possible into a plain transformers model'}",
     ]
     return "\n".join(lines)

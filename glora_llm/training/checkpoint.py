@@ -191,17 +191,22 @@ def require_resume(root: Path, resume: str) -> None:
         raise UserError(f"output.resume is must, and {root} has no checkpoint.")
 
 
-def require_space(root: Path, trained_numbers: int, keep: int) -> None:
+def size(trained_numbers: int, has_adapter: bool) -> int:
+    """Return the bytes of a checkpoint's tensors: master weights, two moments and the adapter, if any, in float32."""
+    return 4 * (3 + has_adapter) * trained_numbers
+
+
+def require_space(root: Path, each: int, keep: int) -> None:
     """Check that two checkpoints fit on the disk.
 
     Args:
-        trained_numbers: count of trained parameters; a checkpoint holds 4 float32 of each.
+        each: bytes of one.
 
     Raises:
         UserError: when fewer bytes are free.
     """
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, 2 * 16 * trained_numbers
+    free, needed = shutil.disk_usage(existing).free, 2 * each
     if free < needed:
         raise UserError(
             f"{existing} has {free / 1e9:.2f} GB free; two checkpoints need {needed / 1e9:.2f} GB (and output.keep "

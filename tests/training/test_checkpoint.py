@@ -219,11 +219,25 @@ def test_a_checkpoint_of_another_adapter_is_refused(names: list[str], said: str,
     assert "Use the recipe it was written with, or another output.dir" in str(caught.value)
 
 
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_the_size_of_a_checkpoint_is_what_its_tensors_take(has_adapter: bool, tmp_path: Path) -> None:
+    numbers = torch.ones(100_000)
+
+    def save_adapter(folder: Path) -> None:
+        folder.mkdir()
+        save_file({"adapter": numbers}, folder / "adapter_model.safetensors")
+
+    states = {f"{state}/x": numbers.clone() for state in ("master", "exp_avg", "exp_avg_sq")}
+    folder = checkpoint.write(tmp_path, 1, states, {}, save_adapter if has_adapter else None)
+    written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    assert checkpoint.size(100_000, has_adapter) == pytest.approx(written, rel=1e-3)
+
+
 def test_too_little_space_names_free_and_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root: Any = tmp_path / "not" / "there" / "yet"
-    checkpoint.require_space(root, trained_numbers=1000, keep=2)
+    checkpoint.require_space(root, each=16_000, keep=2)
     with pytest.raises(UserError) as caught:
-        checkpoint.require_space(root, trained_numbers=10**18, keep=2)
+        checkpoint.require_space(root, each=16 * 10**18, keep=2)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path} has ") and " GB free; two checkpoints need 32000000000.00 GB" in message
     assert "output.keep 2" in message and not root.exists()
