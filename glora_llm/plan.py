@@ -192,8 +192,10 @@ def describe(plan: Plan, world: int) -> str:
     """
     recipe = plan.recipe
     dtype = causal_lm.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    resolve_deepspeed_config(recipe.training, dtype, world)
-    _check_precision(recipe, dtype)
+    stage = zero_stage(resolve_deepspeed_config(recipe.training, dtype, world))
+    if dtype == torch.float16:
+        _check_float16(recipe.training.deepspeed, stage)
+    _check_masters(recipe, dtype, stage)
     empty = causal_lm.meta_model(recipe.model, plan.base.folder)
     model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -218,26 +220,26 @@ def describe(plan: Plan, world: int) -> str:
     return "\n".join(lines)
 
 
-def _check_precision(recipe: Recipe, dtype: torch.dtype) -> None:
-    """Check that the device computes in the dtype, and that ZeRO 0 is not asked for what it lacks.
+def _check_float16(deepspeed: str, stage: int) -> None:
+    """Check that the device computes in float16, and that the ZeRO stage scales the loss."""
+    from deepspeed.accelerator import get_accelerator
 
-    It keeps no float32 masters beside bfloat16 weights of a model trained as a whole, and scales no float16 loss.
-    """
-    stage, short = zero_stage(read_deepspeed_config(recipe.training.deepspeed)), str(dtype).removeprefix("torch.")
-    if dtype == torch.float16:
-        from deepspeed.accelerator import get_accelerator
+    if not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"model.dtype is float16, and this {get_accelerator().device_name()} does not compute in it. Use "
+            "model.dtype=bfloat16 or float32."
+        )
+    if stage == 0:
+        raise UserError(
+            f"model.dtype is float16, and training.deepspeed {deepspeed} (ZeRO 0) does not scale the loss: small "
+            "gradients would become zero. Use training.deepspeed=zero1, or model.dtype=float32."
+        )
 
-        if not get_accelerator().is_fp16_supported():
-            raise UserError(
-                f"model.dtype is float16, and this {get_accelerator().device_name()} does not compute in it. Use "
-                "model.dtype=bfloat16 or float32."
-            )
-        if stage == 0:
-            raise UserError(
-                f"model.dtype is float16, and training.deepspeed {recipe.training.deepspeed} (ZeRO 0) does not scale "
-                "the loss: small gradients would become zero. Use training.deepspeed=zero1, or model.dtype=float32."
-            )
+
+def _check_masters(recipe: Recipe, dtype: torch.dtype, stage: int) -> None:
+    """Check that a model trained as a whole has float32 masters: stage 0 keeps none beside bfloat16 weights."""
     if recipe.adapter.is_full and dtype != torch.float32 and stage == 0:
+        short = str(dtype).removeprefix("torch.")
         raise UserError(
             f"adapter.method full in {short} needs float32 masters, which training.deepspeed "
             f"{recipe.training.deepspeed} (ZeRO 0) does not keep: steps would be lost to rounding. Use zero1, or "

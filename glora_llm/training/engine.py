@@ -30,7 +30,7 @@ class StepResult:
         targets: their number.
         grad_norm: global norm before clipping; inf when it was not finite.
         skipped: the step was not applied, because loss or gradient was not finite.
-        overflow: skipped only because float16's loss scale was too large; it is lower for the next step.
+        overflow: skipped only because float16's loss scale was too large, which DeepSpeed then lowers.
     """
 
     loss: float

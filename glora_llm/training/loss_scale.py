@@ -1,7 +1,7 @@
 """float16's loss scale: what DeepSpeed multiplies the loss by, so that small gradients do not become zero.
 
-It starts at 2^16, halves when gradients overflow, and doubles after 1000 steps in which none did. A step that overflows
-is skipped: that is how the scale is found, and no sign of a bad run.
+It starts at 2^16, halves when gradients overflow (not yet the first time), and doubles after 1000 steps without. A step
+that overflows is skipped: that is how the scale is found, and no sign of a bad run.
 """
 
 from typing import Any
