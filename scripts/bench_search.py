@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from glora_llm.adapter import adapted_layers
-from glora_llm.evaluation.command import load_adapted, passes_of
-from glora_llm.evaluation.genomes import RowScorer
-from glora_llm.plan import make_plan
-from glora_llm.quiet import quiet_libraries
-from glora_llm.run_folder import RunFolder
+from glora_llm.adapters.inject import adapted_layers
+from glora_llm.evaluation.scoring import passes_of
+from glora_llm.evaluation.trained import load_adapted
+from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run.search_scorer import RowScorer
 from glora_llm.schema import SearchSection
 from glora_llm.search.archive import Journal
 from glora_llm.search.driver import Found, search

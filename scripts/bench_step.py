@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapter import inject
-from glora_llm.evaluation.command import device
-from glora_llm.models.causal_lm import load_base
+from glora_llm.adapters.inject import inject
+from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.launch.ranks import device
+from glora_llm.models.load import load_base
 from glora_llm.models.resolve import resolve
-from glora_llm.quiet import quiet_libraries
 from glora_llm.report.timing import interleaved, ratio
 from glora_llm.schema import AdapterSection, ModelSection, Slots
 from glora_llm.training.loop import peak_memory_gb

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from glora_llm import distributed
-from glora_llm.evaluation.command import device
-from glora_llm.quiet import quiet_libraries
+from glora_llm.launch import ranks as distributed
+from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.launch.ranks import device
 from glora_llm.report.timing import Times, interleaved, ratio
 from glora_llm.schema import TrainingSection
 from glora_llm.training.engine import Engine

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from glora_llm import distributed
 from glora_llm.cli import main
+from glora_llm.launch import ranks as distributed
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

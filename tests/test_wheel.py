@@ -48,7 +48,7 @@ def test_the_wheel_is_complete_and_finds_its_recipes(tmp_path: Path) -> None:
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     listing = subprocess.run(
-        [sys.executable, "-m", "glora_llm.cli", "recipes"],
+        [sys.executable, "-m", "glora_llm", "recipes"],
         cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     names = {line.split()[0] for line in listing.stdout.splitlines()}

@@ -6,13 +6,30 @@ table in row order.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glora_llm.errors import UserError
+from glora_llm.evaluation.trained import load_adapted, load_merged
+from glora_llm.launch.ranks import device
+from glora_llm.plan.genome import deployed
+from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.report.summary import print_scores
+from glora_llm.tasks.task import on
+
 Batch = dict[str, Tensor]
+
+
+class Passes(NamedTuple):
+    """A model as a search uses it. Every rank of sharded parameters must call them equally often."""
+
+    score: Callable[[dict[str, torch.Tensor]], Any]  # batch -> TokenScores
+    loss: Callable[[dict[str, torch.Tensor]], torch.Tensor]  # batch -> summed loss with its graph
 
 
 def score_rows(
@@ -59,3 +76,48 @@ def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
     for column, right in ((3, scores.correct), (4, scores.among_labels)):
         wrong = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, where, (~right).double().cpu())
         table[rows, column] = (wrong == 0).double()
+
+
+def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
+    """Return the scores of a model on one split, in this process alone.
+
+    Raises:
+        UserError: when the recipe has no such rows.
+    """
+    rows = plan.rows(split)
+    if rows is None:
+        raise UserError(f"The recipe has no {split} rows: set data.{split}.")
+    table = score_rows(
+        rows.lengths().tolist(),
+        lambda indices: plan.batch(rows, indices),
+        passes_of(plan, model).score,
+        lambda filled: filled,
+        plan.recipe.evaluation.batch,
+        title=split,
+    )
+    return plan.task.means(table, split)
+
+
+def passes_of(plan: Plan, model: Any) -> Passes:
+    """Return what a search asks of a model, in this process alone."""
+    objective = plan.task.objective(model).eval()
+
+    def score(batch: dict[str, torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return objective(**on(device(), batch), score=True)
+
+    return Passes(score, lambda batch: objective(**on(device(), batch)))
+
+
+def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
+    """Score a run's adapter, or its merged model, on one split, and print the scores.
+
+    Raises:
+        UserError: when the folder is no run, or the recipe has no such rows.
+    """
+    folder = RunFolder(run)
+    recipe = folder.recipe()
+    recipe, trained = (recipe, None) if merged else deployed(folder, folder.trained(recipe), genome)
+    plan = make_plan(recipe)
+    model = load_adapted(plan, trained) if trained else load_merged(merged or run)
+    print_scores(score_model(plan, model, split))

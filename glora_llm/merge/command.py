@@ -6,19 +6,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glora_llm.errors import CheckFailed, UserError
-from glora_llm.evaluation.command import device, load_adapted, load_merged, score_model
+from glora_llm.evaluation.scoring import score_model
+from glora_llm.evaluation.trained import load_adapted, load_merged
+from glora_llm.launch.ranks import device
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
 from glora_llm.merge.whole_model import trained_model, write_dense
-from glora_llm.models.causal_lm import load_base
-from glora_llm.plan import Plan, make_plan
-from glora_llm.run_folder import RunFolder
+from glora_llm.models.load import load_base
+from glora_llm.plan.genome import deployed
+from glora_llm.plan.plan import Plan, make_plan, require_same_base
+from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import MergeSection
-from glora_llm.subnet import deployed
 from glora_llm.training import checkpoint
 
 
@@ -86,20 +86,6 @@ def merge_run(
     )
     if usual and plan.task.test is not None:
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
-
-
-def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
-    """Return the dtype that the base was trained in, after checking that this is that base.
-
-    Raises:
-        UserError: when the base is another one, or the run never started.
-    """
-    trained = folder.base()
-    if not trained:
-        raise UserError(f"{folder.path} has no base.json: its training never started.")
-    folder.require_same_base({"name": plan.base.name, "fingerprint": plan.base.fingerprint, "dtype": trained["dtype"]})
-    dtype: torch.dtype = getattr(torch, trained["dtype"])
-    return dtype
 
 
 def _require_within(report: MergeReport, bounds: MergeSection, out: Path) -> None:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from glora_llm.glora.frozen_weight import dense_weight
-from glora_llm.models.causal_lm import meta_model
 from glora_llm.models.fingerprint import weight_files
 from glora_llm.models.folder import read_sharing
+from glora_llm.models.load import meta_model
 from glora_llm.schema import ModelSection
 from glora_llm.vlora import compose, compositions
 

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glora_llm.adapter import inject
+from glora_llm.adapters.inject import inject
 from glora_llm.errors import UserError
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.merge.frozen import StoredTensors, trained_weight
-from glora_llm.models.causal_lm import linear_names, meta_model
+from glora_llm.models.load import linear_names, meta_model
 from glora_llm.schema import Recipe
 from glora_llm.vlora import to_dense
 

@@ -20,7 +20,7 @@ from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.glora.path import Path as SlotPath
 from glora_llm.merge.frozen import stored_tensors
 from glora_llm.merge.layers import AdapterLayers
-from glora_llm.plan import Plan
+from glora_llm.plan.plan import Plan
 
 
 def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from glora_llm.errors import CheckFailed
-from glora_llm.evaluation.command import device
-from glora_llm.plan import Plan
+from glora_llm.launch.ranks import device
+from glora_llm.plan.plan import Plan
 from glora_llm.schema import MergeSection
 from glora_llm.tasks.task import Batch, Task, on
 

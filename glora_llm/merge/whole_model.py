@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from glora_llm.atomic import whole_or_nothing
 from glora_llm.errors import UserError
-from glora_llm.evaluation.command import NOT_ENDED
+from glora_llm.evaluation.trained import NOT_ENDED
 from glora_llm.merge.folder_writer import FolderWriter
-from glora_llm.models.causal_lm import load_base
 from glora_llm.models.fingerprint import fingerprint
-from glora_llm.plan import Plan
-from glora_llm.saving import write_model
+from glora_llm.models.folder import read_sharing, write_trained
+from glora_llm.models.load import load_base
+from glora_llm.plan.plan import Plan
 from glora_llm.vlora import VLoRALinear
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -83,3 +84,14 @@ def dense_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():  # a tied weight is listed once
         if not name.endswith((".increment_a", ".increment_b")):
             yield name, parameter.detach()
+
+
+def write_model(plan: Plan, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write a model folder from float32 master weights (`master/NAME` -> tensor), all or nothing."""
+    weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
+    whole_or_nothing(folder, lambda path: _write(plan, config, weights, path))
+
+
+def _write(plan: Plan, config: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    write_trained(folder, config, read_sharing(plan.base.folder), weights)
+    plan.task.save_preprocessing(folder)

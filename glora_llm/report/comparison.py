@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from glora_llm.errors import UserError
+from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
-from glora_llm.run_folder import RunFolder
 from glora_llm.schema import Recipe
 
 COLOURS = (BLUE, VERMILLION, "#009E73", ORANGE, "#CC79A7", "#56B4E9", GREY)

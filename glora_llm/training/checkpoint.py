@@ -10,7 +10,6 @@ over.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glora_llm.atomic import sync
 from glora_llm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -68,31 +68,15 @@ def write(
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files, temporary / MANIFEST, *{path.parent for path in files}):
-            _sync(path)
+            sync(path)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
-
-
-def whole_or_nothing(folder: Path, write_into: Callable[[Path], None]) -> None:
-    """Replace a folder by one that `write_into` fills: who reads it finds the old one or the new one, never a part."""
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_into(temporary)
-        for path in (path for path in temporary.rglob("*") if path.is_file()):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None] | None, folder: Path) -> None:
@@ -217,11 +201,3 @@ def require_space(root: Path, each: int, keep: int) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from glora_llm.errors import UserError
-from glora_llm.extensions import load_extension
+from glora_llm.launch.extensions import load_extension
 from glora_llm.schema import TrainingSection
 
 

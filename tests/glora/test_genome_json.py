@@ -17,8 +17,8 @@ from glora_llm.glora.path import (
     genome_to_slots,
     make_path,
 )
+from glora_llm.glora.path_sampler import draw_path
 from glora_llm.glora.supernet import slot_choices
-from glora_llm.search.draws import draw_path
 
 NAME = "model.layers.0.mlp.up_proj"
 

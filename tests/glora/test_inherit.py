@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from glora_llm.adapter import adapted_layers
+from glora_llm.adapters.inject import adapted_layers
 from glora_llm.errors import UserError
 from glora_llm.glora.path import SLOTS, Genome, SlotSpec, genome_to_json
 from glora_llm.glora.path import Path as SlotPath
+from glora_llm.glora.path_sampler import Supernet, draw_path
 from glora_llm.glora.supernet import inherit, set_paths, slot_choices
-from glora_llm.search.draws import Supernet, draw_path
-from glora_llm.subnet import extract
+from glora_llm.plan.genome import extract
 from tests.glora.conftest import Fill, Llama, glora, logits, slot_values
 
 MODES = {"A": ["lora", "vector", "none"], "B": ["lora", "scalar"]}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from glora_llm.glora.frozen_weight import dense_weight
-from glora_llm.models.causal_lm import linear_names, load_base
+from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 from tests.glora.conftest import ALL_MODES, IDS, Fill, glora, logits

@@ -10,9 +10,9 @@ from glora_llm.glora import GLoRALinear
 from glora_llm.glora.linear import Slots, effective
 from glora_llm.glora.modes import slot_values
 from glora_llm.glora.path import Path, slots_with
+from glora_llm.glora.path_sampler import draw_path
 from glora_llm.glora.slopes import slopes
 from glora_llm.models.resolve import ResolvedModel
-from glora_llm.search.draws import draw_path
 from tests.glora.conftest import IDS, Fill, glora, glora_layers
 from tests.glora.test_quantised import quantised_and_twin
 from tests.glora.test_supernet import supernet_layer

@@ -13,11 +13,11 @@ from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS, lr_factors
 from glora_llm.glora.path import SLOT_MODES, SLOTS, Path, SlotSpec, all_paths
+from glora_llm.glora.path_sampler import draw_path
 from glora_llm.glora.supernet import slot_choices
-from glora_llm.models.causal_lm import load_base
+from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
-from glora_llm.search.draws import draw_path
 from tests.glora.conftest import Fill, Llama, glora
 
 I, O, TOKENS = 9, 10, 3  # noqa: E741 - the letters of the formula

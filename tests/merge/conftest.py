@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from glora_llm import recipe as recipes
-from glora_llm.adapter import inject, save_adapter
-from glora_llm.evaluation.command import load_adapted
-from glora_llm.models.causal_lm import load_base
-from glora_llm.plan import Plan, make_plan
-from glora_llm.run import base_identity
-from glora_llm.run_folder import RunFolder
+from glora_llm.adapters.inject import inject
+from glora_llm.adapters.weights import save_adapter
+from glora_llm.evaluation.trained import load_adapted
+from glora_llm.models.load import load_base
+from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run.train import base_identity
 from glora_llm.schema import Recipe
 
 CPU = torch.device("cpu")

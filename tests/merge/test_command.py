@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from glora_llm.errors import CheckFailed, UserError
-from glora_llm.merge.command import merge_run, require_same_base
+from glora_llm.merge.command import merge_run
 from glora_llm.merge.verify import Answers, MergeReport, compare, comparison_batches, require_within
+from glora_llm.plan.plan import require_same_base
 from glora_llm.schema import MergeSection
 from glora_llm.training import checkpoint
 from tests.merge.conftest import ALL_MODES, Train, Trained, logits

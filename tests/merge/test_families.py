@@ -16,9 +16,9 @@ from glora_llm.errors import UserError
 from glora_llm.merge.command import merge_run
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
-from glora_llm.models.causal_lm import load_base
+from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
-from glora_llm.plan import describe
+from glora_llm.plan.overview import describe
 from tests.merge.conftest import ALL_MODES, CPU, Train, Trained, logits
 
 SIZES: dict[str, Any] = {

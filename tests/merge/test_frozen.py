@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.merge.frozen import StoredTensors, trained_weight
-from glora_llm.models.causal_lm import linear_names, load_base
+from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 

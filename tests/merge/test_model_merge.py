@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glora_llm.errors import UserError
-from glora_llm.evaluation.command import load_adapted
+from glora_llm.evaluation.trained import load_adapted
 from glora_llm.glora import GLoRALinear
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.tasks.text import TextTask

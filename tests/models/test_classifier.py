@@ -9,11 +9,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from glora_llm.errors import UserError
-from glora_llm.models.causal_lm import load_base
 from glora_llm.models.classifier import check_patches, from_data, with_head
 from glora_llm.models.families import layers
 from glora_llm.models.fingerprint import fingerprint
 from glora_llm.models.folder import write_trained
+from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 from glora_llm.vlora import VLoRAConfig, make_compounds

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from glora_llm.errors import UserError
 from glora_llm.models import embedded
-from glora_llm.models.causal_lm import meta_model
 from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.models.load import meta_model
 from glora_llm.models.random_llama import LLAMA2_7B, TINY, LlamaShape, _config, write_random_llama
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from glora_llm.errors import UserError
-from glora_llm.models.causal_lm import load_base, meta_model
 from glora_llm.models.fingerprint import fingerprint
 from glora_llm.models.folder import WEIGHTS, new_config, new_folder, read_sharing, vlora_config, write_trained
+from glora_llm.models.load import load_base, meta_model
 from glora_llm.schema import ModelSection, VLoRASection
 from glora_llm.vlora import allocated, vlora_layers
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from glora_llm.errors import UserError
-from glora_llm.models.causal_lm import load_base
 from glora_llm.models.kernels import apply_liger, uses_liger
+from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 

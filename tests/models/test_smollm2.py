@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from glora_llm.models import gguf
 from glora_llm.models.bias import bias_support
-from glora_llm.models.causal_lm import linear_names, load_base
 from glora_llm.models.embedded import smollm2_gguf
+from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import end_ids, load_tokenizer
 from glora_llm.schema import ModelSection

@@ -10,7 +10,8 @@ from transformers import AutoImageProcessor
 
 from glora_llm import recipe as recipes
 from glora_llm.errors import UserError
-from glora_llm.plan import Plan, describe, make_plan
+from glora_llm.plan.overview import describe
+from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.tasks.images import ImageTask
 from glora_llm.training.image_objective import ImageObjective
 

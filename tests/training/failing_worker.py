@@ -3,8 +3,9 @@
 import sys
 from typing import Any
 
-from glora_llm import plan, recipe
-from glora_llm.run import train
+from glora_llm import recipe
+from glora_llm.plan import plan
+from glora_llm.run.train import train
 from tests.training.worker import COMMON
 
 whole = plan.Plan.rank_batches

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glora_llm.distributed import free_port
+from glora_llm.launch.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 

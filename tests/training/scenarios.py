@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from glora_llm import distributed, recipe, run
-from glora_llm.plan import make_plan
-from glora_llm.run_folder import RunFolder
+from glora_llm import recipe
+from glora_llm.launch import ranks as distributed
+from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run import train as run
 
 
 def train_scenario(recipe_name: str, overrides: list[str], folder: Path, ranks: distributed.Ranks) -> None:

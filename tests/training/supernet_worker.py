@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glora_llm import distributed, recipe, run
+from glora_llm import recipe
 from glora_llm.glora.path import genome_to_slots
-from glora_llm.plan import make_plan
-from glora_llm.quiet import quiet_libraries
-from glora_llm.run_folder import RunFolder
-from glora_llm.search.draws import Supernet
+from glora_llm.glora.path_sampler import Supernet
+from glora_llm.launch import ranks as distributed
+from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run import train as run
 
 PARTITIONED = "zero3_partitioned"
 STAGES = ("zero0", "zero1", "zero2", "zero3", PARTITIONED)

@@ -11,7 +11,7 @@ import torch
 
 from glora_llm.errors import UserError
 from glora_llm.schema import TrainingSection
-from glora_llm.training.engine import (
+from glora_llm.training.deepspeed_config import (
     accumulation,
     deepspeed_config_files,
     offloads,

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from glora_llm.cli import main
-from glora_llm.evaluation.command import load_adapted
-from glora_llm.plan import make_plan
-from glora_llm.run_folder import RunFolder
+from glora_llm.evaluation.trained import load_adapted
+from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
 from tests.training.launching import finished, launch, metrics
 
 pytestmark = pytest.mark.launch

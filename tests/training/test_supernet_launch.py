@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glora_llm import recipe
-from glora_llm.adapter import adapted_layers, inject
+from glora_llm.adapters.inject import adapted_layers, inject
 from glora_llm.cli import main
 from glora_llm.glora.path import genome_to_slots
-from glora_llm.models.causal_lm import meta_model
+from glora_llm.glora.path_sampler import Supernet
+from glora_llm.models.load import meta_model
 from glora_llm.models.resolve import ResolvedModel
-from glora_llm.search.draws import Supernet
-from tests.supernet.conftest import mark, unmark
-from tests.test_run import write_rows
+from tests.run.supernet.conftest import mark, unmark
+from tests.run.test_train import write_rows
 from tests.training.launching import ROOT, environment, finished, launch, metrics
 from tests.training.supernet_worker import (
     BUDGETS,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
-from glora_llm import distributed
-from glora_llm.quiet import quiet_libraries
+from glora_llm.launch import ranks as distributed
+from glora_llm.launch.quiet import quiet_libraries
 from tests.training.scenarios import train_scenario
 
 COMMON = [

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_llm import distributed
-from glora_llm.quiet import quiet_libraries
+from glora_llm.launch import ranks as distributed
+from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.vlora import increments
 from tests.vlora.conftest import shared, small_llama, twin
 

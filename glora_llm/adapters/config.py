@@ -1,0 +1,124 @@
+"""Translate the recipe's adapter section into a PEFT configuration."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.glora import GLoRAConfig
+from glora_llm.glora.path import (
+    DEFAULT_SLOTS,
+    PRESET_COMPOSITION,
+    PRESETS,
+    Genome,
+    genome_from_json,
+    genome_to_slots,
+)
+from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
+
+# Methods that are LoRA with one switch.
+LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+
+def adapter_config(section: AdapterSection, seed: int, steps: int, classifier: nn.Module | None = None) -> Any:
+    """Return the PEFT config of the section.
+
+    Args:
+        steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
+        classifier: an image classifier; None: the model is a causal language model. PEFT knows no such task: the head
+            is kept out of all-linear here, and trained in full unless adapter.modules_to_save says otherwise.
+
+    Raises:
+        UserError: for an unknown method, or an argument that its config does not have.
+    """
+    shared: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": section.targets,
+        "modules_to_save": section.modules_to_save,
+    }
+    if classifier is not None:
+        saved = ["classifier"] if section.modules_to_save is None else section.modules_to_save
+        shared |= {"task_type": None, "modules_to_save": saved}
+        if section.targets == "all-linear":
+            shared["target_modules"] = linear_suffixes(classifier.base_model)  # type: ignore[arg-type]
+    if section.method == "glora":
+        slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
+        return GLoRAConfig(
+            slots=slots,
+            paths={pattern: _plain(path) for pattern, path in path_patterns(section).items()},
+            genome=None if section.genome is None else genome_to_slots(read_genome(Path(section.genome))),
+            supernet=(section.supernet or SupernetSection()).model_dump() if section.is_supernet else None,
+            rank=section.rank,
+            alpha=section.alpha,
+            rank_stabilized=section.rank_stabilized,
+            composition=PRESET_COMPOSITION.get(section.preset or "", section.composition),
+            dropout=section.dropout,
+            d_without_bias="none" if section.preset else "error",
+            seed=seed,
+            **shared,
+        )
+    return _peft_config(section, shared, steps)
+
+
+def path_patterns(section: AdapterSection) -> Mapping[str, Any]:
+    """Return adapter.paths where it maps patterns of layer names to slots, else nothing."""
+    return section.paths if isinstance(section.paths, dict) else {}
+
+
+def read_genome(file: Path) -> Genome:
+    """Read a genome file.
+
+    Raises:
+        UserError: when it is not there, or names unknown slots or modes.
+    """
+    if not file.is_file():
+        raise UserError(f"There is no genome file {file}; a search writes RUN/genome.json.")
+    return genome_from_json(file.read_text())
+
+
+def _plain(slots: Any) -> dict[str, Any]:
+    return {
+        slot: given.model_dump(exclude_none=True) if isinstance(given, SlotSetting) else given
+        for slot, given in slots.items()
+    }
+
+
+def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) -> Any:
+    from peft import LoraConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if section.method in LORA_VARIANTS:
+        config_class: Any = LoraConfig
+        wanted = dict(LORA_VARIANTS[section.method])
+    else:
+        known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        known.pop("glora_llm", None)  # ours, and its section is method glora
+        if section.method not in known:
+            names = sorted({"full", "glora", *LORA_VARIANTS, *known})
+            raise UserError(
+                f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} "
+                f"There is: {', '.join(names)}."
+            )
+        config_class, wanted = known[section.method], {}
+    fields = {item.name for item in dataclasses.fields(config_class)}
+    wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
+    if section.method == "adalora":
+        wanted |= {"target_r": section.rank, "init_r": round(1.5 * section.rank), "total_step": steps}
+        wanted |= {"tinit": steps // 10, "tfinal": steps // 5, "deltaT": max(1, steps // 100)}
+    if section.rank_stabilized:
+        wanted["use_rslora"] = True
+    values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        raise UserError(
+            f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}"
+        )
+    return config_class(**values)
+
+
+def linear_suffixes(model: nn.Module) -> list[str]:
+    """Return the last parts of the names of all linears."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})

@@ -1,0 +1,90 @@
+"""The recipe's adapter section -> a PEFT model, and what of it is trained at which rate."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
+from glora_llm.errors import UserError
+from glora_llm.glora import GLoRALinear
+from glora_llm.glora.path import (
+    PEFT_ROOT,
+)
+from glora_llm.glora.supernet import require_known
+from glora_llm.schema import AdapterSection
+
+
+def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> Any:
+    """Return the base as a PeftModel whose only trainable parameters are the adapter's; method full: itself, trained.
+
+    Raises:
+        UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
+    """
+    if section.is_full:
+        return base.requires_grad_(True)
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    try:
+        is_language_model = hasattr(base, "prepare_inputs_for_generation")
+        config = adapter_config(section, seed, steps, None if is_language_model else base)
+        if config.is_prompt_learning:
+            raise UserError(
+                f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
+            )
+        model = get_peft_model(base, config)
+    except (ValueError, TypeError) as error:
+        if "target modules" not in str(error).lower():
+            raise UserError(f"adapter.method {section.method}: {error}") from error
+        raise UserError(f"adapter.targets {section.targets!r} match no module. {candidates(base)}") from error
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
+            "a whole: give every slot that is to be trained."
+        )
+    _require_matches(model, section)
+    return model
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the transformers model inside of what `inject` returned; its layers still hold the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _require_matches(model: nn.Module, section: AdapterSection) -> None:
+    """Check that every pattern of adapter.paths matches a layer."""
+    names = list(adapted_layers(model))
+    if section.genome is not None:
+        require_known(read_genome(Path(section.genome)), names)
+    for pattern in path_patterns(section):
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
+            )
+
+
+def candidates(base: nn.Module) -> str:
+    """Return a sentence that lists the last name parts of the model's linears."""
+    names = linear_suffixes(base)
+    return f"Linears of this model: {', '.join(names)}; or all-linear."
+
+
+def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """Return the GLoRA layers of a PEFT model by their names in the base model."""
+    return {
+        name.removeprefix(PEFT_ROOT): module
+        for name, module in model.named_modules()
+        if isinstance(module, GLoRALinear)
+    }
+
+
+def adapted_with_bias(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose merged form needs a bias (C or E is active)."""
+    return [
+        name
+        for name, layer in adapted_layers(model).items()
+        if any(path.touches_bias() for path in layer.path.values())
+    ]

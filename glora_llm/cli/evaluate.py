@@ -1,0 +1,39 @@
+"""`glora-llm evaluate`: score a run on held-out records."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from glora_llm.plan.run_folder import RunFolder
+
+EVALUATE = """\
+Score a run on held-out rows: of the adapter on its base model, or of the merged model.
+
+examples:
+  glora-llm evaluate runs/quickstart                                 the test rows
+  glora-llm evaluate runs/quickstart --split validation
+  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same rows"""
+
+
+def add_command(commands: Any, style: Any) -> None:
+    """Add `evaluate` to the parser of `glora-llm`."""
+    command = commands.add_parser("evaluate", help="score a run", description=EVALUATE, formatter_class=style)
+    command.add_argument("run", metavar="RUN", type=Path, help="the run folder (output.dir of the recipe)")
+    command.add_argument(
+        "--split", default="test", choices=("test", "validation"), help="rows to score (default: test)"
+    )
+    command.add_argument("--merged", metavar="DIR", type=Path, help="score this merged model instead of the adapter")
+    command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
+    command.set_defaults(command=evaluate)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Run `glora-llm evaluate`."""
+    RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    from glora_llm.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from glora_llm.evaluation.scoring import evaluate_run
+
+    evaluate_run(arguments.run, arguments.split, arguments.merged, arguments.genome)
+    return 0

@@ -1,0 +1,91 @@
+"""The commands `glora-llm ...` and `train.py`. Nothing heavy is imported before it is needed: help answers at once."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from glora_llm import __version__
+from glora_llm.cli import evaluate, merge, recipes, search, tokenizer, train, vlora
+from glora_llm.errors import CheckFailed, UserError
+
+FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
+SECONDS_FOR_THE_FIRST_RANK = 10
+COMMANDS = (train, merge, search, evaluate, vlora, tokenizer, recipes)  # in the order of the help text
+
+OVERVIEW = """\
+GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.
+
+a first run, from nothing to a merged and scored model:
+  glora-llm recipes                                     what there is to run
+  deepspeed train.py --recipe quickstart                train, on every GPU
+  glora-llm evaluate runs/quickstart                    score the adapter on the test rows
+  glora-llm merge runs/quickstart --out merged          write a plain Hugging Face model
+  glora-llm evaluate runs/quickstart --merged merged    score that one too
+
+`glora-llm COMMAND --help` explains one command, with examples."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `glora-llm` and return its exit code."""
+    arguments = parsed(command_parser(), argv)
+    return guarded(lambda: arguments.command(arguments))
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run `train.py`, one rank of `glora-llm train`, and return its exit code."""
+    parser = argparse.ArgumentParser("train.py", description=train.TRAIN, formatter_class=argparse.RawTextHelpFormatter)
+    train.add_train_arguments(parser)
+    arguments = parsed(parser, argv)
+    return guarded(lambda: train.train(arguments))
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand behind options too, where argparse itself takes no positional."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def guarded(task: Callable[[], int]) -> int:
+    """Run `task` and return its exit code; what a user may cause becomes one message instead of a traceback.
+
+    2: bad input (UserError); 1: a result outside its bound (CheckFailed); 130: interrupted. All else is a defect and
+    keeps its traceback.
+    """
+    try:
+        return task()
+    except UserError as error:
+        _complain(str(error))
+        return BAD_INPUT
+    except CheckFailed as error:
+        _complain(f"check failed: {error}")
+        return FAILED_CHECK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _complain(message: str) -> None:
+    """Print an error once: ranks find the same one, so the others give the first time to end the launch."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {message}", file=sys.stderr)
+        return
+    time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+    print(f"error (rank {rank}): {message}", file=sys.stderr)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of `glora-llm`; each command stores the function that runs it."""
+    style = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("glora-llm", description=OVERVIEW, formatter_class=style)
+    parser.add_argument("--version", action="version", version=f"glora-llm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_command(commands, style)
+    return parser

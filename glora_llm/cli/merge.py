@@ -1,0 +1,46 @@
+"""`glora-llm merge`: write the merged model of a run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from glora_llm.plan.run_folder import RunFolder
+
+MERGE = """\
+Write the trained adapter into the model, or write it as a plain LoRA, and check that both answer alike.
+
+examples:
+  glora-llm merge runs/llama2_glora --out merged                     loads in stock transformers
+  glora-llm merge runs/llama2_glora --out lora --to lora             exact, as a PEFT LoRA adapter
+  glora-llm merge runs/llama2_glora --out merged --quantize nf4      4-bit again; reports what that costs
+  glora-llm merge runs/llama2_glora --out merged --step 400          a kept checkpoint instead of the last
+
+A merge that changes the answers by more than the recipe's merge.* bounds ends with exit code 1."""
+
+
+def add_command(commands: Any, style: Any) -> None:
+    """Add `merge` to the parser of `glora-llm`."""
+    parser = commands.add_parser("merge", help="write the merged model", description=MERGE, formatter_class=style)
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run folder (output.dir of the recipe)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--to", choices=("model", "lora"), default="model", help="a whole model (default) or a LoRA")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the recipe's)"
+    )
+    parser.add_argument("--quantize", choices=("none", "nf4"), help="quantise the result (default: the recipe's)")
+    parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
+    parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
+    parser.set_defaults(command=merge)
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Run `glora-llm merge`."""
+    RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    from glora_llm.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from glora_llm.merge.command import merge_run
+
+    a = arguments
+    merge_run(a.run, a.out, a.dtype, a.to, a.quantize, a.step, a.genome)
+    return 0

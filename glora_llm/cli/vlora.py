@@ -1,0 +1,59 @@
+"""`glora-llm vlora`: make VLoRA models."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from glora_llm.errors import UserError
+
+VLORA = """\
+Make a VLoRA model of a dense one: every k layers share a base, and the differences become low-rank increments by
+truncated SVD. At full rank the answers stay the same; the table says what a rank loses.
+
+examples:
+  glora-llm vlora from-dense embedded:smollm2-135m-instruct --rank 64 --layers-per-compound 5 --out smollm2-vlora
+  glora-llm vlora from-dense my/model --rank 32,64,128 --out folder     writes rank 32, measures the others too
+
+Train it further: model.name_or_path=folder adapter.method=full; or put an adapter on it like on any base."""
+
+
+def add_command(commands: Any, style: Any) -> None:
+    """Add `vlora from-dense` to the parser of `glora-llm`."""
+    vlora = commands.add_parser("vlora", help="make a VLoRA model", description=VLORA, formatter_class=style)
+    actions = vlora.add_subparsers(title="actions", metavar="ACTION", required=True)
+    command = actions.add_parser("from-dense", help="of a dense model", description=VLORA, formatter_class=style)
+    command.add_argument("model", metavar="MODEL", help="as model.name_or_path: a folder, a hub id, embedded:NAME")
+    command.add_argument(
+        "--rank", metavar="R", required=True, help="r, or full; of several, 8,16, the first is written"
+    )
+    command.add_argument("--layers-per-compound", metavar="K", default="4", help="k, or all (default: 4)")
+    command.add_argument("--topology", choices=("chain", "star"), default="chain", help="(default: chain)")
+    command.add_argument("--targets", metavar="NAMES", help="linears inside a layer, as q_proj,v_proj (default: all)")
+    command.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    command.set_defaults(command=from_dense)
+
+
+def from_dense(arguments: argparse.Namespace) -> int:
+    """Run `glora-llm vlora from-dense`."""
+    ranks = [None if part == "full" else _number(part, "--rank") for part in arguments.rank.split(",")]
+    size = (
+        None
+        if arguments.layers_per_compound == "all"
+        else _number(arguments.layers_per_compound, "--layers-per-compound")
+    )
+    from glora_llm.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from glora_llm.models.from_dense import from_dense_command
+    from glora_llm.vlora import VLoRAConfig
+
+    targets = arguments.targets.split(",") if arguments.targets else None
+    config = VLoRAConfig(targets, size, topology=arguments.topology)
+    from_dense_command(arguments.model, config, ranks, arguments.out)
+    return 0
+
+
+def _number(text: str, option: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{option} is '{text}'; expected a whole number above 0.")
+    return int(text)

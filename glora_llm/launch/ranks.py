@@ -1,0 +1,121 @@
+"""Ranks of one launch: the process group, this rank's device, and whose failure came first."""
+
+import contextlib
+import json
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glora_llm.errors import CheckFailed, UserError
+from glora_llm.launch.cpu_memory import keep_freed_memory
+from glora_llm.launch.extensions import leave_out_shared_buffers
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+
+def planned_world() -> int:
+    """Return the number of ranks of this launch, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def planned_rank() -> int:
+    """Return this process's rank, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> Ranks:
+    """Join the process group (of one, when started without a launcher) and take this rank's device."""
+    import deepspeed
+
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores: more threads than cores slow every step down
+        local_sizes = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        neighbours = int(next(size for size in local_sizes if size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    if not gpu:
+        keep_freed_memory()
+        leave_out_shared_buffers()
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def device() -> torch.device:
+    """Return where a single process computes."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def share(value: Any, device: torch.device) -> Any:
+    """Return the first rank's value on all ranks."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0, device=device)
+    return values[0]
+
+
+def stop() -> None:
+    """Leave the process group; DeepSpeed's own groups go with it, so that this process may join another."""
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
+def free_port() -> str:
+    """Return a TCP port of this machine that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def first_failure(folder: Path, rank: int, advice: Callable[[], str]) -> Iterator[None]:
+    """Let only the rank that failed first print its traceback; the launcher then stops the others.
+
+    The first to fail creates `failure.json` in the run folder; a rank that fails after it (its peer is gone) says so
+    in one line.
+
+    Args:
+        advice: what the user can do, asked for when it is needed.
+    """
+    note = folder / "failure.json"
+    try:
+        yield
+    except (UserError, CheckFailed):
+        raise
+    except Exception as error:
+        report = {"rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        try:
+            with note.open("x") as file:
+                json.dump(report, file, indent=1)
+        except FileExistsError:
+            raise SystemExit(f"rank {rank} stopped, because another rank failed first (see {note})") from None
+        print(f"rank {rank} failed first. {advice()}", flush=True)
+        raise
+
+
+def forget_failure(folder: Path) -> None:
+    """Remove the note of an earlier launch."""
+    (folder / "failure.json").unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""Reject combinations of settings that cannot work, naming both settings and the change to make."""
+
+from typing import Any
+
+import torch
+
+from glora_llm.adapters.inject import adapted_with_bias
+from glora_llm.errors import UserError
+from glora_llm.models.bias import bias_support, bias_switch
+from glora_llm.schema import Recipe
+from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stage
+
+
+def check_combination(recipe: Recipe) -> None:
+    """Check settings that exclude each other.
+
+    Raises:
+        UserError: naming both, and what to change.
+    """
+    config = read_deepspeed_config(recipe.training.deepspeed)
+    _check_origin(recipe)
+    if zero_stage(config) == 3 and recipe.model.quantization == "int8":
+        raise UserError(
+            f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
+            "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
+        )
+    if recipe.adapter.method == "adalora" and zero_stage(config) > 0:
+        raise UserError(
+            f"adapter.method adalora reads whole gradients after each step, which training.deepspeed "
+            f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
+        )
+    if recipe.search is not None:
+        check_search(recipe)
+    elif recipe.merge.after_training and recipe.adapter.is_supernet:
+        raise UserError(
+            "merge.after_training merges the genome that a search chose, and this recipe trains a supernet without "
+            "searching it: give it a `search` section (search={} has all defaults), or set merge.after_training=false."
+        )
+    if recipe.evaluation.test_before and recipe.data.test is None:
+        raise UserError("evaluation.test_before needs test rows: set data.test.")
+    if recipe.evaluation.every and recipe.data.validation is None:
+        raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def _check_origin(recipe: Recipe) -> None:
+    """Check that model, adapter and vlora agree on what is trained."""
+    model, method = recipe.model, recipe.adapter.method
+    if model.config is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"model.config makes a model of random weights, and adapter.method {method} would leave them frozen. Set "
+            "adapter.method=full; an adapter goes on the trained model: model.name_or_path=RUN/model."
+        )
+    if recipe.vlora is not None and not recipe.adapter.is_full:
+        raise UserError(
+            f"The section vlora shares the weights of a model that is trained as a whole, and adapter.method is "
+            f"{method}. Set adapter.method=full, or take the section away (vlora=null)."
+        )
+    if recipe.vlora is not None and model.config is None:
+        raise UserError(
+            f"The section vlora is for a new model (model.config). To make {model.name_or_path} into VLoRA: "
+            f"glora-llm vlora from-dense {model.name_or_path} --rank R --out DIR; then model.name_or_path=DIR, "
+            "vlora=null."
+        )
+    if recipe.adapter.is_full and model.quantization != "none":
+        raise UserError(
+            f"adapter.method full trains the weights, which model.quantization {model.quantization} freezes. Set "
+            "model.quantization=none."
+        )
+
+
+def check_search(recipe: Recipe) -> None:
+    """Check that a recipe has what a search needs.
+
+    Raises:
+        UserError: when it is no supernet, or has no validation rows.
+    """
+    if not recipe.adapter.is_supernet:
+        raise UserError(
+            "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
+            "take `search` away (search=null)."
+        )
+    if recipe.data.format == "images" and recipe.search and recipe.search.metric == "label_accuracy":
+        raise UserError("search.metric label_accuracy is of label words; of images it is exact_match (their accuracy).")
+    if recipe.data.validation is None:
+        raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
+
+
+def merge_obstacle(config: Any, model: Any) -> str | None:
+    """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
+    names = adapted_with_bias(model)
+    never = sorted({name.rpartition(".")[2] for name in names if _support(config, name) == "never"})
+    if not never:
+        return None
+    return (
+        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
+        "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
+        f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. `merge --to lora` keeps C and E as the "
+        "LoRA's bias."
+    )
+
+
+def _support(config: Any, name: str) -> str:
+    suffix = name.rpartition(".")[2]
+    if suffix == "lm_head":
+        return "never"  # not part of the decoder layer that bias_support builds
+    support = bias_support(config, suffix)
+    return "never" if support == "switch" and bias_switch(config, suffix) is None else support
+
+
+def check_float16(deepspeed: str, stage: int) -> None:
+    """Check that the device computes in float16, and that the ZeRO stage scales the loss."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"model.dtype is float16, and this {get_accelerator().device_name()} does not compute in it. Use "
+            "model.dtype=bfloat16 or float32."
+        )
+    if stage == 0:
+        raise UserError(
+            f"model.dtype is float16, and training.deepspeed {deepspeed} (ZeRO 0) does not scale the loss: small "
+            "gradients would become zero. Use training.deepspeed=zero1, or model.dtype=float32."
+        )
+
+
+def check_masters(recipe: Recipe, dtype: torch.dtype, stage: int) -> None:
+    """Check that a model trained as a whole has float32 masters: stage 0 keeps none beside bfloat16 weights."""
+    if recipe.adapter.is_full and dtype != torch.float32 and stage == 0:
+        short = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"adapter.method full in {short} needs float32 masters, which training.deepspeed "
+            f"{recipe.training.deepspeed} (ZeRO 0) does not keep: steps would be lost to rounding. Use zero1, or "
+            "model.dtype=float32."
+        )

@@ -1,0 +1,87 @@
+"""One genome of a supernet as a plain GLoRA adapter: its weights are inherited, nothing is trained."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from glora_llm.adapters.config import read_genome
+from glora_llm.errors import UserError
+from glora_llm.glora.path import genome_to_slots
+from glora_llm.glora.supernet import inherit
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.schema import Recipe
+
+
+def deployed(folder: RunFolder, adapter: Path, genome: Path | None = None) -> tuple[Recipe, Path]:
+    """Return the recipe and the adapter folder that merge and evaluate use.
+
+    Of a supernet that is the chosen genome: RUN/genome.json, as a search wrote it or as someone edited it.
+
+    Args:
+        adapter: the run's adapter, or one of a checkpoint.
+        genome: another genome file.
+
+    Raises:
+        UserError: when a supernet has no genome, or a genome does not fit it, or is given for a plain run.
+    """
+    recipe = folder.recipe()
+    if not recipe.adapter.is_supernet:
+        if genome is not None:
+            raise UserError(f"--genome is for a supernet, and {folder.path} is none (adapter.paths is not `sample`).")
+        return recipe, adapter
+    file = genome or folder.genome
+    if not file.is_file():
+        raise UserError(
+            f"{folder.path} is a supernet, and there is no {file}: `glora-llm search {folder.path}` finds one."
+        )
+    out = folder.search / ("adapter" if genome is None else f"adapter-{genome.stem}")
+    extract(adapter, file, out)
+    section = recipe.adapter.model_copy(update={"paths": None, "supernet": None, "genome": str(file)})
+    return recipe.model_copy(update={"adapter": section, "search": None}), out
+
+
+def extract(supernet: Path, genome: Path, out: Path) -> None:
+    """Write a PEFT folder with the weights that a genome inherits.
+
+    Raises:
+        UserError: when there is no supernet adapter, or the genome does not fit it or has no slot at all.
+    """
+    file = supernet / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{supernet} holds no adapter: the run has not ended. Train on.")
+    paths = read_genome(genome)
+    weights = inherit(load_file(file), paths)
+    if not any(True for path in paths.values() for _ in path.active()):
+        raise UserError(f"{genome}: every slot of every layer is none, and that is the base model as it was.")
+    config = json.loads((supernet / "adapter_config.json").read_text())
+    config |= {"supernet": None, "genome": genome_to_slots(paths)}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "adapter_model.safetensors")
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def finetune_recipe(folder: RunFolder) -> Recipe:
+    """Return the recipe that trains a search's genome further, in RUN/finetuned (one process calls this).
+
+    The genome is copied there: another search, or an editor, may change RUN/genome.json.
+
+    Raises:
+        UserError: as `deployed`, or when RUN/finetuned began with another genome.
+    """
+    search = folder.recipe().search
+    assert search is not None
+    recipe, weights = deployed(folder, folder.adapter)
+    tuned, genome = RunFolder(folder.path / "finetuned"), folder.genome.read_text()
+    if tuned.genome.is_file() and tuned.genome.read_text() != genome:
+        raise UserError(
+            f"{tuned.path} was trained from another genome than {folder.genome} holds now. Delete {tuned.path}, or put "
+            "that genome back."
+        )
+    tuned.write("genome.json", genome)
+    changes = {
+        "adapter": recipe.adapter.model_copy(update={"genome": str(tuned.genome), "weights": str(weights)}),
+        "training": recipe.training.model_copy(update={"steps": search.finetune_steps, "epochs": None}),
+        "output": recipe.output.model_copy(update={"dir": str(tuned.path), "resume": "auto"}),
+    }
+    return recipe.model_copy(update=changes)

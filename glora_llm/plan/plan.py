@@ -1,0 +1,98 @@
+"""What a recipe comes to before any weight is loaded: base model, tokenizer, data, targets, batch arithmetic.
+
+Train, dry run, evaluate and merge all start from a `Plan`. Everything that a user may have got wrong is found here.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from glora_llm.data.sampler import GlobalSampler, permutation
+from glora_llm.errors import UserError
+from glora_llm.models.resolve import ResolvedModel
+from glora_llm.plan.checks import check_combination
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.schema import Recipe
+from glora_llm.tasks.images import image_task
+from glora_llm.tasks.task import Batch, Rows, Task
+from glora_llm.tasks.text import text_task
+from glora_llm.training.deepspeed_config import (
+    accumulation,
+)
+
+CHOICE = 41  # stream of the seeded choice of scored rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved recipe."""
+
+    recipe: Recipe
+    base: ResolvedModel
+    task: Task
+    sampler: GlobalSampler
+    steps: int
+
+    def batch(self, rows: Rows, indices: list[int]) -> Batch:
+        """Return rows as the tensors of one forward pass."""
+        return self.task.batch(rows, indices)
+
+    def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
+        """Return one rank's micro batches of one optimizer step."""
+        micro = self.recipe.training.micro_batch
+        parts = self.sampler.rank_rows(step, rank, world, micro)
+        return [self.task.training_batch(rows, step, (n * world + rank) * micro) for n, rows in enumerate(parts)]
+
+    def rows(self, split: str) -> Rows | None:
+        """Return the rows of `validation` or `test`, or None where the recipe has none."""
+        return self.task.validation if split == "validation" else self.task.test
+
+    def choice(self, rows: Rows, limit: int | None) -> list[int]:
+        """Return `limit` row numbers in a seeded order, or all; files are often sorted by class."""
+        order = permutation(len(rows), self.recipe.training.seed, CHOICE)
+        return [int(row) for row in order[:limit]]
+
+
+def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
+    """Resolve everything that needs no weights and no process group; every rank may call this at once.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are (a dry run).
+
+    Raises:
+        UserError: for anything in the recipe that cannot work.
+    """
+    check_combination(recipe)
+    make_task = image_task if recipe.data.format == "images" else text_task
+    base, task = make_task(recipe, weights)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
+    training = recipe.training
+    sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
+    steps = training.steps or sampler.steps_for(training.epochs or 1)
+    return Plan(recipe, base, task, sampler, steps)
+
+
+def batch_identity(recipe: Recipe, world: int) -> str:
+    """Return the arithmetic of a step in words.
+
+    Raises:
+        UserError: when the batch does not divide.
+    """
+    t = recipe.training
+    parts = accumulation(t, world)
+    return f"global batch {t.global_batch} = micro batch {t.micro_batch} x accumulation {parts} x ranks {world}"
+
+
+def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
+    """Return the dtype that the base was trained in, after checking that this is that base.
+
+    Raises:
+        UserError: when the base is another one, or the run never started.
+    """
+    trained = folder.base()
+    if not trained:
+        raise UserError(f"{folder.path} has no base.json: its training never started.")
+    folder.require_same_base({"name": plan.base.name, "fingerprint": plan.base.fingerprint, "dtype": trained["dtype"]})
+    dtype: torch.dtype = getattr(torch, trained["dtype"])
+    return dtype
