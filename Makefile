@@ -16,7 +16,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast lint bench docs clean
+.PHONY: help install quickstart test test-fast test-gpu lint bench docs clean
 
 help:  ## show this list
 	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) TESTS=$(TESTS) PYTHON=$(PYTHON))'
@@ -47,6 +47,11 @@ test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are sk
 
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
 	@$(IN_VENV) python -m pytest -q -m "not slow and not launch" $(TESTS)
+
+test-gpu: $(STAMP)  ## the tests marked gpu, each of which has a twin that `make test` runs on the CPU
+	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \
+	if [ "$$gpus" -eq 0 ]; then echo "make test-gpu needs a GPU that torch can use, and there is none here"; exit 2; fi; \
+	$(IN_VENV) python -m pytest -q -m gpu $(TESTS)
 
 lint: $(STAMP)  ## ruff, its formatter and mypy
 	@$(IN_VENV) ruff check .

@@ -1,4 +1,8 @@
-"""What every test relies on: no network, a cache of the session's own, and GPU tests only where there is a GPU."""
+"""Rules for every test: no network, a cache of the session's own, and GPU tests only where there is a GPU.
+
+A test that takes the fixture `device` runs on the CPU and, marked `gpu`, on the first CUDA device: each is the other's
+twin. A test for CUDA alone is called `test_NAME_on_gpu` and has a twin `test_NAME` in the same file.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+
     from glora_llm.models.resolve import ResolvedModel
 
 # Before transformers and datasets are imported: they read these once.
@@ -44,3 +50,11 @@ def tiny(cache: Path) -> "ResolvedModel":
     from glora_llm.schema import ModelSection
 
     return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> "torch.device":
+    """The CPU and, marked `gpu`, the first CUDA device."""
+    import torch
+
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
