@@ -16,7 +16,7 @@ from glora_llm.adapters.adalora import RankAllocation
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.weights import load_start, trainables
 from glora_llm.errors import UserError
-from glora_llm.evaluation.scoring import score_rows
+from glora_llm.evaluation.scoring import score_split
 from glora_llm.glora.path_sampler import Supernet
 from glora_llm.launch import ranks as distributed
 from glora_llm.launch.ranks import Ranks
@@ -223,22 +223,10 @@ class Run:
         log.text("recipe", recipes.dump(self.plan.recipe))
 
     def _score(self, split: str, limit: int | None) -> dict[str, float]:
-        rows = self.plan.rows(split)
-        if rows is None:
+        if self.plan.rows(split) is None:
             return {}
-        chosen = self.plan.choice(rows, limit)
-        lengths = rows.lengths()
-        table = score_rows(
-            [int(lengths[row]) for row in chosen],
-            lambda indices: self.plan.batch(rows, [chosen[index] for index in indices]),
-            self.engine.score,
-            self.engine.gather_rows,
-            self.plan.recipe.evaluation.batch,
-            self.ranks.rank,
-            self.ranks.world,
-            title=split,
-        )
-        return self.plan.task.means(table, split)
+        engine, ranks = self.engine, self.ranks
+        return score_split(self.plan, split, engine.score, engine.gather_rows, ranks.rank, ranks.world, limit)
 
     def _validate(self, step: int) -> dict[str, float]:
         self.supernet.largest()
