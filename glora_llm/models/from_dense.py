@@ -17,7 +17,7 @@ from glora_llm.models.folder import is_ours, write_trained
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import HUB_SETTINGS, resolve
 from glora_llm.schema import ModelSection
-from glora_llm.vlora import Count, Fit, VLoRAConfig, allocated, from_dense
+from glora_llm.vlora import Count, IncrementFit, VLoRAConfig, allocated, from_dense
 from glora_llm.vlora.config import names
 
 OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
@@ -69,7 +69,7 @@ def _write(made: Any, sharing: VLoRAConfig, source: Path, out: Path) -> None:
             shutil.copy(file, out)
 
 
-def _print_fits(rank: int | str, fits: Sequence[Fit], count: Count) -> None:
+def _print_fits(rank: int | str, fits: Sequence[IncrementFit], count: Count) -> None:
     """Print the errors of every linear, mean and largest over its layers."""
     print(f"rank {rank}: {100 * count.share:.1f} % of the dense linears' parameters ({count.total / 1e6:.2f} M)")
     print(f"  {'linear':24s} {'lost of the increment':>24s} {'lost of the weight':>24s}   (mean, largest; Frobenius)")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.linear import effective
-from glora_llm.glora.path import all_paths
 from glora_llm.merge.lora_export import as_lora, write_lora
 from glora_llm.models.load import load_base
+from tests.glora.paths import all_paths
 from tests.merge.conftest import ALL_MODES, CPU, Train, Trained, logits
 
 I, O = 7, 5  # noqa: E741 - the letters of the formula
