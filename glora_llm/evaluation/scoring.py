@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged
-from glora_llm.launch.ranks import device
+from glora_llm.launch.device import choose_device
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -153,9 +153,9 @@ def passes_of(plan: Plan, model: Any) -> Passes:
 
     def score(batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            return objective(**on(device(), batch), score=True)
+            return objective(**on(choose_device(), batch), score=True)
 
-    return Passes(score, lambda batch: objective(**on(device(), batch)))
+    return Passes(score, lambda batch: objective(**on(choose_device(), batch)))
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from glora_llm.atomic import require_new, whole_or_nothing
 from glora_llm.errors import UserError
+from glora_llm.launch.device import choose_device
 from glora_llm.models.families import layers
 from glora_llm.models.folder import is_ours, write_trained
 from glora_llm.models.load import load_base
@@ -39,7 +39,7 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
     folder = resolve(section, kind=None).folder
     if is_ours(folder):
         raise UserError(f"{model} is VLoRA already. Make it dense first: glora-llm merge RUN --out DIR.")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device()
     for number, rank in enumerate(ranks):
         made = load_base(section, folder, device, zero3=False)
         stack = list(layers(made))
