@@ -116,8 +116,10 @@ def floors(edges: set[tuple[str, str]]) -> dict[str, int]:
 
 def draw_floors(package: Path, out: Path) -> None:
     """Draw the units as boxes on their floors, and write the picture (SVG or PNG)."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": package.name}  # text stays text, the file repeats
     trees = parse(package)
     edges = {edge for edge in imports_between_units(package, trees) if not edge[0].startswith("__")}
     floor = floors(edges)
