@@ -41,7 +41,13 @@ ALLOWED = {
     "__main__": {"cli"},
 }
 ROOT_MODULES = {"__init__", "__main__", "atomic", "errors", "recipe", "registry"}
-LIGHT = {"atomic": set(), "recipe": {"yaml", "pydantic"}, "schema": {"pydantic"}, "errors": set(), "registry": set()}
+LIGHT = {
+    "atomic": {"filelock"},
+    "recipe": {"yaml", "pydantic"},
+    "schema": {"pydantic"},
+    "errors": set(),
+    "registry": set(),
+}
 NO_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST_FILE, LONGEST_FUNCTION = 300, 80
 

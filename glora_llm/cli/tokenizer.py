@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from glora_llm.atomic import require_new, whole_or_nothing
+from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 
 TOKENIZER = """\
@@ -46,7 +46,8 @@ def train_tokenizer(arguments: argparse.Namespace) -> int:
     size = arguments.vocab_size
     tables = [(name, locate(name, None, "train").read(documents=True).rows) for name in arguments.files]
     texts = _texts(tables, arguments.column)
-    whole_or_nothing(arguments.out, lambda folder: sentencepiece.train_tokenizer(texts, size, folder))
+    with whole_folder(arguments.out) as folder:
+        sentencepiece.train_tokenizer(texts, size, folder)
     print(f"{arguments.out}: {size} pieces, as model.tokenizer of a recipe")
     return 0
 

@@ -1,21 +1,15 @@
-"""A folder that is built once, by one process, and is complete or absent."""
+"""Prepared data in the cache: the key of what they depend on, and a manifest that shows damage."""
 
 import hashlib
 import json
-import logging
-import os
-import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glora_llm.errors import UserError
+from glora_llm.atomic import make_once
 
 MANIFEST = "manifest.json"
-WAIT_SECONDS = 10.0
-
-log = logging.getLogger(__name__)
 
 
 def key_of(parts: dict[str, Any]) -> str:
@@ -54,58 +48,17 @@ def _seal(folder: Path) -> None:
 
 
 def cached(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder cache/key, built if it is absent or damaged.
-
-    One process builds, in a folder beside it that is renamed at the end; others wait for the lock and say so every
-    10 s. Nothing here needs torch.distributed, so no collective can time out meanwhile.
+    """Return the folder cache/key, built by one process if it is absent or damaged.
 
     Args:
-        build: fills the folder that it is given, which does not exist yet.
+        build: fills the empty folder that it is given.
 
     Raises:
         UserError: when `cache` cannot be written; and what `build` raises.
     """
-    final = cache / key
-    if is_complete(final):
-        return final
-    from filelock import FileLock, Timeout
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f"{key}.lock")
-        waited = 0.0
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=WAIT_SECONDS)
-            except Timeout:
-                waited += WAIT_SECONDS
-                log.warning("waiting for another process that prepares the data, %.0f s so far: %s", waited, final)
-    except OSError as error:
-        raise UserError(f"The data cache {cache} cannot be written ({error}): name another folder.") from error
-    try:
-        if not is_complete(final):
-            _build(final, build)
-    finally:
-        lock.release()
-    return final
+    def make(folder: Path) -> None:
+        build(folder)
+        _seal(folder)
 
-
-def _build(final: Path, build: Callable[[Path], None]) -> None:
-    for leftover in final.parent.glob(f"{final.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if final.exists():
-        log.warning("the prepared data in %s are incomplete or damaged and are made again", final)
-        broken = final.with_name(f"{final.name}.tmp-broken-{os.getpid()}")
-        os.rename(final, broken)
-        shutil.rmtree(broken, ignore_errors=True)
-    partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        build(partial)
-        _seal(partial)
-        try:
-            os.rename(partial, final)
-        except OSError:
-            if not is_complete(final):  # else another machine, whose locks we do not see, was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return make_once(cache / key, make, is_complete)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from glora_llm.atomic import whole_or_nothing
+from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED
 from glora_llm.merge.folder_writer import FolderWriter
@@ -89,9 +89,6 @@ def dense_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 def write_model(plan: Plan, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     """Write a model folder from float32 master weights (`master/NAME` -> tensor), all or nothing."""
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
-    whole_or_nothing(folder, lambda path: _write(plan, config, weights, path))
-
-
-def _write(plan: Plan, config: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    write_trained(folder, config, read_sharing(plan.base.folder), weights)
-    plan.task.save_preprocessing(folder)
+    with whole_folder(folder) as place:
+        write_trained(place, config, read_sharing(plan.base.folder), weights)
+        plan.task.save_preprocessing(place)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError
-from glora_llm.models.cache import made_once
 from glora_llm.models.fingerprint import fingerprint, weight_files
 from glora_llm.models.folder import SHARING, is_ours
 from glora_llm.models.resolve import ResolvedModel
@@ -82,7 +82,9 @@ def with_head(base: ResolvedModel, names: list[str], size: int, seed: int, weigh
     if same and (not weights or is_ours(base.folder) or not _renamed(base.folder)):
         return base
     identity = f"{base.fingerprint[:16] or 'shape'}-{seed}-{_short(names)}"
-    folder = made_once(f"classifiers/{identity}", lambda made: _write(base.folder, made, names, seed, weights, same))
+    folder = make_once(
+        cache_root() / f"classifiers/{identity}", lambda made: _write(base.folder, made, names, seed, weights, same)
+    )
     return replace(base, folder=folder, fingerprint=fingerprint(folder) if weights else "")
 
 

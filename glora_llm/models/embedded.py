@@ -6,8 +6,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError
-from glora_llm.models.cache import made_once
 from glora_llm.models.random_llama import LLAMA2_7B, SMALL, TINY, LlamaShape, write_random_llama
 from glora_llm.registry import Registry
 
@@ -63,7 +63,7 @@ def smollm2_gguf() -> Path:
 
 
 def _random(name: str, shape: LlamaShape) -> Path:
-    return made_once(name, lambda folder: write_random_llama(folder, shape, seed=0))
+    return make_once(cache_root() / name, lambda folder: write_random_llama(folder, shape, seed=0))
 
 
 EMBEDDED.register("smollm2-135m-instruct")(

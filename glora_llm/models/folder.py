@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError, nearest
-from glora_llm.models.cache import made_once
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers
 from glora_llm.schema import ModelSection, VLoRASection
 from glora_llm.vlora import VLoRAConfig, make_compounds
@@ -96,7 +96,7 @@ def new_folder(
         if sharing is not None:
             write_sharing(sharing, folder)
 
-    return made_once(f"new-{key[:24]}", make), key
+    return make_once(cache_root() / f"new-{key[:24]}", make), key
 
 
 def vlora_config(section: VLoRASection) -> VLoRAConfig:

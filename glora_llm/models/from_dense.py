@@ -3,13 +3,12 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from glora_llm.atomic import require_new, whole_or_nothing
+from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.launch.device import choose_device
 from glora_llm.models.families import layers
@@ -47,7 +46,8 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
         fits = from_dense(made, stack, sharing)
         _print_fits(rank or "full", fits, allocated(made))
         if number == 0:
-            whole_or_nothing(out, partial(_write, made, sharing, folder))
+            with whole_folder(out) as place:
+                _write(made, sharing, folder, place)
     print(f"{out}: rank {ranks[0] or 'full'}, as model.name_or_path of a recipe (adapter.method=full trains it)")
 
 

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError
-from glora_llm.models.cache import made_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +24,9 @@ def converted(file: Path) -> Path:
             raise UserError(f"{file} is no GGUF file: it does not begin with the bytes 'GGUF'. Is the download whole?")
         stream.seek(0)
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return made_once(f"gguf-v{CONVERSION}-{file.stem}-{digest[:16]}", lambda folder: convert(file, folder))
+    return make_once(
+        cache_root() / f"gguf-v{CONVERSION}-{file.stem}-{digest[:16]}", lambda folder: convert(file, folder)
+    )
 
 
 def convert(file: Path, folder: Path) -> None:

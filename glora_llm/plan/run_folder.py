@@ -1,12 +1,12 @@
 """The run folder: whose it is, where things are, and what a later command needs to know."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glora_llm import recipe as recipes
+from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
 from glora_llm.schema import Recipe
 
@@ -80,9 +80,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+        write_text(self.path / name, text)
 
     def update_summary(self, values: dict[str, Any]) -> None:
         """Add values to summary.json."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
 from glora_llm.search.space import Code
 
@@ -71,9 +72,7 @@ class Journal:
         if file is not None:
             kept = entries or [identity]
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")  # without a last line that was cut off
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-            os.replace(temporary, file)
+            write_text(file, "".join(json.dumps(entry) + "\n" for entry in kept))  # no last line that was cut off
 
     @staticmethod
     def read(file: Path) -> list[str]:

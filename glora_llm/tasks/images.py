@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from glora_llm.atomic import cache_root
 from glora_llm.data.augment import augmentation
 from glora_llm.data.image_store import ImageSet
 from glora_llm.data.images import PreparedImages, prepare_images
 from glora_llm.data.report import ImageReport
 from glora_llm.errors import UserError
-from glora_llm.models.cache import cache_root
 from glora_llm.models.classifier import check_patches, from_data, with_head
 from glora_llm.models.folder import new_config, new_folder
 from glora_llm.models.resolve import ResolvedModel, resolve

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from glora_llm.atomic import cache_root, make_once
 from glora_llm.data.prepare import tokenizer_fingerprint, training_texts
 from glora_llm.data.sources import find_path
 from glora_llm.errors import UserError
-from glora_llm.models.cache import made_once
 from glora_llm.models.folder import new_config, new_folder, require_family
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.models.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def _tokenizer_folder(recipe: Recipe) -> Path:
     if path.suffix != ".model":
         raise UserError(f"model.tokenizer: {path} is no sentencepiece .model file: give the folder that it is in.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return made_once(f"tokenizer-{digest[:24]}", lambda folder: _copy(path, folder))
+    return make_once(cache_root() / f"tokenizer-{digest[:24]}", lambda folder: _copy(path, folder))
 
 
 def _copy(path: Path, folder: Path) -> None:
@@ -76,4 +76,6 @@ def _trained(wanted: str, recipe: Recipe) -> Path:
 
     identity, texts = training_texts(recipe.data, recipe.training.seed)
     key = hashlib.sha256(f"{CODE}\0{number}\0{identity}".encode()).hexdigest()
-    return made_once(f"tokenizer-{key[:24]}", lambda folder: train_tokenizer(texts(), int(number), folder))
+    return make_once(
+        cache_root() / f"tokenizer-{key[:24]}", lambda folder: train_tokenizer(texts(), int(number), folder)
+    )

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.atomic import cache_root
 from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
 from glora_llm.data.store import TokenSet
-from glora_llm.models.cache import cache_root
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glora_llm.atomic import sync
+from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,26 +56,15 @@ def write(
     Raises:
         OSError: when the disk is full or not writable; older checkpoints are untouched.
     """
-    final, temporary = root / f"step-{step}", root / f".writing-step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _save_tensors(tensors, save_adapter, temporary)
-        (temporary / "trainer.json").write_text(json.dumps(trainer, indent=1))
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    final = root / f"step-{step}"
+    with whole_folder(final) as folder:
+        _save_tensors(tensors, save_adapter, folder)
+        (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*files, temporary / MANIFEST, *{path.parent for path in files}):
-            sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(root)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return final
 
 

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from glora_llm.atomic import write_text
 
 
 class MetricLog:
@@ -47,9 +48,7 @@ class MetricLog:
                 continue
             if entry["step"] <= start:
                 kept.append(line)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.file)
+        write_text(self.file, "".join(line + "\n" for line in kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log numbers under names such as `train/loss` after `step` optimizer steps."""
