@@ -9,12 +9,13 @@ from torch import Tensor, nn
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return W0 of a linear as a dense (O, I) tensor.
 
-    A quantised weight is dequantised to the dtype that it was trained in, so this is exactly the W0 of training. The
+    The W0 that a layer was trained with is the one in the dtype that it computed in: a 4-bit weight is dequantised to
+    it, an int8 weight, which has no such dtype of its own, is dequantised in float32 and rounded to it once. The
     attribute is read through the module: under ZeRO 3 that gathers a partitioned weight, in forward and in backward.
 
     Args:
         layer: `nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
-        dtype: of the result; None keeps the weight's own.
+        dtype: of the result; None keeps the weight's own (float32 of an int8 weight).
 
     Raises:
         TypeError: for a layer of another kind.
@@ -52,9 +53,12 @@ def _dequantize_8bit(layer: Any) -> Tensor:
     return dense
 
 
-def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """Return the dtype that the layer computes in: a dense weight's own, or what a quantised one unpacks to."""
+def compute_dtype(layer: nn.Module) -> torch.dtype | None:
+    """Return the dtype that the layer computes in: a dense weight's own, or what a 4-bit weight unpacks to.
+
+    None for an int8 weight: such a layer computes in the dtype of its input.
+    """
     weight: Any = layer.weight
     quant_state = getattr(weight, "quant_state", None)
     dtype: torch.dtype = weight.dtype if quant_state is None else quant_state.dtype
-    return dtype if dtype.is_floating_point else torch.get_default_dtype()
+    return dtype if dtype.is_floating_point else None

@@ -14,9 +14,8 @@ from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.modes import make_slot, slot_values
-from glora_llm.glora.path import LayerPath, slots_with
+from glora_llm.glora.path import SLOTS, Path, slots_with
 from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
-from glora_llm.schema.slots import SLOTS
 
 
 class GLoRALinear(nn.Module, BaseTunerLayer):
@@ -24,6 +23,8 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: `nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`, with or without bias.
+        input_dtype: of the inputs to come. It counts where an int8 base is merged, which computes in its input's dtype
+            and has none of its own; None: torch's default.
     """
 
     adapter_layer_names = tuple(f"slot_{slot}" for slot in SLOTS)
@@ -35,15 +36,16 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
     active_adapters: list[str]
 
-    def __init__(self, base_layer: nn.Module):
+    def __init__(self, base_layer: nn.Module, input_dtype: torch.dtype | None = None):
         super().__init__()
         self.base_layer = base_layer
+        self._input_dtype = input_dtype or torch.get_default_dtype()
         base: Any = base_layer
         self.in_features, self.out_features = int(base.in_features), int(base.out_features)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.composition: dict[str, str] = {}
-        self.path: dict[str, LayerPath] = {}
+        self.path: dict[str, Path] = {}
         self.dropout: dict[str, float] = {}
         self.choices: dict[str, SlotChoices] = {}  # of adapters that are supernets
         self.merged_adapters: list[str] = []
@@ -51,7 +53,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: nn.Module | None = None
 
-    def update_layer(self, adapter_name: str, config: GLoRAConfig, path: LayerPath, generator: Any = None) -> None:
+    def update_layer(self, adapter_name: str, config: GLoRAConfig, path: Path, generator: Any = None) -> None:
         """Allocate the slots of one adapter.
 
         Raises:
@@ -115,8 +117,8 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         given = x.dtype
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        elif x.dtype != self._dtype() and self._dtype().is_floating_point:
-            x = x.to(self._dtype())
+        else:
+            x = x.to(compute_dtype(self.get_base_layer()) or given)
         dropout = self.dropout[adapter_name]
         dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
         dtype, read = x.dtype, None
@@ -152,8 +154,8 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         bias: Tensor | None = layer.bias
         return bias
 
-    def _dtype(self) -> torch.dtype:
-        return compute_dtype(self.get_base_layer())
+    def _merged_dtype(self) -> torch.dtype:
+        return compute_dtype(self.get_base_layer()) or self._input_dtype
 
     def _mixed_batch(self, x: Tensor, names: list[str]) -> Tensor:
         """Rows of one batch through different adapters; `__base__` is the frozen layer (inference only)."""
@@ -171,8 +173,8 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
 
         Every adapter acts on the original W0, so their order does not matter.
         """
-        dtype = torch.promote_types(self._dtype(), torch.float32)
-        w0 = dense_weight(self.get_base_layer(), dtype)
+        dtype = torch.promote_types(self._merged_dtype(), torch.float32)
+        w0 = dense_weight(self.get_base_layer(), self._merged_dtype()).to(dtype)
         b0 = None if self.b0 is None else self.b0.to(dtype)
         weight, bias = w0.clone(), b0
         for name in adapter_names:
@@ -198,7 +200,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(f"Merging {', '.join(names)} gives values that are not finite; the adapter seems broken")
         self._unmerged = self.base_layer
-        self.base_layer = dense_model.dense_linear(weight, bias, self._dtype())
+        self.base_layer = dense_model.dense_linear(weight, bias, self._merged_dtype())
         self.merged_adapters = names
 
     def unmerge(self) -> None:

@@ -36,7 +36,11 @@ class GLoRAModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target if isinstance(target, GLoRALinear) else _wrap(target, current_key)
+        layer = (
+            target
+            if isinstance(target, GLoRALinear)
+            else _wrap(target, current_key, getattr(self.model, "dtype", None))
+        )
         generator = self._generator(peft_config, adapter_name)
         try:
             layer.update_layer(adapter_name, peft_config, peft_config.path_of(current_key), generator)
@@ -88,13 +92,13 @@ class GLoRAModel(BaseTuner):
         return model
 
 
-def _wrap(target: nn.Module, name: str) -> GLoRALinear:
+def _wrap(target: nn.Module, name: str, input_dtype: torch.dtype | None) -> GLoRALinear:
     if not isinstance(target, nn.Linear):
         raise UserError(
             f"'{name}' is a {type(target).__name__}; GLoRA adapts nn.Linear and bitsandbytes' Linear4bit and "
             "Linear8bitLt. Choose other adapter.targets."
         )
-    return GLoRALinear(target)
+    return GLoRALinear(target, input_dtype)
 
 
 register_peft_method(name="glora_llm", config_cls=GLoRAConfig, model_cls=GLoRAModel, prefix="slot_")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_llm.glora.frozen_weight import dense_weight
+from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.modes import slot_values
@@ -55,7 +55,7 @@ def _layer_slopes(layer: GLoRALinear, x: Tensor, dy: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     dy = dy.reshape(-1, layer.out_features).to(dtype)
     gradient, total = dy.t() @ x.reshape(-1, layer.in_features).to(dtype), dy.sum(0)
-    w0 = dense_weight(layer.get_base_layer(), dtype)
+    w0 = dense_weight(layer.get_base_layer(), compute_dtype(layer.get_base_layer()) or x.dtype).to(dtype)
     b0 = None if layer.b0 is None else layer.b0.to(dtype)
     composition, values = layer.composition["default"], list[Tensor]()
     for slot in slots_with(b0 is not None):

@@ -9,7 +9,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from glora_llm.glora import layer as glora_layer
 from glora_llm.glora.frozen_weight import dense_weight
+from glora_llm.glora.linear import glora_linear
 from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
@@ -84,3 +86,39 @@ def test_an_adapter_of_a_quantised_base_reloads(tiny: ResolvedModel, fill: Fill,
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(quantised_and_twin("nf4", tiny)[0], str(tmp_path)).eval()
     assert torch.equal(logits(again), expected)
+
+
+def int8_model(dtype: Any, tiny: ResolvedModel, fill: Fill) -> Any:
+    section = ModelSection(name_or_path="x", quantization="int8", dtype=dtype)
+    model = glora(load_base(section, tiny.folder, CPU, zero3=False), slots=ALL_MODES)
+    fill(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_int8_computes_in_the_dtype_of_its_input(
+    dtype: str, tiny: ResolvedModel, fill: Fill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def spy(x: torch.Tensor, read_weight: Any, *args: Any) -> torch.Tensor:
+        seen.append((x.dtype, read_weight().dtype))
+        return glora_linear(x, read_weight, *args)
+
+    monkeypatch.setattr(glora_layer, "glora_linear", spy)
+    model = int8_model(dtype, tiny, fill)
+    assert logits(model).dtype == getattr(torch, dtype)
+    assert seen == [(getattr(torch, dtype), getattr(torch, dtype))] * 14
+
+
+def test_a_merged_int8_layer_holds_the_weight_of_training(tiny: ResolvedModel, fill: Fill) -> None:
+    model = int8_model("bfloat16", tiny, fill)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    w0 = dense_weight(layer.get_base_layer(), torch.bfloat16).float()
+    values = layer.slots("default")
+    thin = values.a_scale * (w0 @ values.a_down) @ values.a_up + values.b_scale * values.b_down @ values.b_up
+    torch.testing.assert_close(layer.merged_weight(["default"])[0], w0 + thin, rtol=1e-6, atol=1e-7)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert {value.dtype for value in merged.parameters()} == {torch.bfloat16}
+    assert (logits(merged) - expected).float().abs().mean() < 0.02 * expected.float().std()

@@ -27,9 +27,8 @@ def test_it_is_the_loaded_weight_bit_for_bit(quantization: str, double: bool, dt
         layer, original = model.get_submodule(name), stored.get(f"{name}.weight")
         found = trained_weight(original, section, getattr(torch, dtype))
         assert found.dtype == torch.float32
-        assert torch.equal(found, dense_weight(layer).float())
-        if quantization != "int8":
-            assert compute_dtype(layer) == getattr(torch, dtype)
+        assert torch.equal(found, dense_weight(layer, getattr(torch, dtype)).float())
+        assert compute_dtype(layer) == (None if quantization == "int8" else getattr(torch, dtype))
         exact = quantization == "none" and dtype == "float32"
         assert torch.equal(found, original) == exact
         assert (found - original).abs().mean() < 0.2 * original.abs().mean()
