@@ -1,17 +1,15 @@
-"""What a merged model must be for plain transformers: dense linears, and biases that its config knows."""
+"""A merged model as plain transformers can load it: dense linears, and only biases that its configuration describes."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# LLaMA-style configs switch the biases of a whole group of linears at once.
-BIAS_SWITCHES: dict[str, tuple[str, ...]] = {
-    "attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp_bias": ("gate_proj", "up_proj", "down_proj"),
-}
+from glora_llm.glora.frozen_weight import compute_dtype
+from glora_llm.models.bias import switch_biases_on
+
+NAMED = 5  # layers that a warning lists
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
@@ -23,46 +21,50 @@ def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.
     return linear
 
 
-def switches_for(names_with_bias: Iterable[str]) -> set[str]:
-    """Return the config switches that must be on for linears (full names or last parts) that carry a bias."""
-    last = {name.rpartition(".")[2] for name in names_with_bias}
-    return {switch for switch, group in BIAS_SWITCHES.items() if last & set(group)}
-
-
 def complete(model: nn.Module) -> None:
-    """Make a merged model consistent: bias switches on, zeros where a switched-on layer has none, no quantisation mark.
+    """Make a merged model and its configuration agree, so that it can be saved and loaded by plain transformers.
 
-    A config without the switch cannot describe the merged biases: that is warned about.
+    Switches for biases are turned on and linears that have none then get zeros; a head that was merged is no longer
+    tied to the embedding; the marks of a quantised model go. Biases that the family cannot hold are warned about.
     """
-    config: Any = getattr(model, "config", None)
+    from transformers import PreTrainedModel
+
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    dense = [module for module in linears.values() if type(module) is nn.Linear]
-    biased = [name for name, module in linears.items() if module.bias is not None]
-    for switch in switches_for(biased) if config is not None else ():
-        if not hasattr(config, switch):
-            _warn_unless_native(config, switch)
-            continue
-        setattr(config, switch, True)
-        _fill_with_zeros(linears, BIAS_SWITCHES[switch])
-    if len(dense) == len(linears):
-        _drop_quantisation_marks(model, config)
+    if isinstance(model, PreTrainedModel):
+        _describe_biases(model, linears)
+        _untie_a_merged_head(model)
+    if all(type(module) is nn.Linear for module in linears.values()):
+        _drop_quantisation_marks(model, getattr(model, "config", None))
 
 
-def _fill_with_zeros(linears: dict[str, nn.Linear], group: tuple[str, ...]) -> None:
-    for name, module in linears.items():
-        if name.rpartition(".")[2] in group and module.bias is None:
-            dtype = module.weight.dtype if module.weight.is_floating_point() else torch.get_default_dtype()
-            zeros = torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
-            module.bias = nn.Parameter(zeros, requires_grad=False)
-
-
-def _warn_unless_native(config: Any, switch: str) -> None:
-    if config.model_type != "qwen2":
+def _describe_biases(model: Any, linears: dict[str, nn.Linear]) -> None:
+    biased = {name for name, module in linears.items() if module.bias is not None}
+    described = switch_biases_on(type(model), model.config, biased)
+    for name in described - biased:
+        module = linears[name]
+        dtype = compute_dtype(module) or model.dtype
+        zeros = torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
+        module.bias = nn.Parameter(zeros, requires_grad=False)
+    lost = sorted(biased - described)
+    if lost:
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         warnings.warn(
-            f"The merged model has biases, and a {config.model_type} config has no '{switch}': plain transformers "
-            "would drop them on loading. Use slots A and B only (C and E none) for a mergeable adapter.",
-            stacklevel=3,
+            f"The merged model has biases in {len(lost)} linears, where a {model.config.model_type} model of plain "
+            f"transformers has none: {', '.join(lost[:NAMED])}{more}. Saved and loaded again, it would lose them. "
+            "Keep the adapter unmerged (save it by PEFT's save_pretrained), or train these layers "
+            "without slots C and E.",
+            stacklevel=5,  # the caller of merge_and_unload
         )
+
+
+def _untie_a_merged_head(model: Any) -> None:
+    """A merged head has a weight of its own; saved as tied it would be lost."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    if not (getattr(config, "tie_word_embeddings", False) and isinstance(head, nn.Linear)):
+        return
+    if head.weight is not embedding.weight and head.weight.data_ptr() != embedding.weight.data_ptr():
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
 
 
 def _drop_quantisation_marks(model: nn.Module, config: Any) -> None:

@@ -7,7 +7,7 @@ from glora_llm.errors import UserError, nearest
 from glora_llm.models.families import auto_class, body
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 BiasSupport = Literal["has", "switch", "never"]
 
@@ -73,4 +73,34 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
         if isinstance(module, nn.Linear):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, True) and module.bias is not None
+    return found
+
+
+def linears_with_bias(kind: type["PreTrainedModel"], config: "PretrainedConfig") -> set[str]:
+    """Return the full names of the linears that have a bias in a model of class `kind` with this configuration."""
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        model = kind._from_config(copy.deepcopy(config))
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None}
+
+
+def switch_biases_on(kind: type["PreTrainedModel"], config: "PretrainedConfig", wanted: set[str]) -> set[str]:
+    """Set the keys of `config` that give the linears `wanted` (full names) a bias.
+
+    Returns:
+        the full names of all linears that have a bias then; what is wanted and not among them, the family cannot hold.
+    """
+    found = linears_with_bias(kind, config)
+    text = config.get_text_config(decoder=True)
+    for key in _switches(config):
+        if getattr(text, key) or wanted <= found:
+            continue
+        setattr(text, key, True)
+        with_key = linears_with_bias(kind, config)
+        if (with_key - found) & wanted:
+            found = with_key
+        else:
+            setattr(text, key, False)
     return found
