@@ -11,9 +11,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.schema.slots import SLOT_MODES, SLOTS
 
+# The slot table: what each slot may be. A search draws from it; parameters are allocated by it.
+SLOT_MODES: dict[str, tuple[str, ...]] = {
+    "A": ("lora", "vector", "scalar", "none"),
+    "B": ("lora", "vector", "scalar", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "scalar", "none"),
+    "E": ("vector", "scalar", "none"),
+}
+SLOTS = tuple(SLOT_MODES)
 PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
+
+# The systems that GLoRA generalises. A preset sets the composition too where the system depends on it.
+PRESETS: dict[str, dict[str, str]] = {
+    "lora": {"B": "lora"},
+    "bitfit": {"E": "vector"},
+    "ssf": {"A": "vector", "D": "vector", "E": "vector"},
+    "repadapter": {"A": "lora", "C": "vector"},
+    "ia3_like": {"A": "vector"},
+    "hira": {"A": "lora"},
+}
+PRESET_COMPOSITION = {"repadapter": "product", "hira": "hadamard"}
+DEFAULT_SLOTS: dict[str, str] = {"A": "lora", "B": "lora", "C": "vector", "D": "none", "E": "vector"}
 
 
 def slots_with(has_bias: bool) -> tuple[str, ...]:
@@ -37,7 +57,7 @@ class SlotSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerPath:
+class Path:
     """One mode for each slot of one layer; a slot that is not given has mode none."""
 
     slots: tuple[tuple[str, SlotSpec], ...]
@@ -49,19 +69,19 @@ class LayerPath:
         """Yield (slot, spec) of all slots whose mode is not none."""
         return ((slot, spec) for slot, spec in self.slots if spec.mode != "none")
 
-    def without(self, slot: str) -> "LayerPath":
+    def without(self, slot: str) -> "Path":
         """Return the path with `slot` in mode none."""
-        return LayerPath(tuple(pair for pair in self.slots if pair[0] != slot))
+        return Path(tuple(pair for pair in self.slots if pair[0] != slot))
 
     def touches_bias(self) -> bool:
         """Tell whether the merged layer needs a bias: C or E is active."""
         return self["C"].mode != "none" or self["E"].mode != "none"
 
 
-Genome = dict[str, LayerPath]
+Genome = dict[str, Path]
 
 
-def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized: bool = False) -> LayerPath:
+def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized: bool = False) -> Path:
     """Build a path from a recipe's or a config's slots.
 
     Args:
@@ -89,10 +109,10 @@ def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized
             specs.append((slot, SlotSpec(mode, slot_rank, scale)))
         elif mode != "none":
             specs.append((slot, SlotSpec(mode)))
-    return LayerPath(tuple(specs))
+    return Path(tuple(specs))
 
 
-def path_for(name: str, default: LayerPath, patterns: Mapping[str, LayerPath]) -> LayerPath:
+def path_for(name: str, default: Path, patterns: Mapping[str, Path]) -> Path:
     """Return the path of the layer `name`: of the last regular expression that matches, else `default`."""
     chosen = default
     for pattern, path in patterns.items():
@@ -139,7 +159,7 @@ def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
     return {name: _path_from_slots(name, slots) for name, slots in layers.items()}
 
 
-def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
+def _path_from_slots(name: str, slots: Mapping[str, Any]) -> Path:
     scales: dict[str, Any] = {}
     for slot, given in slots.items():
         values = {"mode": given} if isinstance(given, str) else given
@@ -154,6 +174,6 @@ def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
         path = make_path(slots, rank=1, alpha=1.0)
     except UserError as error:
         raise UserError(f"genome: {name}: {error}") from None
-    return LayerPath(
+    return Path(
         tuple((slot, dataclasses.replace(spec, scale=scales.get(slot, spec.scale))) for slot, spec in path.slots)
     )

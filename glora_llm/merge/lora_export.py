@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.linear import Slots, stack_downs, stack_ups
-from glora_llm.glora.path import PEFT_ROOT, LayerPath
+from glora_llm.glora.linear import Slots
+from glora_llm.glora.path import PEFT_ROOT
+from glora_llm.glora.path import Path as SlotPath
 from glora_llm.merge.frozen import stored_tensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.plan.plan import Plan
@@ -63,12 +64,17 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
         w0: the frozen weight (O, I).
         b0: the frozen bias (O); D b0 is part of the LoRA's bias.
     """
-    through = None if s.a_down is None else w0 @ s.a_down
-    down = stack_downs(through, s.b_down, (s.a_scale, s.b_scale))
-    if down is None:
-        up, down = w0.new_zeros(1, w0.shape[1]), w0.new_zeros(len(w0), 1)
+    ups, downs = [], []
+    if s.a_down is not None and s.a_up is not None:
+        ups.append(s.a_up)
+        downs.append(s.a_scale * (w0 @ s.a_down))
+    if s.b_down is not None and s.b_up is not None:
+        ups.append(s.b_up)
+        downs.append(s.b_scale * s.b_down)
+    if ups:
+        up, down = torch.cat(ups), torch.cat(downs, 1)
     else:
-        up = stack_ups(s.a_up, s.b_up)
+        up, down = w0.new_zeros(1, w0.shape[1]), w0.new_zeros(len(w0), 1)
     bias = None if s.c is None else w0 @ s.c
     for part in (s.e, None if s.d is None or b0 is None else s.d * b0):
         if part is not None:
@@ -76,7 +82,7 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
     return up, down, bias
 
 
-def _paths(layers: dict[str, GLoRALinear]) -> dict[str, LayerPath]:
+def _paths(layers: dict[str, GLoRALinear]) -> dict[str, SlotPath]:
     return {name: layer.path["default"] for name, layer in layers.items()}
 
 

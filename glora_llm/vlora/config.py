@@ -4,7 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.schema.vlora import VLORA_CHOICES
+
+CHOICES = {
+    "topology": ("chain", "star"),
+    "base_gradient": ("all", "first"),
+    "start": ("paper", "kaiming"),
+    "form": ("auto", "composed", "thin"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class VLoRAConfig:
     form: str = "auto"
 
     def __post_init__(self) -> None:
-        for key, known in VLORA_CHOICES.items():
+        for key, known in CHOICES.items():
             value = getattr(self, key)
             if value not in known:
                 raise UserError(f"{key} is '{value}'; expected {' or '.join(known)}.{nearest(str(value), known)}")

@@ -9,7 +9,7 @@ import pytest
 from glora_llm.errors import UserError
 from glora_llm.glora.path import (
     Genome,
-    LayerPath,
+    Path,
     SlotSpec,
     genome_from_json,
     genome_from_slots,
@@ -31,10 +31,7 @@ def drawn(count: int) -> Genome:
 def test_a_drawn_genome_survives_json_and_plain_values() -> None:
     genome = drawn(200)
     assert genome_from_json(genome_to_json(genome)) == genome == genome_from_slots(genome_to_slots(genome))
-    odd = {
-        NAME: LayerPath((("B", SlotSpec("lora", 7, 1 / 3)), ("C", SlotSpec("lora", 1, 1e-12)))),
-        "empty": LayerPath(()),
-    }
+    odd = {NAME: Path((("B", SlotSpec("lora", 7, 1 / 3)), ("C", SlotSpec("lora", 1, 1e-12)))), "empty": Path(())}
     assert genome_from_json(genome_to_json(odd)) == odd
 
 
@@ -49,7 +46,7 @@ def test_a_genome_by_hand_may_say_none_and_order_slots_freely() -> None:
         NAME: {"E": "vector", "D": "none", "B": {"scale": 2, "rank": 4, "mode": "lora"}, "A": {"mode": "scalar"}}
     }
     path = genome_from_json(json.dumps(by_hand))[NAME]
-    assert path == LayerPath((("A", SlotSpec("scalar")), ("B", SlotSpec("lora", 4, 2.0)), ("E", SlotSpec("vector"))))
+    assert path == Path((("A", SlotSpec("scalar")), ("B", SlotSpec("lora", 4, 2.0)), ("E", SlotSpec("vector"))))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": {"B": "vector"},}', "genome", "{'a': 1}"])

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from glora_llm.launch import ranks
+from glora_llm.launch import ranks as distributed
 from glora_llm.launch.quiet import quiet_libraries
 from tests.training.scenarios import train_scenario
 
@@ -28,23 +28,23 @@ SCENARIOS: dict[str, list[str]] = {
 RESUMED = ("zero3", "varied", "bfloat16")
 
 
-def train(name: str, folder: Path, processes: ranks.Processes) -> None:
+def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
     """Train one scenario into `folder`."""
-    train_scenario("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name]], folder, processes)
+    train_scenario("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name]], folder, ranks)
 
 
 def main() -> None:
     """Train every scenario, and resume some of them from the middle in a folder of their own."""
     quiet_libraries()
-    out, processes = Path(sys.argv[-1]), ranks.start()
+    out, ranks = Path(sys.argv[-1]), distributed.start()
     for name in SCENARIOS:
-        train(name, out / name, processes)
+        train(name, out / name, ranks)
     for name in RESUMED:
         again = out / f"{name}-resumed"
-        if processes.is_main_process:
+        if ranks.first:
             shutil.copytree(out / name / "checkpoints" / "step-3", again / "checkpoints" / "step-3")
-        train(name, again, processes)
-    ranks.stop()
+        train(name, again, ranks)
+    distributed.stop()
 
 
 if __name__ == "__main__":
