@@ -47,7 +47,7 @@ _Dumper.yaml_implicit_resolvers = {
 
 
 @dataclasses.dataclass
-class Source:
+class Origins:
     """Where each key of a recipe was written, for error messages."""
 
     file: str
@@ -120,18 +120,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected sections (model, adapter, data, ...), got {_kind(values)}.")
-    source = Source(str(file), _lines(root, str(file)), {})
+    origins = Origins(str(file), _lines(root, str(file)), {})
     for override in overrides:
-        _apply(values, override, source)
-    return validate(values, source)
+        _apply(values, override, origins)
+    return validate(values, origins)
 
 
-def validate(values: dict[str, Any], source: Source) -> Recipe:
+def validate(values: dict[str, Any], origins: Origins) -> Recipe:
     """Check plain values against the schema; all errors are listed at once, each with its place."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(error.errors(), values, source))) from None
+        raise UserError("\n".join(_explain(error.errors(), values, origins))) from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -167,7 +167,7 @@ def _lines(root: yaml.Node | None, file: str) -> dict[Location, int]:
     return found
 
 
-def _apply(values: dict[str, Any], override: str, source: Source) -> None:
+def _apply(values: dict[str, Any], override: str, origins: Origins) -> None:
     name, equals, text = override.partition("=")
     parts = name.split(".")
     whole = name in Recipe.model_fields  # `search=null` takes a section away
@@ -185,16 +185,16 @@ def _apply(values: dict[str, Any], override: str, source: Source) -> None:
     if not isinstance(spot, dict):
         raise UserError(f"'{override}': '{parts[-2]}' holds a value, not a section of keys.")
     spot[parts[-1]] = value
-    source.overrides[tuple(parts)] = override
+    origins.overrides[tuple(parts)] = override
 
 
-def _explain(found: Sequence[Any], values: dict[str, Any], source: Source) -> list[str]:
+def _explain(found: Sequence[Any], values: dict[str, Any], origins: Origins) -> list[str]:
     """Return one message for each wrong place, however many branches of a union failed there."""
     places: dict[Location, list[Any]] = {}
     for item in found:
         places.setdefault(_place(item, values), []).append(item)
     deepest = [at for at in places if not any(other[: len(at)] == at for other in places if len(other) > len(at))]
-    return [_message(at, places[at], source) for at in deepest]
+    return [_message(at, places[at], origins) for at in deepest]
 
 
 def _place(item: Any, values: Any) -> Location:
@@ -212,14 +212,14 @@ def _place(item: Any, values: Any) -> Location:
     return tuple(location)
 
 
-def _message(location: Location, items: Sequence[Any], source: Source) -> str:
+def _message(location: Location, items: Sequence[Any], origins: Origins) -> str:
     dotted = ".".join(str(part) for part in location)
-    where, item = source.where(location), items[0]
+    where, item = origins.where(location), items[0]
     if item["type"] == "extra_forbidden":
         known = _fields_at(location[:-1])
         return f"{where}: unknown key '{dotted}'.{nearest(str(location[-1]), known)} Known here: {', '.join(known)}."
     if item["type"] == "missing":
-        return f"{source.where(location[:-1])}: '{dotted}' is required."
+        return f"{origins.where(location[:-1])}: '{dotted}' is required."
     if item["type"] == "value_error":
         return f"{where}: {dotted}: {item['msg'].removeprefix('Value error, ')}."
     expected = " or ".join(dict.fromkeys(_expected(other["msg"]) for other in items))

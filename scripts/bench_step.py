@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from glora_llm.adapters.inject import inject
+from glora_llm.launch.device import choose_device
 from glora_llm.launch.quiet import quiet_libraries
-from glora_llm.launch.ranks import device
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import resolve
 from glora_llm.report.timing import interleaved, ratio
@@ -60,7 +60,7 @@ def main() -> int:
         step = make_step(arguments.memory_of, arguments.quantization[0], arguments)
         for _ in range(2):
             step()
-        print(json.dumps(peak_memory_gb(device())))
+        print(json.dumps(peak_memory_gb(choose_device())))
         return 0
     lines: list[str] = []
     failed = False
@@ -81,13 +81,13 @@ def main() -> int:
 def make_step(name: str, quantization: str, arguments: Any) -> Callable[[], None]:
     """Return a function that does one step (forward, backward, fused AdamW) of a freshly loaded model."""
     section = ModelSection(name_or_path=arguments.model, quantization=quantization)  # type: ignore[arg-type]
-    base: Any = load_base(section, resolve(section).folder, device(), zero3=False)
+    base: Any = load_base(section, resolve(section).folder, choose_device(), zero3=False)
     model = peft_glora(base) if name.startswith("PEFT GLoRA") else inject(base, METHODS[name], seed=0, steps=100)
     objective = CausalLMObjective(model.get_base_model()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 1000, (arguments.rows, arguments.tokens), generator=generator).to(device())
-    positions = torch.arange(arguments.tokens, device=device()).expand_as(ids)
+    ids = torch.randint(0, 1000, (arguments.rows, arguments.tokens), generator=generator).to(choose_device())
+    positions = torch.arange(arguments.tokens, device=choose_device()).expand_as(ids)
 
     def step() -> None:
         loss: Any = objective(ids, positions, ids)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
+from glora_llm.launch.device import choose_device
 from glora_llm.launch.quiet import quiet_libraries
-from glora_llm.launch.ranks import device
 from glora_llm.report.timing import Times, interleaved, ratio
 from glora_llm.schema import TrainingSection
 from glora_llm.training.engine import Engine
@@ -68,7 +68,7 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     if arguments.memory_of:
-        distributed.start()
+        ranks.start()
         model = make_model(arguments.memory_of, arguments.width)
         step = make_step(model, arguments.images)
         for _ in range(2):
@@ -76,10 +76,10 @@ def main() -> int:
         linears = [module for module in layers_of(model).modules() if isinstance(module, nn.Linear)]
         counts = [sum(p.numel() for p in m.parameters(recurse=False)) for m in linears]
         total = sum(p.numel() for p in model.parameters())
-        print(json.dumps(Measured(total, sum(counts), peak_memory_gb(device()))))
+        print(json.dumps(Measured(total, sum(counts), peak_memory_gb(choose_device()))))
         return 0
     measured = {name: measure(name, arguments) for name in FORMS}
-    distributed.start()
+    ranks.start()
     passes, steps = time_all(arguments)
     lines, good = table(passes, steps, measured)
     print("\n".join(lines))
@@ -107,7 +107,7 @@ def make_model(name: str, width: int) -> Any:
     if name == "released":
         for layer in vlora_layers(model).values():
             layer.forward = released(layer)  # type: ignore[assignment, method-assign]
-    return model.to(device()).train()
+    return model.to(choose_device()).train()
 
 
 def released(layer: VLoRALinear) -> Callable[[Tensor], Tensor]:
@@ -137,7 +137,7 @@ def make_step(model: Any, images: int) -> Callable[[], None]:
     objective, batch = ImageObjective(model, MIDDLE, MIDDLE), make_batch(images)
     parts = [Trainable(name, parameter) for name, parameter in model.named_parameters()]
     settings = TrainingSection.model_validate({"global_batch": images, "micro_batch": images, "steps": 1, "lr": 1e-4})
-    engine = Engine(objective, parts, settings, torch.float32, device())
+    engine = Engine(objective, parts, settings, torch.float32, choose_device())
 
     def run() -> None:
         engine.train_step([batch], 1e-4)
@@ -150,12 +150,15 @@ def make_batch(images: int) -> dict[str, Tensor]:
     """Return images of noise, of two classes."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return {"pixels": pixels.to(device()), "labels": torch.randint(0, 2, (images,), generator=generator).to(device())}
+    return {
+        "pixels": pixels.to(choose_device()),
+        "labels": torch.randint(0, 2, (images,), generator=generator).to(choose_device()),
+    }
 
 
 def synchronize() -> None:
     """Wait for the GPU."""
-    if device().type == "cuda":
+    if choose_device().type == "cuda":
         torch.cuda.synchronize()
 
 

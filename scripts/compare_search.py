@@ -10,7 +10,7 @@ the test rows. Prints a Markdown line for each, with means and ranges over the r
 import argparse
 import json
 import statistics
-from pathlib import Path as File
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from glora_llm.adapters.inject import adapted_layers
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted
-from glora_llm.glora.path import Path
+from glora_llm.glora.path import LayerPath
 from glora_llm.glora.supernet import set_paths
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.plan.plan import make_plan
@@ -38,7 +38,7 @@ FINALISTS = 12
 def main() -> int:
     """Compare, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", type=File, nargs="+")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
     arguments = parser.parse_args()
     quiet_libraries()
     print("| run | path | parameters | validation loss | test loss | test exact match |\n|---|---|---|---|---|---|")
@@ -53,7 +53,7 @@ def main() -> int:
     return 0
 
 
-def compare(run: File) -> list[tuple[str, list[str], float]]:
+def compare(run: Path) -> list[tuple[str, list[str], float]]:
     """Return (name, cells, test exact match) of the genome and of the best uniform path of one run."""
     folder = RunFolder(run)
     plan = make_plan(folder.recipe())
@@ -95,7 +95,7 @@ def _surface(space: Space, lines: list[str], rows: int) -> Surface:
     return fit.surface()
 
 
-def _first(space: Space, code: Code) -> Path:
+def _first(space: Space, code: Code) -> LayerPath:
     return next(iter(space.genome(code).values()))
 
 

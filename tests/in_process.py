@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glora_llm.cli import main
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -24,7 +24,7 @@ def train_in_process(recipe: str, *overrides: str) -> int:
     try:
         return main(["train", "--recipe", recipe, *overrides])
     finally:
-        distributed.stop()
+        ranks.stop()
         forget_launch()
 
 
@@ -47,4 +47,4 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, "")  # so that it is undone at the end
             patch.delenv(name)
         yield
-        distributed.stop()
+        ranks.stop()

@@ -27,7 +27,7 @@ ALLOWED = {
     "vlora": BASE,
     "data": BASE,
     "training": BASE | {"launch"},
-    "models": BASE | {"vlora"},
+    "models": BASE | {"launch", "vlora"},
     "search": BASE | {"glora"},
     "adapters": BASE | {"glora", "training"},
     "tasks": BASE | {"data", "models", "training"},

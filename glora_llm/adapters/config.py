@@ -9,15 +9,9 @@ from torch import nn
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRAConfig
-from glora_llm.glora.path import (
-    DEFAULT_SLOTS,
-    PRESET_COMPOSITION,
-    PRESETS,
-    Genome,
-    genome_from_json,
-    genome_to_slots,
-)
+from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
 from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
+from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 
 # Methods that are LoRA with one switch.
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}

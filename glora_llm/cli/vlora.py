@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm.errors import UserError
+from glora_llm.schema.vlora import VLORA_CHOICES
 
 VLORA = """\
 Make a VLoRA model of a dense one: every k layers share a base, and the differences become low-rank increments by
@@ -27,7 +28,7 @@ def add_command(commands: Any, style: Any) -> None:
         "--rank", metavar="R", required=True, help="r, or full; of several, 8,16, the first is written"
     )
     command.add_argument("--layers-per-compound", metavar="K", default="4", help="k, or all (default: 4)")
-    command.add_argument("--topology", choices=("chain", "star"), default="chain", help="(default: chain)")
+    command.add_argument("--topology", choices=VLORA_CHOICES["topology"], default="chain", help="(default: chain)")
     command.add_argument("--targets", metavar="NAMES", help="linears inside a layer, as q_proj,v_proj (default: all)")
     command.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     command.set_defaults(command=from_dense)

@@ -1,6 +1,6 @@
-"""Scores of a set of rows that depend neither on the batch size nor on the number of ranks.
+"""Scores of a set of rows that depend neither on the batch size nor on the number of processes.
 
-Each rank fills the rows that it scored into one table; the tables are summed, and the means are taken over the whole
+Each process fills the rows that it scored into one table; the tables are summed, and the means are taken over the whole
 table in row order.
 """
 
@@ -15,18 +15,19 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged
-from glora_llm.launch.ranks import device
+from glora_llm.launch.device import choose_device
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report.summary import print_scores
-from glora_llm.tasks.task import on
-
-Batch = dict[str, Tensor]
+from glora_llm.tasks.task import Batch, Rows, on
 
 
 class Passes(NamedTuple):
-    """A model as a search uses it. Every rank of sharded parameters must call them equally often."""
+    """The passes of a model that a search asks for.
+
+    Where parameters are sharded, all processes call them equally often.
+    """
 
     score: Callable[[dict[str, torch.Tensor]], Any]  # batch -> TokenScores
     loss: Callable[[dict[str, torch.Tensor]], torch.Tensor]  # batch -> summed loss with its graph
@@ -38,17 +39,17 @@ def score_rows(
     score: Callable[[Batch], Any],
     gather: Callable[[Tensor], Tensor],
     batch_size: int,
-    rank: int = 0,
-    world: int = 1,
+    process_rank: int = 0,
+    world_size: int = 1,
     title: str = "",
 ) -> Tensor:
-    """Score every row once, over all ranks.
+    """Score every row once, over all processes.
 
     Args:
         lengths: tokens of each row; rows of like length share a batch.
         make_batch: row indices -> batch.
         score: batch -> TokenScores of its target tokens.
-        gather: sums a float64 tensor over ranks.
+        gather: sums a float64 tensor over processes.
         title: what the progress bar says; none: no bar.
 
     Returns:
@@ -57,9 +58,9 @@ def score_rows(
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     table = torch.zeros(len(lengths), 5, dtype=torch.float64)
-    rounds = math.ceil(len(batches) / world)
-    for turn in tqdm(range(rounds), desc=title, disable=None if title and rank == 0 else True, leave=False):
-        mine = turn * world + rank
+    rounds = math.ceil(len(batches) / world_size)
+    for turn in tqdm(range(rounds), desc=title, disable=None if title and process_rank == 0 else True, leave=False):
+        mine = turn * world_size + process_rank
         rows = batches[mine] if mine < len(batches) else batches[-1]
         scores = score(make_batch(rows))
         if mine < len(batches):
@@ -78,8 +79,53 @@ def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
         table[rows, column] = (wrong == 0).double()
 
 
-def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
-    """Return the scores of a model on one split, in this process alone.
+def score_chosen(
+    plan: Plan,
+    rows: Rows,
+    numbers: Sequence[int],
+    score: Callable[[Batch], Any],
+    gather: Callable[[Tensor], Tensor] = lambda table: table,
+    process_rank: int = 0,
+    world_size: int = 1,
+    title: str = "",
+) -> Tensor:
+    """Score the rows of these numbers; training, evaluation and search all score here.
+
+    Args:
+        rows: of the plan's task.
+        numbers: which of them, in the order of the result.
+        score, gather, process_rank, world_size, title: as of `score_rows`; without them one process scores alone.
+
+    Returns:
+        the table of `score_rows`, (len(numbers), 5).
+    """
+    lengths = rows.lengths()
+    return score_rows(
+        [int(lengths[number]) for number in numbers],
+        lambda indices: plan.batch(rows, [numbers[index] for index in indices]),
+        score,
+        gather,
+        plan.recipe.evaluation.batch,
+        process_rank,
+        world_size,
+        title,
+    )
+
+
+def score_split(
+    plan: Plan,
+    split: str,
+    score: Callable[[Batch], Any],
+    gather: Callable[[Tensor], Tensor] = lambda table: table,
+    process_rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Return the scores of a split's rows, named `SPLIT/...`.
+
+    Args:
+        score, gather, process_rank, world_size: as of `score_rows`.
+        limit: of rows, in a seeded order; None: all.
 
     Raises:
         UserError: when the recipe has no such rows.
@@ -87,15 +133,18 @@ def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
     rows = plan.rows(split)
     if rows is None:
         raise UserError(f"The recipe has no {split} rows: set data.{split}.")
-    table = score_rows(
-        rows.lengths().tolist(),
-        lambda indices: plan.batch(rows, indices),
-        passes_of(plan, model).score,
-        lambda filled: filled,
-        plan.recipe.evaluation.batch,
-        title=split,
-    )
+    numbers = plan.choice(rows, limit)
+    table = score_chosen(plan, rows, numbers, score, gather, process_rank, world_size, title=split)
     return plan.task.means(table, split)
+
+
+def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
+    """Return the scores of a model on one split, in this process alone.
+
+    Raises:
+        UserError: when the recipe has no such rows.
+    """
+    return score_split(plan, split, passes_of(plan, model).score)
 
 
 def passes_of(plan: Plan, model: Any) -> Passes:
@@ -104,9 +153,9 @@ def passes_of(plan: Plan, model: Any) -> Passes:
 
     def score(batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            return objective(**on(device(), batch), score=True)
+            return objective(**on(choose_device(), batch), score=True)
 
-    return Passes(score, lambda batch: objective(**on(device(), batch)))
+    return Passes(score, lambda batch: objective(**on(choose_device(), batch)))
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from glora_llm.errors import UserError
-from glora_llm.launch.ranks import device
+from glora_llm.launch.device import choose_device
 from glora_llm.models.families import auto_class
 from glora_llm.plan.plan import Plan
 
@@ -27,10 +27,10 @@ def load_adapted(plan: Plan, adapter: Path) -> Any:
     if plan.recipe.adapter.is_full:
         if not (adapter / "config.json").is_file():
             raise UserError(f"{adapter} {NOT_ENDED}")
-        return load_base(plan.recipe.model, adapter, device(), zero3=False)
+        return load_base(plan.recipe.model, adapter, choose_device(), zero3=False)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
-    base = load_base(plan.recipe.model, plan.base.folder, device(), zero3=False)
+    base = load_base(plan.recipe.model, plan.base.folder, choose_device(), zero3=False)
     return PeftModel.from_pretrained(base, str(adapter)).get_base_model().eval()
 
 
@@ -46,6 +46,6 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
         raise UserError(
             f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
         )
-    chosen: Any = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
+    chosen: Any = dtype or ("auto" if choose_device().type == "cuda" else torch.float32)
     kind = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
-    return kind.from_pretrained(folder, dtype=chosen, local_files_only=True).to(device()).eval()
+    return kind.from_pretrained(folder, dtype=chosen, local_files_only=True).to(choose_device()).eval()

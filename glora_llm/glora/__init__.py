@@ -6,6 +6,6 @@ Importing this package registers the tuner with PEFT, so `peft.get_peft_model(mo
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.model import GLoRAModel
-from glora_llm.glora.path import PRESETS, Genome, Path, SlotSpec
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec
 
-__all__ = ["PRESETS", "GLoRAConfig", "GLoRALinear", "GLoRAModel", "Genome", "Path", "SlotSpec"]
+__all__ = ["GLoRAConfig", "GLoRALinear", "GLoRAModel", "Genome", "LayerPath", "SlotSpec"]

@@ -7,8 +7,9 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from glora_llm.errors import UserError
-from glora_llm.glora.path import DEFAULT_SLOTS, Path, genome_from_slots, make_path, path_for
+from glora_llm.glora.path import LayerPath, genome_from_slots, make_path, path_for
 from glora_llm.glora.supernet import SlotChoices, slot_choices
+from glora_llm.schema.slots import COMPOSITIONS, DEFAULT_SLOTS
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -62,8 +63,8 @@ class GLoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = GLORA_LLM
-        if self.composition not in ("product", "hadamard"):
-            raise UserError(f"composition is '{self.composition}'; expected product or hadamard.")
+        if self.composition not in COMPOSITIONS:
+            raise UserError(f"composition is '{self.composition}'; expected {' or '.join(COMPOSITIONS)}.")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         self._genome = None if self.genome is None else genome_from_slots(self.genome)
@@ -76,12 +77,12 @@ class GLoRAConfig(PeftConfig):
             return None
         return slot_choices(self.supernet.get("modes"), self.supernet.get("ranks") or [self.rank], self.alpha)
 
-    def path_of(self, name: str) -> Path:
+    def path_of(self, name: str) -> LayerPath:
         """Return the path of the layer `name`."""
         if self._genome is not None:
-            return self._genome.get(name, Path(()))
+            return self._genome.get(name, LayerPath(()))
 
-        def build(slots: dict[str, Any]) -> Path:
+        def build(slots: dict[str, Any]) -> LayerPath:
             return make_path(slots, self.rank, self.alpha, self.rank_stabilized)
 
         return path_for(name, build(self.slots), {pattern: build(slots) for pattern, slots in self.paths.items()})

@@ -14,8 +14,9 @@ from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.modes import make_slot, slot_values
-from glora_llm.glora.path import SLOTS, Path, slots_with
+from glora_llm.glora.path import LayerPath, slots_with
 from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
+from glora_llm.schema.slots import SLOTS
 
 
 class GLoRALinear(nn.Module, BaseTunerLayer):
@@ -45,7 +46,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.composition: dict[str, str] = {}
-        self.path: dict[str, Path] = {}
+        self.path: dict[str, LayerPath] = {}
         self.dropout: dict[str, float] = {}
         self.choices: dict[str, SlotChoices] = {}  # of adapters that are supernets
         self.merged_adapters: list[str] = []
@@ -53,7 +54,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._unmerged: nn.Module | None = None
 
-    def update_layer(self, adapter_name: str, config: GLoRAConfig, path: Path, generator: Any = None) -> None:
+    def update_layer(self, adapter_name: str, config: GLoRAConfig, path: LayerPath, generator: Any = None) -> None:
         """Allocate the slots of one adapter.
 
         Raises:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import SLOTS
+from glora_llm.schema.slots import SLOTS
 
 # Measured: docs/benchmarks/learning_rates.md.
 DEFAULT_LR_FACTORS: dict[str, float] = {"A": 0.5, "B": 1.0, "C": 0.1, "D": 0.1, "E": 0.1}

@@ -11,29 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.schema.slots import SLOT_MODES, SLOTS
 
-# The slot table: what each slot may be. A search draws from it; parameters are allocated by it.
-SLOT_MODES: dict[str, tuple[str, ...]] = {
-    "A": ("lora", "vector", "scalar", "none"),
-    "B": ("lora", "vector", "scalar", "none"),
-    "C": ("lora", "vector", "none"),
-    "D": ("vector", "scalar", "none"),
-    "E": ("vector", "scalar", "none"),
-}
-SLOTS = tuple(SLOT_MODES)
 PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
-
-# The systems that GLoRA generalises. A preset sets the composition too where the system depends on it.
-PRESETS: dict[str, dict[str, str]] = {
-    "lora": {"B": "lora"},
-    "bitfit": {"E": "vector"},
-    "ssf": {"A": "vector", "D": "vector", "E": "vector"},
-    "repadapter": {"A": "lora", "C": "vector"},
-    "ia3_like": {"A": "vector"},
-    "hira": {"A": "lora"},
-}
-PRESET_COMPOSITION = {"repadapter": "product", "hira": "hadamard"}
-DEFAULT_SLOTS: dict[str, str] = {"A": "lora", "B": "lora", "C": "vector", "D": "none", "E": "vector"}
 
 
 def slots_with(has_bias: bool) -> tuple[str, ...]:
@@ -57,7 +37,7 @@ class SlotSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class LayerPath:
     """One mode for each slot of one layer; a slot that is not given has mode none."""
 
     slots: tuple[tuple[str, SlotSpec], ...]
@@ -69,19 +49,19 @@ class Path:
         """Yield (slot, spec) of all slots whose mode is not none."""
         return ((slot, spec) for slot, spec in self.slots if spec.mode != "none")
 
-    def without(self, slot: str) -> "Path":
+    def without(self, slot: str) -> "LayerPath":
         """Return the path with `slot` in mode none."""
-        return Path(tuple(pair for pair in self.slots if pair[0] != slot))
+        return LayerPath(tuple(pair for pair in self.slots if pair[0] != slot))
 
     def touches_bias(self) -> bool:
         """Tell whether the merged layer needs a bias: C or E is active."""
         return self["C"].mode != "none" or self["E"].mode != "none"
 
 
-Genome = dict[str, Path]
+Genome = dict[str, LayerPath]
 
 
-def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized: bool = False) -> Path:
+def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized: bool = False) -> LayerPath:
     """Build a path from a recipe's or a config's slots.
 
     Args:
@@ -109,10 +89,10 @@ def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized
             specs.append((slot, SlotSpec(mode, slot_rank, scale)))
         elif mode != "none":
             specs.append((slot, SlotSpec(mode)))
-    return Path(tuple(specs))
+    return LayerPath(tuple(specs))
 
 
-def path_for(name: str, default: Path, patterns: Mapping[str, Path]) -> Path:
+def path_for(name: str, default: LayerPath, patterns: Mapping[str, LayerPath]) -> LayerPath:
     """Return the path of the layer `name`: of the last regular expression that matches, else `default`."""
     chosen = default
     for pattern, path in patterns.items():
@@ -159,7 +139,7 @@ def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
     return {name: _path_from_slots(name, slots) for name, slots in layers.items()}
 
 
-def _path_from_slots(name: str, slots: Mapping[str, Any]) -> Path:
+def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
     scales: dict[str, Any] = {}
     for slot, given in slots.items():
         values = {"mode": given} if isinstance(given, str) else given
@@ -174,6 +154,6 @@ def _path_from_slots(name: str, slots: Mapping[str, Any]) -> Path:
         path = make_path(slots, rank=1, alpha=1.0)
     except UserError as error:
         raise UserError(f"genome: {name}: {error}") from None
-    return Path(
+    return LayerPath(
         tuple((slot, dataclasses.replace(spec, scale=scales.get(slot, spec.scale))) for slot, spec in path.slots)
     )

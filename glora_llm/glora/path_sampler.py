@@ -4,11 +4,11 @@ import random
 from collections.abc import Mapping
 
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import Path, slots_with
+from glora_llm.glora.path import LayerPath, slots_with
 from glora_llm.glora.supernet import SlotChoices, largest_path
 
 
-def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> Path:
+def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> LayerPath:
     """Draw one layer's path: for each slot a mode, each alike, then a rank of it.
 
     Args:
@@ -23,7 +23,7 @@ def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> Path:
         spec = generator.choice([spec for spec in specs if spec.mode == mode])
         if mode != "none":
             drawn.append((slot, spec))
-    return Path(tuple(drawn))
+    return LayerPath(tuple(drawn))
 
 
 class Supernet:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.modes import Choices, make_slot
-from glora_llm.glora.path import PEFT_ROOT, SLOT_MODES, SLOTS, Genome, Path, SlotSpec, slots_with
+from glora_llm.glora.path import PEFT_ROOT, Genome, LayerPath, SlotSpec, slots_with
+from glora_llm.schema.slots import SLOT_MODES, SLOTS
 
 SlotChoices = dict[str, tuple[SlotSpec, ...]]  # slot -> what it may be, the largest first
 
@@ -55,10 +56,10 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
     return found
 
 
-def largest_path(choices: SlotChoices, has_bias: bool) -> Path:
+def largest_path(choices: SlotChoices, has_bias: bool) -> LayerPath:
     """Return the path with the first choice of every slot; slot D is none where there is no bias."""
     specs = [(slot, choices[slot][0]) for slot in slots_with(has_bias)]
-    return Path(tuple((slot, spec) for slot, spec in specs if spec.mode != "none"))
+    return LayerPath(tuple((slot, spec) for slot, spec in specs if spec.mode != "none"))
 
 
 def make_choices(
@@ -113,7 +114,7 @@ def inherit(weights: Mapping[str, Tensor], genome: Genome) -> dict[str, Tensor]:
         if ".slot_" not in name:
             continue
         layer, (slot, part) = _layer_of(name), name.split(".slot_")[1].split(".")
-        spec = genome.get(layer, Path(()))[slot]
+        spec = genome.get(layer, LayerPath(()))[slot]
         if spec.mode == MODE_OF.get(part, part):
             found[name] = _first_ranks(tensor, spec, part, f"slot {slot} of {layer}")
     _require_all(genome, found)

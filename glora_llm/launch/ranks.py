@@ -1,4 +1,4 @@
-"""Ranks of one launch: the process group, this rank's device, and whose failure came first."""
+"""The processes of one launch: the process group, and this process's place in it."""
 
 import contextlib
 import json
@@ -14,62 +14,67 @@ import torch
 
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.cpu_memory import keep_freed_memory
+from glora_llm.launch.device import choose_device
 from glora_llm.launch.extensions import leave_out_shared_buffers
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's place: rank of world, and its device."""
+class Processes:
+    """The processes of a launch, as one of them sees them: its own number, how many there are, its own device."""
 
-    rank: int
-    world: int
+    process_rank: int
+    world_size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes."""
-        return self.rank == 0
+    def is_main_process(self) -> bool:
+        """True for the first process: the one that prints and writes."""
+        return self.process_rank == 0
 
 
-def planned_world() -> int:
-    """Return the number of ranks of this launch, before any process group exists."""
+def planned_world_size() -> int:
+    """Return the number of processes of this launch, before any process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def planned_rank() -> int:
-    """Return this process's rank, before any process group exists."""
+def planned_process_rank() -> int:
+    """Return this process's number, before any process group exists."""
     return int(os.environ.get("RANK", "0"))
 
 
-def start() -> Ranks:
-    """Join the process group (of one, when started without a launcher) and take this rank's device."""
+def start() -> Processes:
+    """Join the process group (of one, when started without a launcher) and take this process's device.
+
+    Raises:
+        UserError: when the machine has GPUs that torch cannot use, or fewer than it has processes.
+    """
     import deepspeed
 
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
-    if gpu:
+    device = choose_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores: more threads than cores slow every step down
-        local_sizes = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-        neighbours = int(next(size for size in local_sizes if size))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    if not gpu:
+    else:
+        _share_the_cores()
         keep_freed_memory()
         leave_out_shared_buffers()
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
-def device() -> torch.device:
-    """Return where a single process computes."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def _share_the_cores() -> None:
+    """Divide the cores among this machine's processes: more threads than cores slow every step down."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    local_sizes = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    neighbours = int(next(size for size in local_sizes if size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
-def share(value: Any, device: torch.device) -> Any:
-    """Return the first rank's value on all ranks."""
+def broadcast(value: Any, device: torch.device) -> Any:
+    """Return the main process's value on all processes."""
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0, device=device)
     return values[0]

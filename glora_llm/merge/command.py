@@ -9,7 +9,7 @@ from typing import Any
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import load_adapted, load_merged
-from glora_llm.launch.ranks import device
+from glora_llm.launch.device import choose_device
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
@@ -117,7 +117,7 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
     shutil.rmtree(quantised, ignore_errors=True)
 
     def load() -> Any:
-        model = load_base(section, out, device(), zero3=False)
+        model = load_base(section, out, choose_device(), zero3=False)
         model.config.use_cache = True
         model.save_pretrained(quantised)
         return model.eval()

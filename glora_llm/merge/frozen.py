@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from glora_llm.glora.frozen_weight import dense_weight
+from glora_llm.launch.device import choose_device
 from glora_llm.models.fingerprint import weight_files
 from glora_llm.models.folder import read_sharing
 from glora_llm.models.load import meta_model
@@ -108,7 +109,7 @@ def trained_weight(weight: Tensor, section: ModelSection, dtype: torch.dtype) ->
     weight = weight.to(dtype)
     if section.quantization == "none":
         return weight.float()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     return dense_weight(quantised_linear(weight, section, dtype, device), dtype).float().cpu()
 
 

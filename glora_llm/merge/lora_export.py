@@ -16,8 +16,7 @@ from tqdm import tqdm
 from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
-from glora_llm.glora.path import PEFT_ROOT
-from glora_llm.glora.path import Path as SlotPath
+from glora_llm.glora.path import PEFT_ROOT, LayerPath
 from glora_llm.merge.frozen import stored_tensors
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.plan.plan import Plan
@@ -82,7 +81,7 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
     return up, down, bias
 
 
-def _paths(layers: dict[str, GLoRALinear]) -> dict[str, SlotPath]:
+def _paths(layers: dict[str, GLoRALinear]) -> dict[str, LayerPath]:
     return {name: layer.path["default"] for name, layer in layers.items()}
 
 

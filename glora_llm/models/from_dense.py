@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
+from glora_llm.launch.device import choose_device
 from glora_llm.models.families import layers
 from glora_llm.models.folder import is_ours, write_trained
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import HUB_SETTINGS, resolve
 from glora_llm.schema import ModelSection
-from glora_llm.vlora import Count, Fit, VLoRAConfig, allocated, from_dense
+from glora_llm.vlora import Count, IncrementFit, VLoRAConfig, allocated, from_dense
 from glora_llm.vlora.config import names
 
 OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
@@ -38,7 +38,7 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
     folder = resolve(section, kind=None).folder
     if is_ours(folder):
         raise UserError(f"{model} is VLoRA already. Make it dense first: glora-llm merge RUN --out DIR.")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device()
     for number, rank in enumerate(ranks):
         made = load_base(section, folder, device, zero3=False)
         stack = list(layers(made))
@@ -69,7 +69,7 @@ def _write(made: Any, sharing: VLoRAConfig, source: Path, out: Path) -> None:
             shutil.copy(file, out)
 
 
-def _print_fits(rank: int | str, fits: Sequence[Fit], count: Count) -> None:
+def _print_fits(rank: int | str, fits: Sequence[IncrementFit], count: Count) -> None:
     """Print the errors of every linear, mean and largest over its layers."""
     print(f"rank {rank}: {100 * count.share:.1f} % of the dense linears' parameters ({count.total / 1e6:.2f} M)")
     print(f"  {'linear':24s} {'lost of the increment':>24s} {'lost of the weight':>24s}   (mean, largest; Frobenius)")

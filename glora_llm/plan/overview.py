@@ -6,6 +6,7 @@ import torch
 
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.errors import UserError
+from glora_llm.launch.device import choose_device
 from glora_llm.models import load
 from glora_llm.plan.checks import check_float16, check_masters, merge_obstacle
 from glora_llm.plan.plan import Plan, batch_identity
@@ -24,7 +25,7 @@ def describe(plan: Plan, world: int) -> str:
             configuration contradicts the recipe.
     """
     recipe = plan.recipe
-    dtype = load.compute_dtype(recipe.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = load.compute_dtype(recipe.model, choose_device())
     stage = zero_stage(resolve_deepspeed_config(recipe.training, dtype, world))
     if dtype == torch.float16:
         check_float16(recipe.training.deepspeed, stage)

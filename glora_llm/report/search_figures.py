@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from glora_llm.glora.path import SLOTS, Genome, SlotSpec
+from glora_llm.glora.path import Genome, SlotSpec
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
+from glora_llm.schema.slots import SLOTS
 from glora_llm.search.archive import Scored
 from glora_llm.search.driver import Progress
 

@@ -20,8 +20,9 @@ from glora_llm.evaluation.trained import load_adapted
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
 from glora_llm.glora.supernet import set_paths
-from glora_llm.launch import ranks as distributed
-from glora_llm.launch.ranks import Ranks, device
+from glora_llm.launch import ranks
+from glora_llm.launch.device import choose_device
+from glora_llm.launch.ranks import Processes
 from glora_llm.models.load import compute_dtype
 from glora_llm.plan.checks import check_search
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
@@ -53,19 +54,19 @@ class Launch(NamedTuple):
 
 
 def search_after_training(
-    plan: Plan, folder: RunFolder, model: Any, engine: Engine, ranks: Ranks, say: Callable[[str], None]
+    plan: Plan, folder: RunFolder, model: Any, engine: Engine, processes: Processes, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Search the supernet that this launch trained, on all of its ranks; return None where that has been done already.
 
     Raises:
         UserError: as `run_search`.
     """
-    launch = Launch(ranks.first, partial(distributed.share, device=ranks.device), ranks.device)
-    done = ranks.first and folder.genome.is_file() and "search" in folder.summary()
+    launch = Launch(processes.is_main_process, partial(ranks.broadcast, device=processes.device), processes.device)
+    done = processes.is_main_process and folder.genome.is_file() and "search" in folder.summary()
     if launch.share(done):
         say(f"the search had ended already: {folder.genome} (`glora-llm search {folder.path}` starts another)")
         return None
-    place = (ranks.rank, ranks.world, engine.stage == 3)
+    place = (processes.process_rank, processes.world_size, engine.stage == 3)
     return run_search(plan, folder, model, Passes(engine.score, engine.loss), engine.gather_rows, launch, place)
 
 
@@ -85,7 +86,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     plan = make_plan(recipe)
     require_same_base(folder, plan)
     model = load_adapted(plan, folder.adapter)
-    launch = Launch(True, lambda value: value, device())
+    launch = Launch(True, lambda value: value, choose_device())
     results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch)
     scores = {} if plan.task.test is None else score_model(plan, model, "test")
     folder.update_summary({"search": results, "test_genome": scores})

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed as dist
 
-from glora_llm.evaluation.scoring import Passes, score_rows
+from glora_llm.evaluation.scoring import Passes, score_chosen
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
 from glora_llm.glora.slopes import slopes
@@ -61,7 +61,6 @@ class RowScorer:
         rows = self.plan.rows("validation")
         assert rows is not None and rows.role == "validation"
         self.rows: Rows = rows
-        self.lengths = rows.lengths()
         self.mean_targets = float(np.mean([self.plan.task.targets(rows, number) for number in self.numbers]))
         self.at_once = 1 if self.sharded else self.world
 
@@ -96,15 +95,10 @@ class RowScorer:
         return torch.stack([slopes(self.layers, loss) for loss in losses]).sum(0) / (len(rows) * self.mean_targets)
 
     def _table(self, chosen: list[int]) -> torch.Tensor:
-        return score_rows(
-            [int(self.lengths[number]) for number in chosen],
-            lambda indices: self.plan.batch(self.rows, [chosen[index] for index in indices]),
-            self.passes.score,
-            self.gather if self.sharded else lambda table: table,
-            self.plan.recipe.evaluation.batch,
-            self.rank if self.sharded else 0,
-            self.world if self.sharded else 1,
-        )
+        if self.sharded:
+            place = (self.gather, self.rank, self.world)
+            return score_chosen(self.plan, self.rows, chosen, self.passes.score, *place)
+        return score_chosen(self.plan, self.rows, chosen, self.passes.score)
 
     def _values(self, table: torch.Tensor) -> NDArray[np.float64]:
         """The mean over all rows of `loss` is minus validation/loss: a row counts by its targets."""

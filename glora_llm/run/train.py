@@ -16,10 +16,11 @@ from glora_llm.adapters.adalora import RankAllocation
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.weights import load_start, trainables
 from glora_llm.errors import UserError
-from glora_llm.evaluation.scoring import score_rows
+from glora_llm.evaluation.scoring import score_split
 from glora_llm.glora.path_sampler import Supernet
-from glora_llm.launch import ranks as distributed
-from glora_llm.launch.ranks import Ranks
+from glora_llm.launch import ranks
+from glora_llm.launch.device import choose_device
+from glora_llm.launch.ranks import Processes
 from glora_llm.models import load
 from glora_llm.models.families import layers
 from glora_llm.plan.genome import finetune_recipe
@@ -49,34 +50,35 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     Raises:
         UserError: for anything that the user can mend; nothing is lost then.
     """
+    choose_device()  # GPUs that torch cannot use are refused before the data are prepared
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
-    batch_identity(recipe, distributed.planned_world())
+    batch_identity(recipe, ranks.planned_world_size())
     plan = make_plan(recipe, weights=not dry_run)
-    overview = describe(plan, distributed.planned_world())  # the last of the checks, before any weight is loaded
-    if dry_run or distributed.planned_rank() == 0:
+    overview = describe(plan, ranks.planned_world_size())  # the last of the checks, before any weight is loaded
+    if dry_run or ranks.planned_process_rank() == 0:
         print(overview, flush=True)
     if dry_run:
         return
-    ranks = distributed.start()
-    folder.require_same_base(base_identity(plan, ranks.device))
-    if ranks.first:
+    processes = ranks.start()
+    folder.require_same_base(base_identity(plan, processes.device))
+    if processes.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
-        distributed.forget_failure(folder.path)
+        ranks.forget_failure(folder.path)
     dist.barrier()
-    with distributed.first_failure(folder.path, ranks.rank, lambda: _advice(folder)):
-        Run(plan, folder, ranks).go()
+    with ranks.first_failure(folder.path, processes.process_rank, lambda: _advice(folder)):
+        Run(plan, folder, processes).go()
         if recipe.search and recipe.search.finetune_steps:
-            tuned = distributed.share(finetune_recipe(folder) if ranks.first else None, ranks.device)
+            tuned = ranks.broadcast(finetune_recipe(folder) if processes.is_main_process else None, processes.device)
             folder = RunFolder(Path(tuned.output.dir))
-            Run(make_plan(tuned), folder, ranks).go()
-    distributed.stop()
-    if ranks.first and recipe.merge.after_training and not (folder.path / "merged").exists():
+            Run(make_plan(tuned), folder, processes).go()
+    ranks.stop()
+    if processes.is_main_process and recipe.merge.after_training and not (folder.path / "merged").exists():
         from glora_llm.merge.command import merge_run
 
         merge_run(folder.path, folder.path / "merged")
-    if ranks.first:
+    if processes.is_main_process:
         from glora_llm.report.summary import print_summary
 
         print_summary(folder)
@@ -102,7 +104,7 @@ class Run:
 
     plan: Plan
     folder: RunFolder
-    ranks: Ranks
+    processes: Processes
 
     def go(self) -> None:
         """Build, resume, train, score and save."""
@@ -112,7 +114,9 @@ class Run:
         self._claim()
         start = self._resume()
         unit = self.plan.task.unit
-        with contextlib.closing(MetricLog(self.folder.path, start, self.plan.steps, self.ranks.first, unit)) as log:
+        with contextlib.closing(
+            MetricLog(self.folder.path, start, self.plan.steps, self.processes.is_main_process, unit)
+        ) as log:
             self._announce(log, start)
             self._train(log, start)
         self.engine.close()
@@ -126,7 +130,7 @@ class Run:
         )
         request = StopRequest()
         hooks = Hooks(
-            batches=lambda step: self.plan.rank_batches(step, self.ranks.rank, self.ranks.world),
+            batches=lambda step: self.plan.rank_batches(step, self.processes.process_rank, self.processes.world_size),
             validate=self._validate if self.plan.task.validation is not None else None,
             save=partial(self.saver.checkpoint, self.engine),
             diagnose=partial(first_bad_module, self.model, self.engine.score),
@@ -141,7 +145,7 @@ class Run:
             self._search(log)
 
     def _build(self) -> None:
-        recipe, device = self.plan.recipe, self.ranks.device
+        recipe, device = self.plan.recipe, self.processes.device
         zero3 = zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 3
         base = load.load_base(recipe.model, self.plan.base.folder, device, zero3)
         self.model = inject(base, recipe.adapter, recipe.training.seed, self.plan.steps)
@@ -165,7 +169,9 @@ class Run:
         if self.allocation:
             self.engine.adam.optimizer.register_step_post_hook(self.allocation.allocate)
         self.shared = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
-        self.saver = Saver(self.plan, self.folder, self.model, self.allocation, self.ranks.first, self._facts)
+        self.saver = Saver(
+            self.plan, self.folder, self.model, self.allocation, self.processes.is_main_process, self._facts
+        )
 
     def _observe(self, step: int) -> dict[str, float]:
         """The size of what each layer adds to the one before it: the M step of the VLoRA paper."""
@@ -175,22 +181,22 @@ class Run:
         """The layers whose paths are drawn; none of them where the recipe fixes the paths."""
         adapter = self.plan.recipe.adapter
         layers, section = adapted_layers(self.model) if adapter.is_supernet else {}, adapter.supernet
-        rank = self.ranks.rank if section and section.draws == "per_rank" else None
+        rank = self.processes.process_rank if section and section.draws == "per_rank" else None
         return Supernet(layers, self.plan.recipe.training.seed, rank)
 
     def _claim(self) -> None:
         """Write whose folder this is: now that nothing of the recipe and of the checkpoint can be refused any more."""
-        if self.ranks.first:
+        if self.processes.is_main_process:
             self.folder.write("recipe.yaml", recipes.dump(self.plan.recipe))
-            identity = base_identity(self.plan, self.ranks.device)
+            identity = base_identity(self.plan, self.processes.device)
             self.folder.write("base.json", json.dumps(identity, indent=1) + "\n")
             if self.plan.recipe.adapter.genome:
                 self.folder.write("genome.json", Path(self.plan.recipe.adapter.genome).read_text())
 
     def _find_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Let the first rank choose (and verify) the checkpoint; return its content, or None at a new start."""
-        newest = checkpoint.newest(self.folder.checkpoints) if self.ranks.first else None
-        found = distributed.share(newest, self.ranks.device)
+        newest = checkpoint.newest(self.folder.checkpoints) if self.processes.is_main_process else None
+        found = ranks.broadcast(newest, self.processes.device)
         if found is None and self.plan.recipe.output.resume == "must":
             raise UserError(f"output.resume is must, and {self.folder.checkpoints} has no complete checkpoint.")
         if found is None:
@@ -217,28 +223,20 @@ class Run:
     def _announce(self, log: MetricLog, start: int) -> None:
         for number, text in enumerate(self.plan.task.previews, 1):
             log.say(f"sample {number}, {text}")
-        log.say(f"{self.engine.bytes_per_rank() / 1e6:.1f} MB of parameters on each of {self.ranks.world} ranks")
+        log.say(
+            f"{self.engine.bytes_per_rank() / 1e6:.1f} MB of parameters on each of {self.processes.world_size} ranks"
+        )
         if start:
             log.say(f"resumed after step {start} of {self.plan.steps} from {self.folder.checkpoints / f'step-{start}'}")
         log.text("recipe", recipes.dump(self.plan.recipe))
 
     def _score(self, split: str, limit: int | None) -> dict[str, float]:
-        rows = self.plan.rows(split)
-        if rows is None:
+        if self.plan.rows(split) is None:
             return {}
-        chosen = self.plan.choice(rows, limit)
-        lengths = rows.lengths()
-        table = score_rows(
-            [int(lengths[row]) for row in chosen],
-            lambda indices: self.plan.batch(rows, [chosen[index] for index in indices]),
-            self.engine.score,
-            self.engine.gather_rows,
-            self.plan.recipe.evaluation.batch,
-            self.ranks.rank,
-            self.ranks.world,
-            title=split,
+        engine, processes = self.engine, self.processes
+        return score_split(
+            self.plan, split, engine.score, engine.gather_rows, processes.process_rank, processes.world_size, limit
         )
-        return self.plan.task.means(table, split)
 
     def _validate(self, step: int) -> dict[str, float]:
         self.supernet.largest()
@@ -255,7 +253,7 @@ class Run:
         tensors = self.saver.gathered(self.engine)
         self.supernet.largest()
         scores = self._score("test", None)
-        if not self.ranks.first:
+        if not self.processes.is_main_process:
             return
         self.saver.result(tensors)
         log.hyperparameters(recipes.flat(self.plan.recipe), {f"final/{k}": v for k, v in (validation | scores).items()})
@@ -266,17 +264,17 @@ class Run:
                 "test": scores,
                 "trained_parameters": self.trained,
                 "seconds": self._facts()["seconds"],
-                "peak_memory_gb": peak_memory_gb(self.ranks.device),
+                "peak_memory_gb": peak_memory_gb(self.processes.device),
                 "bytes_per_rank": self.engine.bytes_per_rank(),
                 "skipped_steps": self.plan.steps - self.engine.applied,
             }
         )
 
     def _search(self, log: MetricLog) -> None:
-        results = search_after_training(self.plan, self.folder, self.model, self.engine, self.ranks, log.say)
+        results = search_after_training(self.plan, self.folder, self.model, self.engine, self.processes, log.say)
         if results:
             self._record({"search": results, "test_genome": self._score("test", None)})
 
     def _record(self, values: dict[str, Any]) -> None:
-        if self.ranks.first:
+        if self.processes.is_main_process:
             self.folder.update_summary(values)

@@ -3,13 +3,14 @@
 Strict: an unknown key or a value of another type is an error. Nothing here imports torch.
 """
 
-from glora_llm.schema.adapter import AdapterSection, Mode, Slot, Slots, SlotSetting, SupernetSection
+from glora_llm.schema.adapter import AdapterSection, Slots, SlotSetting, SupernetSection
 from glora_llm.schema.data import DataSection
 from glora_llm.schema.images import ImagesSection
-from glora_llm.schema.model import ModelSection, VLoRASection
+from glora_llm.schema.model import ModelSection
 from glora_llm.schema.output import MergeSection, OutputSection
 from glora_llm.schema.section import PositiveInt, Section, Share, key
 from glora_llm.schema.training import EvaluationSection, SearchSection, TrainingSection
+from glora_llm.schema.vlora import VLoRASection
 
 __all__ = [
     "AdapterSection",
@@ -17,7 +18,6 @@ __all__ = [
     "EvaluationSection",
     "ImagesSection",
     "MergeSection",
-    "Mode",
     "ModelSection",
     "OutputSection",
     "PositiveInt",
@@ -25,7 +25,6 @@ __all__ = [
     "SearchSection",
     "Section",
     "Share",
-    "Slot",
     "SlotSetting",
     "Slots",
     "SupernetSection",

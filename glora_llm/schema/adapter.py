@@ -5,9 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from glora_llm.schema.section import PositiveInt, Section, key
-
-Slot = Literal["A", "B", "C", "D", "E"]
-Mode = Literal["lora", "vector", "scalar", "none"]
+from glora_llm.schema.slots import Composition, Mode, Preset, Slot
 
 
 class SlotSetting(Section):
@@ -33,14 +31,12 @@ class AdapterSection(Section):
     """What is trained: GLoRA, one of its presets, any method of PEFT, or the whole model."""
 
     method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
-    preset: Literal["lora", "ssf", "repadapter", "bitfit", "ia3_like", "hira"] | None = key(
-        None, "a system that GLoRA generalises, as slots (instead of `slots`)"
-    )
+    preset: Preset | None = key(None, "a system that GLoRA generalises, as slots (instead of `slots`)")
     targets: str | list[str] = key("all-linear", "all-linear, a list of module names, or one regular expression")
     rank: PositiveInt = key(8, "rank of every slot in mode lora")
     alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora is scaled by alpha / rank")
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
-    composition: Literal["product", "hadamard"] = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
+    composition: Composition = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
     slots: Slots | None = key(None, "mode (or mode, rank, alpha) by slot; default A lora, B lora, C vector, E vector")
     paths: dict[str, Slots] | Literal["sample"] | None = key(
         None,

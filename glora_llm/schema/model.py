@@ -1,10 +1,10 @@
-"""The sections `model` and `vlora`: which network, and what its layers share."""
+"""The section `model`: the network that is adapted or trained."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from glora_llm.schema.section import PositiveInt, Section, key
+from glora_llm.schema.section import Section, key
 
 
 class ModelSection(Section):
@@ -52,16 +52,3 @@ class ModelSection(Section):
         if self.revision is not None:
             raise ValueError("revision belongs to hub ids, and config makes a new model: remove one of them")
         return self
-
-
-class VLoRASection(Section):
-    """Vertical LoRA: every k like layers share a base, and each next one adds a low-rank increment (docs/vlora.md)."""
-
-    layers_per_compound: PositiveInt | None = key(4, "k, layers that share one base; null: the whole model", "layers")
-    rank: PositiveInt | dict[str, PositiveInt] = key(8, "r of an increment: one for all, or linear -> r")
-    alpha: Annotated[float, Field(gt=0)] | None = key(None, "an increment is scaled by alpha / rank; none: by 1")
-    topology: Literal["chain", "star"] = key("chain", "an increment is added to the previous layer, or to the base")
-    base_gradient: Literal["all", "first"] = key("all", "the base learns from all layers, or from the first alone")
-    start: Literal["paper", "kaiming"] = key("paper", "paper: increments are zero; kaiming: both factors are random")
-    form: Literal["auto", "composed", "thin"] = key("auto", "how a layer is computed; auto: the cheaper for each input")
-    targets: list[str] | None = key(None, "names of linears inside a layer, whole or their ends; none: all of them")

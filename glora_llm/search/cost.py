@@ -8,7 +8,7 @@ from torch import nn
 
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import Path, SlotSpec, slots_with
+from glora_llm.glora.path import LayerPath, SlotSpec, slots_with
 from glora_llm.search.space import LayerShape, Space
 
 Costs = dict[str, dict[str, float]]  # key of `cost_key` -> {seconds, megabytes}
@@ -69,7 +69,7 @@ class _Trial:
     ):
         base = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias, dtype=dtype, device=device)
         self.linear = GLoRALinear(base.requires_grad_(False))
-        self.linear.update_layer("default", GLoRAConfig(composition=composition), Path(((slot, spec),)))
+        self.linear.update_layer("default", GLoRAConfig(composition=composition), LayerPath(((slot, spec),)))
         self.linear.set_adapter("default")
         self.x = torch.randn(tokens, layer.in_features, dtype=dtype, device=device, requires_grad=True)
         self.dy = torch.randn(tokens, layer.out_features, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.modes import slot_numel
-from glora_llm.glora.path import Genome, Path, SlotSpec, slots_with
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec, slots_with
 from glora_llm.glora.supernet import SlotChoices, require_known
 from glora_llm.schema import SearchSection
 from glora_llm.search.limits import limits
@@ -170,9 +170,9 @@ class Space:
             spec = gene.specs[choice]
             if spec.mode != "none":
                 slots[gene.layer].append((gene.slot, spec))
-        return {layer.name: Path(tuple(path)) for layer, path in zip(self.layers, slots, strict=True)}
+        return {layer.name: LayerPath(tuple(path)) for layer, path in zip(self.layers, slots, strict=True)}
 
-    def code(self, genome: Mapping[str, Path]) -> Code:
+    def code(self, genome: Mapping[str, LayerPath]) -> Code:
         """Return the code of a genome.
 
         Raises:
@@ -181,7 +181,7 @@ class Space:
         require_known(dict(genome), [layer.name for layer in self.layers])
         found = np.zeros(len(self.genes), np.uint8)
         for row, gene in enumerate(self.genes):
-            spec = genome.get(self.layers[gene.layer].name, Path(()))[gene.slot]
+            spec = genome.get(self.layers[gene.layer].name, LayerPath(()))[gene.slot]
             if spec not in gene.specs:
                 names = [_text(other) for other in gene.specs]
                 raise UserError(

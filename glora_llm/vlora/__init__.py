@@ -8,7 +8,7 @@
 
 from glora_llm.vlora.compound import make_compounds
 from glora_llm.vlora.config import VLoRAConfig
-from glora_llm.vlora.convert import Fit, Increment, from_dense, increments, m_steps, to_dense
+from glora_llm.vlora.convert import Increment, IncrementFit, from_dense, increments, m_steps, to_dense
 from glora_llm.vlora.count import Count, allocated, matrix_count, parameter_count
 from glora_llm.vlora.layer import Composition, VLoRALinear, compositions, vlora_layers
 from glora_llm.vlora.linear import compose
@@ -16,8 +16,8 @@ from glora_llm.vlora.linear import compose
 __all__ = [
     "Composition",
     "Count",
-    "Fit",
     "Increment",
+    "IncrementFit",
     "VLoRAConfig",
     "VLoRALinear",
     "allocated",

@@ -17,7 +17,7 @@ from glora_llm.vlora.partitioned import is_partitioned
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompoundLayout:
     """What will share what, checked; nothing is changed yet.
 
     Args:
@@ -58,11 +58,11 @@ def make_compounds(
     Raises:
         UserError: for layers or linears that cannot share; nothing is changed then.
     """
-    plan = make_plan(model, layers, config)
-    for name, linears in plan.compounds():
+    layout = lay_out_compounds(model, layers, config)
+    for name, linears in layout.compounds():
         members: list[VLoRALinear] = []
         for linear in linears[1:]:
-            made = VLoRALinear(linear, linears[0], members, plan.ranks[name], config, generator)
+            made = VLoRALinear(linear, linears[0], members, layout.ranks[name], config, generator)
             members.append(made)
             put(model, linear, made)
     return model
@@ -75,7 +75,7 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(parent, name, new)
 
 
-def make_plan(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> Plan:
+def lay_out_compounds(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> CompoundLayout:
     """Check that the layers can share weights as the config says.
 
     Raises:
@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig
         _check_linears(name, [linears[name] for linears in found])
     ranks = {name: _rank(name, config.rank) for name in chosen}
     _check_ranks(ranks, found[0], config.rank)
-    return Plan(layers, size, ranks)
+    return CompoundLayout(layers, size, ranks)
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:

@@ -4,13 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from glora_llm.errors import UserError, nearest
-
-CHOICES = {
-    "topology": ("chain", "star"),
-    "base_gradient": ("all", "first"),
-    "start": ("paper", "kaiming"),
-    "form": ("auto", "composed", "thin"),
-}
+from glora_llm.schema.vlora import VLORA_CHOICES
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class VLoRAConfig:
     form: str = "auto"
 
     def __post_init__(self) -> None:
-        for key, known in CHOICES.items():
+        for key, known in VLORA_CHOICES.items():
             value = getattr(self, key)
             if value not in known:
                 raise UserError(f"{key} is '{value}'; expected {' or '.join(known)}.{nearest(str(value), known)}")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glora_llm.vlora.compound import make_plan, put
+from glora_llm.vlora.compound import lay_out_compounds, put
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
 from glora_llm.vlora.partitioned import whole
 
 
 @dataclass(frozen=True)
-class Fit:
+class IncrementFit:
     """How well an increment of rank r stands for the difference that it was made from.
 
     Args:
@@ -32,7 +32,7 @@ class Fit:
 
 
 @torch.no_grad()
-def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> list[Fit]:
+def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> list[IncrementFit]:
     """Turn a dense model into VLoRA, in place, with increments by truncated SVD instead of a new start.
 
     s B_l A_l is the best rank-r approximation of D_l = W_l - V, where V is what the increment is added to: in a chain
@@ -46,23 +46,23 @@ def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfi
     Raises:
         UserError: as `make_compounds`; nothing is changed then.
     """
-    plan = make_plan(model, layers, config)
-    fits: list[Fit] = []
-    number_of_linears = len(plan.ranks)
-    for index, (name, linears) in enumerate(plan.compounds()):
+    layout = lay_out_compounds(model, layers, config)
+    fits: list[IncrementFit] = []
+    number_of_linears = len(layout.ranks)
+    for index, (name, linears) in enumerate(layout.compounds()):
         members: list[VLoRALinear] = []
         for place, linear in enumerate(linears[1:], start=1):
-            made = VLoRALinear(linear, linears[0], members, plan.ranks[name], config)
+            made = VLoRALinear(linear, linears[0], members, layout.ranks[name], config)
             errors = _fit(made, linear.weight)
             members.append(made)
             put(model, linear, made)
-            layer = index // number_of_linears * plan.size + place
-            fits.append(Fit(layer, name, made.rank, *errors))
+            layer = index // number_of_linears * layout.size + place
+            fits.append(IncrementFit(layer, name, made.rank, *errors))
     return sorted(fits, key=lambda fit: fit.layer)
 
 
 def _fit(made: VLoRALinear, target: Tensor) -> tuple[float, float]:
-    """Set a layer's own increment so that its weight is near `target` (O, I); return the two errors of `Fit`."""
+    """Set a layer's own increment so that its weight is near `target` (O, I); return the errors of `IncrementFit`."""
     made.increment_b.zero_()
     made.increment_a.zero_()  # the weight is now what the increment is added to
     dtype = torch.promote_types(target.dtype, torch.float32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from glora_llm.vlora.compound import make_plan
+from glora_llm.vlora.compound import lay_out_compounds
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.layer import vlora_layers
 
@@ -75,9 +75,11 @@ def parameter_count(model: nn.Module, layers: Sequence[nn.Module], config: VLoRA
     Raises:
         UserError: as `make_compounds`.
     """
-    plan = make_plan(model, layers, config)
+    layout = lay_out_compounds(model, layers, config)
     counts: dict[str, Count] = {}
-    for name, linears in plan.compounds():
+    for name, linears in layout.compounds():
         shape = linears[0].out_features, linears[0].in_features
-        counts[name] = matrix_count(*shape, len(plan.layers), plan.size, plan.ranks[name], linears[0].bias is not None)
+        counts[name] = matrix_count(
+            *shape, len(layout.layers), layout.size, layout.ranks[name], linears[0].bias is not None
+        )
     return counts

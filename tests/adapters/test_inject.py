@@ -14,11 +14,12 @@ from glora_llm.adapters.config import adapter_config
 from glora_llm.adapters.inject import adapted_with_bias, inject
 from glora_llm.adapters.weights import save_adapter, trainables
 from glora_llm.errors import UserError
-from glora_llm.glora import PRESETS, GLoRAConfig, GLoRALinear
+from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.models.load import meta_model
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import AdapterSection, ModelSection
+from glora_llm.schema.slots import PRESETS
 
 IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22]])
 

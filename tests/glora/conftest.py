@@ -1,6 +1,5 @@
 """A LLaMA of a few thousand numbers, and adapters that look trained."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,27 +10,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.glora import GLoRAConfig, GLoRALinear
-from glora_llm.glora.path import SLOT_MODES, SLOTS, Path, SlotSpec
 
 Fill = Callable[..., None]
 Llama = Callable[..., LlamaForCausalLM]
 IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22], [3, 7, 11, 15, 19, 23]])
 ALL_MODES = {"A": "lora", "B": "lora", "C": "lora", "E": "vector"}
-
-
-def all_paths(rank: int, scale: float = 1.0, has_bias: bool = True) -> list[Path]:
-    """Every path of one layer: 4*4*3*3*3 = 432, or 4*4*3*3 = 144 where there is no bias (D does nothing)."""
-    choices = [SLOT_MODES[slot] if slot != "D" or has_bias else ("none",) for slot in SLOTS]
-    return [
-        Path(
-            tuple(
-                (slot, SlotSpec(mode, rank, scale) if mode == "lora" else SlotSpec(mode))
-                for slot, mode in zip(SLOTS, modes, strict=True)
-                if mode != "none"
-            )
-        )
-        for modes in itertools.product(*choices)
-    ]
 
 
 def glora(base: nn.Module, **keys: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from glora_llm.errors import UserError
 from glora_llm.glora.path import (
     Genome,
-    Path,
+    LayerPath,
     SlotSpec,
     genome_from_json,
     genome_from_slots,
@@ -31,7 +31,10 @@ def drawn(count: int) -> Genome:
 def test_a_drawn_genome_survives_json_and_plain_values() -> None:
     genome = drawn(200)
     assert genome_from_json(genome_to_json(genome)) == genome == genome_from_slots(genome_to_slots(genome))
-    odd = {NAME: Path((("B", SlotSpec("lora", 7, 1 / 3)), ("C", SlotSpec("lora", 1, 1e-12)))), "empty": Path(())}
+    odd = {
+        NAME: LayerPath((("B", SlotSpec("lora", 7, 1 / 3)), ("C", SlotSpec("lora", 1, 1e-12)))),
+        "empty": LayerPath(()),
+    }
     assert genome_from_json(genome_to_json(odd)) == odd
 
 
@@ -46,7 +49,7 @@ def test_a_genome_by_hand_may_say_none_and_order_slots_freely() -> None:
         NAME: {"E": "vector", "D": "none", "B": {"scale": 2, "rank": 4, "mode": "lora"}, "A": {"mode": "scalar"}}
     }
     path = genome_from_json(json.dumps(by_hand))[NAME]
-    assert path == Path((("A", SlotSpec("scalar")), ("B", SlotSpec("lora", 4, 2.0)), ("E", SlotSpec("vector"))))
+    assert path == LayerPath((("A", SlotSpec("scalar")), ("B", SlotSpec("lora", 4, 2.0)), ("E", SlotSpec("vector"))))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": {"B": "vector"},}', "genome", "{'a': 1}"])

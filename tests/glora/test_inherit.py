@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.errors import UserError
-from glora_llm.glora.path import SLOTS, Genome, SlotSpec, genome_to_json
-from glora_llm.glora.path import Path as SlotPath
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec, genome_to_json
 from glora_llm.glora.path_sampler import Supernet, draw_path
 from glora_llm.glora.supernet import inherit, set_paths, slot_choices
 from glora_llm.plan.genome import extract
+from glora_llm.schema.slots import SLOTS
 from tests.glora.conftest import Fill, Llama, glora, logits, slot_values
 
 MODES = {"A": ["lora", "vector", "none"], "B": ["lora", "scalar"]}
@@ -64,7 +64,7 @@ def test_a_genome_s_plain_adapter_is_its_path_bit_for_bit(
         (tmp_path / "genome.json").write_text(genome_to_json(genome))
         extract(tmp_path / "supernet", tmp_path / "genome.json", tmp_path / "plain")
         plain = loaded(llama(attention_bias=True), tmp_path / "plain")
-        set_paths(adapted_layers(model), {UP: SlotPath(()), **genome})
+        set_paths(adapted_layers(model), {UP: LayerPath(()), **genome})
         outputs.append(logits(plain))
         assert torch.equal(outputs[-1], logits(model))
         active = {(n, slot) for n, path in genome.items() for slot, _ in path.active()}
@@ -97,7 +97,7 @@ def test_weights_of_other_modules_are_kept(llama: Llama, fill: Fill, tmp_path: P
     model.save_pretrained(str(tmp_path))
     weights = load_file(tmp_path / "adapter_model.safetensors")
     head = [name for name in weights if "lm_head" in name]
-    found = inherit(weights, {UP: SlotPath((("B", SlotSpec("scalar")),))})
+    found = inherit(weights, {UP: LayerPath((("B", SlotSpec("scalar")),))})
     assert len(head) == 1 and sorted(found) == sorted([*head, f"base_model.model.{UP}.slot_B.scalar"])
     assert all(torch.equal(found[name], weights[name]) for name in found)
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.linear import Slots, effective, glora_linear
-from glora_llm.glora.path import Path, make_path
-from tests.glora.conftest import Fill, all_paths
+from glora_llm.glora.path import LayerPath, make_path
+from tests.glora.conftest import Fill
+from tests.glora.paths import all_paths
 
 I, O, R, SCALE = 7, 5, 2, 1.5  # noqa: E741 - the letters of the formula
 BATCH, TOKENS = 2, 3
@@ -18,7 +19,7 @@ COMPOSITIONS = ["product", "hadamard"]
 COUNTS = {True: 432, False: 144}
 
 
-def glora_layer(path: Path, composition: str, bias: bool, dropout: float = 0.0) -> Any:
+def glora_layer(path: LayerPath, composition: str, bias: bool, dropout: float = 0.0) -> Any:
     torch.manual_seed(1)
     layer = GLoRALinear(nn.Linear(I, O, bias=bias, dtype=torch.float64).requires_grad_(False))
     layer.update_layer("default", GLoRAConfig(composition=composition, dropout=dropout), path)

@@ -10,7 +10,8 @@ from torch import nn
 
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.frozen_weight import dense_weight
-from tests.glora.conftest import Fill, all_paths
+from tests.glora.conftest import Fill
+from tests.glora.paths import all_paths
 
 COUNTS = {True: 432, False: 144}
 

@@ -1,24 +1,21 @@
 """The slot table, paths by pattern, genomes as JSON, and the presets."""
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from glora_llm.errors import UserError
 from glora_llm.glora.path import (
-    DEFAULT_SLOTS,
-    PRESET_COMPOSITION,
-    PRESETS,
-    SLOT_MODES,
-    Path,
+    LayerPath,
     SlotSpec,
     genome_from_json,
     genome_to_json,
     make_path,
     path_for,
 )
-from tests.glora.conftest import all_paths
+from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS, SLOT_MODES, Preset
+from tests.glora.paths import all_paths
 
 
 def test_the_slot_table_is_the_paper_s() -> None:
@@ -94,7 +91,7 @@ def test_the_last_pattern_that_matches_wins() -> None:
 
 def test_a_genome_survives_json() -> None:
     mixed = make_path({"A": {"mode": "lora", "rank": 3, "alpha": 1.0}, "C": "lora", "E": "scalar"}, 8, 16.0, True)
-    genome = {f"layer.{number}": path for number, path in enumerate([*all_paths(4, 0.25), mixed, Path(())])}
+    genome = {f"layer.{number}": path for number, path in enumerate([*all_paths(4, 0.25), mixed, LayerPath(())])}
     text = genome_to_json(genome)
     assert genome_from_json(text) == genome
     assert len(text.splitlines()) == len(genome) + 2  # a layer a line
@@ -110,6 +107,7 @@ def test_a_genome_edited_wrongly_is_an_error(old: str, new: str) -> None:
 
 
 def test_presets_are_valid_paths() -> None:
+    assert set(PRESETS) == set(get_args(Preset))
     modes = {name: {slot: spec.mode for slot, spec in make_path(p, 4, 4.0).active()} for name, p in PRESETS.items()}
     assert modes == {
         "lora": {"B": "lora"},

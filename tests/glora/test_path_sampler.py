@@ -9,9 +9,10 @@ import pytest
 from torch import nn
 
 from glora_llm.glora import GLoRAConfig, GLoRALinear
-from glora_llm.glora.path import SLOT_MODES, Path, SlotSpec
+from glora_llm.glora.path import LayerPath, SlotSpec
 from glora_llm.glora.path_sampler import Supernet, draw_path
 from glora_llm.glora.supernet import slot_choices
+from glora_llm.schema.slots import SLOT_MODES
 
 CHOICES = slot_choices(None, [8, 4, 2], 16.0)
 NAMES = [f"model.layers.{number}.{name}" for number in range(4) for name in ("q_proj", "up_proj")]
@@ -22,11 +23,11 @@ def supernet(seed: int = 0, rank: int | None = None, modes: dict[str, list[str]]
     made = {}
     for name in NAMES:
         made[name] = GLoRALinear(nn.Linear(6, 4, bias="q_proj" in name).requires_grad_(False))
-        made[name].update_layer("default", GLoRAConfig(supernet={"modes": modes, "ranks": [8, 4, 2]}), Path(()))
+        made[name].update_layer("default", GLoRAConfig(supernet={"modes": modes, "ranks": [8, 4, 2]}), LayerPath(()))
     return Supernet(made, seed, rank)
 
 
-def drawn(net: Supernet, step: int, micro_step: int) -> list[Path]:
+def drawn(net: Supernet, step: int, micro_step: int) -> list[LayerPath]:
     net.draw(step, micro_step)
     return [layer.path["default"] for layer in net.layers.values()]
 
@@ -43,7 +44,7 @@ def test_a_draw_is_the_one_of_the_last_version() -> None:
     """A run that is resumed by a newer version goes on as it was: the draws are part of its state."""
     path = draw_path(CHOICES, True, 0, 12, 1, "model.layers.0.self_attn.q_proj")
     modes = {"A": "scalar", "B": "scalar", "C": "vector", "E": "scalar"}
-    assert path == Path(tuple((slot, SlotSpec(mode)) for slot, mode in modes.items()))
+    assert path == LayerPath(tuple((slot, SlotSpec(mode)) for slot, mode in modes.items()))
 
 
 def test_whatever_names_a_draw_changes_it() -> None:

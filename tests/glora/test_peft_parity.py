@@ -9,8 +9,8 @@ import torch
 from peft import GloraConfig, HiraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from glora_llm.glora import PRESETS, GLoRAConfig, GLoRALinear
-from glora_llm.glora.path import PRESET_COMPOSITION
+from glora_llm.glora import GLoRAConfig, GLoRALinear
+from glora_llm.schema.slots import PRESET_COMPOSITION, PRESETS
 
 I, O, R, TOKENS = 7, 5, 3, 6  # noqa: E741 - the letters of the formula
 MODES = {"lora": "lora", "vector": "vector", "constant": "scalar", "none": "none"}  # PEFT's word -> ours

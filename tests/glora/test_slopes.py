@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glora_llm.glora import GLoRALinear
 from glora_llm.glora.linear import Slots, effective
 from glora_llm.glora.modes import slot_values
-from glora_llm.glora.path import Path, slots_with
+from glora_llm.glora.path import LayerPath, slots_with
 from glora_llm.glora.path_sampler import draw_path
 from glora_llm.glora.slopes import slopes
 from glora_llm.models.resolve import ResolvedModel
@@ -17,7 +17,7 @@ from tests.glora.conftest import IDS, Fill, glora, glora_layers
 from tests.glora.test_quantised import quantised_and_twin
 from tests.glora.test_supernet import supernet_layer
 
-NONE = Path(())
+NONE = LayerPath(())
 
 
 def net(composition: str, has_bias: bool, fill: Fill) -> dict[str, GLoRALinear]:

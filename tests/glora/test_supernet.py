@@ -12,13 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS, lr_factors
-from glora_llm.glora.path import SLOT_MODES, SLOTS, Path, SlotSpec
+from glora_llm.glora.path import LayerPath, SlotSpec
 from glora_llm.glora.path_sampler import draw_path
 from glora_llm.glora.supernet import slot_choices
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
-from tests.glora.conftest import Fill, Llama, all_paths, glora
+from glora_llm.schema.slots import SLOT_MODES, SLOTS
+from tests.glora.conftest import Fill, Llama, glora
+from tests.glora.paths import all_paths
 
 I, O, TOKENS = 9, 10, 3  # noqa: E741 - the letters of the formula
 RANKS = (8, 4, 2)
@@ -35,7 +37,7 @@ def supernet_layer(base: nn.Module, composition: str, fill: Fill, dropout: float
     config = GLoRAConfig(
         supernet={"ranks": list(RANKS)}, alpha=RANKS[0] * SCALE, composition=composition, dropout=dropout
     )
-    layer.update_layer("default", config, Path(()))
+    layer.update_layer("default", config, LayerPath(()))
     layer.set_adapter("default")
     fill(layer)
     return layer
@@ -51,7 +53,7 @@ def rows(layer: GLoRALinear) -> Tensor:
     return torch.randn(2, TOKENS, layer.in_features, generator=generator).requires_grad_()
 
 
-def drawn_part(name: str, value: Tensor, path: Path) -> Tensor | None:
+def drawn_part(name: str, value: Tensor, path: LayerPath) -> Tensor | None:
     """Return what a path reads of a supernet's parameter (`slot_A.default.down`), or None."""
     slot, kind = name.partition("slot_")[2][0], name.rpartition(".")[2]
     spec = path[slot]
@@ -60,7 +62,7 @@ def drawn_part(name: str, value: Tensor, path: Path) -> Tensor | None:
     return value if spec.mode == kind else None
 
 
-def plain_layer(net: GLoRALinear, path: Path) -> GLoRALinear:
+def plain_layer(net: GLoRALinear, path: LayerPath) -> GLoRALinear:
     """The layer that is trained on that path alone, on the same base, with the weights of the supernet."""
     layer = GLoRALinear(net.get_base_layer())
     config = GLoRAConfig(composition=net.composition["default"], dropout=net.dropout["default"])
@@ -90,7 +92,7 @@ def step(layer: GLoRALinear, call: Wrap | None = None) -> tuple[Tensor, Gradient
     return y.detach(), {name: g for name, g in found.items() if g is not None} | {"x": x.grad}
 
 
-def require_the_plain_layer(net: GLoRALinear, path: Path) -> None:
+def require_the_plain_layer(net: GLoRALinear, path: LayerPath) -> None:
     """Output and gradients of a path are the plain layer's bit for bit; what is not drawn has a gradient of zero."""
     net.path["default"] = path
     y, gradients = step(net)
@@ -107,7 +109,7 @@ def require_the_plain_layer(net: GLoRALinear, path: Path) -> None:
     assert not wanted
 
 
-def every_path(has_bias: bool) -> Iterator[Path]:
+def every_path(has_bias: bool) -> Iterator[LayerPath]:
     """All paths at three ranks, those without mode lora once; then some whose slots differ in rank."""
     yield from dict.fromkeys(path for rank in RANKS for path in all_paths(rank, SCALE, has_bias))
     yield from (draw_path(CHOICES, has_bias, number) for number in range(50))
@@ -150,7 +152,7 @@ def test_a_quantised_supernet_is_the_plain_layer_bit_for_bit(
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_where_all_slots_are_none_everything_has_a_gradient_of_zero(has_bias: bool, fill: Fill) -> None:
     net = supernet_layer(linear(has_bias), "product", fill)
-    net.path["default"] = Path(())
+    net.path["default"] = LayerPath(())
     for x in (rows(net), rows(net).detach()):  # and where the input needs no gradient: the first layer
         y = net(x)
         assert torch.equal(y, net.get_base_layer()(x))
@@ -207,9 +209,9 @@ def test_smaller_ranks_are_the_first_columns(composition: str, fill: Fill) -> No
     """Rank 4 computes what rank 8 computes whose last four columns are zero, at the same scale."""
     for slot in "ABC":
         net = supernet_layer(linear(True), composition, fill)
-        net.path["default"] = Path(((slot, SlotSpec("lora", 4, SCALE)),))
+        net.path["default"] = LayerPath(((slot, SlotSpec("lora", 4, SCALE)),))
         small, x = net(rows(net)), rows(net)
-        net.path["default"] = Path(((slot, SlotSpec("lora", 8, SCALE)),))
+        net.path["default"] = LayerPath(((slot, SlotSpec("lora", 8, SCALE)),))
         assert not torch.allclose(net(x), small, atol=1e-4)
         with torch.no_grad():
             getattr(net, f"slot_{slot}")["default"].down[:, 4:] = 0

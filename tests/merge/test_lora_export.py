@@ -15,7 +15,7 @@ from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.linear import effective
 from glora_llm.merge.lora_export import as_lora, write_lora
 from glora_llm.models.load import load_base
-from tests.glora.conftest import all_paths
+from tests.glora.paths import all_paths
 from tests.merge.conftest import ALL_MODES, CPU, Train, Trained, logits
 
 I, O = 7, 5  # noqa: E741 - the letters of the formula

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from glora_llm.glora.path import Genome, Path, SlotSpec
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec
 from glora_llm.report import search_figures
 from glora_llm.report.search_figures import generations, modes, pareto, sizes
 from glora_llm.search.archive import Scored, pareto_front
@@ -42,8 +42,8 @@ def some_candidates(count: int, smallest: int, largest: int, last: int) -> list[
 def some_genome(layers: int) -> Genome:
     rng = np.random.default_rng(0)
 
-    def path() -> Path:
-        return Path(tuple((slot, specs[rng.integers(len(specs))]) for slot, specs in SPECS.items()))
+    def path() -> LayerPath:
+        return LayerPath(tuple((slot, specs[rng.integers(len(specs))]) for slot, specs in SPECS.items()))
 
     return {f"model.layers.{layer}.{linear}": path() for layer in range(layers) for linear in LINEARS}
 
@@ -80,8 +80,8 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "generations, one": lambda: generations(evolution_history(1)),
     **{f"modes, {layers} layers": partial(modes, some_genome(layers)) for layers in (2, 12, 30, 80)},
     **{f"sizes, {layers} layers": partial(sizes, some_shares(layers)) for layers in (2, 30, 80)},
-    "modes, no numbers": lambda: modes({"fc1": Path((("B", SlotSpec("lora", 4)),)), "lm_head": Path(())}),
-    "modes, with a head": lambda: modes(some_genome(2) | {"lm_head": Path((("E", SlotSpec("vector")),))}),
+    "modes, no numbers": lambda: modes({"fc1": LayerPath((("B", SlotSpec("lora", 4)),)), "lm_head": LayerPath(())}),
+    "modes, with a head": lambda: modes(some_genome(2) | {"lm_head": LayerPath((("E", SlotSpec("vector")),))}),
     "sizes, with a head": lambda: sizes(some_shares(2) | {"lm_head": 5000}),
     "nothing, pareto": lambda: pareto([], [], [], "loss"),
     "nothing, generations": lambda: generations([]),
@@ -96,7 +96,7 @@ def legend_texts(figure: Any) -> list[str]:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_saved_and_no_text_is_cut_off_or_written_over(
-    name: str, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a layout that does not fit is a warning
@@ -195,7 +195,7 @@ def test_modes_colour_every_slot_by_its_mode(layers: int) -> None:
 
 
 def test_kinds_are_called_apart_and_missing_linears_stay_white() -> None:
-    path = Path((("B", SlotSpec("vector")),))
+    path = LayerPath((("B", SlotSpec("vector")),))
     names = [f"{name}_proj" for name in ("encoder.layers.0.q", "decoder.layers.0.q", "decoder.layers.2.q")]
     figure: Any = modes(dict.fromkeys([*names, "decoder.layers.2.fc", "head"], path))
     titles = [panel.get_title("left") for panel in figure.axes]
@@ -226,7 +226,7 @@ def test_sizes_add_up(layers: int) -> None:
 
 
 def test_pyplot_is_never_imported() -> None:
-    source = FilePath(search_figures.__file__).read_text(encoding="utf-8")
+    source = Path(search_figures.__file__).read_text(encoding="utf-8")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     imports = [ast.unparse(node) for node in nodes]
     assert any("matplotlib.figure" in line for line in imports)

@@ -10,7 +10,7 @@ from torch import nn
 
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
-from glora_llm.glora.path import Genome, Path, SlotSpec, make_path
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec, make_path
 from glora_llm.glora.supernet import slot_choices
 from glora_llm.search.space import Code, LayerShape, Space, space_of
 from tests.search.conftest import is_legal, layers, make_space, require_impossible, settings, smallest
@@ -19,7 +19,7 @@ VARIANTS = [("product", True), ("product", False), ("hadamard", True), ("hadamar
 EVEN = 5.0  # standard deviations
 
 
-def allocated(layer: LayerShape, path: Path, composition: str) -> int:
+def allocated(layer: LayerShape, path: LayerPath, composition: str) -> int:
     """Number of the elements that a plain layer trains on a path."""
     base = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias).requires_grad_(False)
     linear = GLoRALinear(base)
@@ -34,7 +34,7 @@ def test_a_choice_costs_what_it_allocates(composition: str, has_bias: bool) -> N
     assert len(space.genes) == (5 + 4 + 5 if has_bias else 3 * 4)
     for row, gene in enumerate(space.genes):
         for choice, spec in enumerate(gene.specs):
-            path = Path(((gene.slot, spec),) if spec.mode != "none" else ())
+            path = LayerPath(((gene.slot, spec),) if spec.mode != "none" else ())
             expected = allocated(space.layers[gene.layer], path, composition)
             assert space.parameters[row, choice] == expected
             assert (expected == 0) == (spec.mode == "none")
@@ -223,13 +223,13 @@ def test_a_layer_that_a_genome_leaves_out_has_no_slot() -> None:
 @pytest.mark.parametrize(
     ("genome", "message"),
     [
-        ({"model.layers.1.mlp.up_prj": Path(())},
+        ({"model.layers.1.mlp.up_prj": LayerPath(())},
          "genome: there is no adapted layer 'model.layers.1.mlp.up_prj' among the 9 of this model, such as "
          "model.layers.0.self_attn.q_proj. Did you mean 'model.layers.1.mlp.up_proj'?"),
-        ({"model.layers.0.mlp.up_proj": Path((("B", SlotSpec("lora", 3, 2.0)),))},
+        ({"model.layers.0.mlp.up_proj": LayerPath((("B", SlotSpec("lora", 3, 2.0)),))},
          "genome: slot B of model.layers.0.mlp.up_proj cannot be lora of rank 3; this supernet has: lora of rank 8, "
          "lora of rank 4, lora of rank 2, vector, scalar, none. Did you mean 'lora of rank "),
-        ({"model.layers.0.mlp.up_proj": Path((("A", SlotSpec("vector")),))},
+        ({"model.layers.0.mlp.up_proj": LayerPath((("A", SlotSpec("vector")),))},
          "genome: slot A of model.layers.0.mlp.up_proj cannot be vector; this supernet has: scalar, none."),
     ],
 )  # fmt: skip
@@ -255,7 +255,7 @@ def supernet_layers(modes: dict[str, list[str]]) -> dict[str, GLoRALinear]:
     made = {}
     for name, out_features, in_features, has_bias in layers(2):
         made[name] = GLoRALinear(nn.Linear(in_features, out_features, bias=has_bias).requires_grad_(False))
-        made[name].update_layer("default", config, Path(()))
+        made[name].update_layer("default", config, LayerPath(()))
     return made
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
 from tests.training.scenarios import train_scenario
 
@@ -28,23 +28,23 @@ SCENARIOS: dict[str, list[str]] = {
 RESUMED = ("zero3", "varied", "bfloat16")
 
 
-def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
+def train(name: str, folder: Path, processes: ranks.Processes) -> None:
     """Train one scenario into `folder`."""
-    train_scenario("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name]], folder, ranks)
+    train_scenario("vit_cifar10_vlora_tiny", [*COMMON, *SCENARIOS[name]], folder, processes)
 
 
 def main() -> None:
     """Train every scenario, and resume some of them from the middle in a folder of their own."""
     quiet_libraries()
-    out, ranks = Path(sys.argv[-1]), distributed.start()
+    out, processes = Path(sys.argv[-1]), ranks.start()
     for name in SCENARIOS:
-        train(name, out / name, ranks)
+        train(name, out / name, processes)
     for name in RESUMED:
         again = out / f"{name}-resumed"
-        if ranks.first:
+        if processes.is_main_process:
             shutil.copytree(out / name / "checkpoints" / "step-3", again / "checkpoints" / "step-3")
-        train(name, again, ranks)
-    distributed.stop()
+        train(name, again, processes)
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from glora_llm import recipe
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.glora.path_sampler import Supernet
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -82,17 +82,17 @@ def noted(self: Supernet, step: int, micro_step: int) -> None:
     drawn.append((step, micro_step, genome_to_slots(genome)))
 
 
-def go(folder: Path, overrides: list[str], ranks: distributed.Ranks) -> None:
+def go(folder: Path, overrides: list[str], processes: ranks.Processes) -> None:
     """Do what a launch does in `folder`; leave there what each rank drew."""
     drawn.clear()
     plan = make_plan(recipe.load("tiny_cpu_search", [*overrides, f"output.dir={folder}"]))
-    run.Run(plan, RunFolder(folder), ranks).go()
-    (folder / f"draws-{ranks.rank}.json").write_text(json.dumps(drawn))
+    run.Run(plan, RunFolder(folder), processes).go()
+    (folder / f"draws-{processes.process_rank}.json").write_text(json.dumps(drawn))
 
 
-def copied(ranks: distributed.Ranks, source: Path, target: Path) -> Path:
+def copied(processes: ranks.Processes, source: Path, target: Path) -> Path:
     """Return a copy of a folder, which the first rank makes."""
-    if ranks.first:
+    if processes.is_main_process:
         shutil.copytree(source, target)
     return target
 
@@ -101,16 +101,16 @@ def main() -> None:
     """Train, resume, search."""
     quiet_libraries()
     Supernet.draw = noted  # type: ignore[method-assign]
-    out, ranks = Path(sys.argv[-1]), distributed.start()
+    out, processes = Path(sys.argv[-1]), ranks.start()
     for name in TRAINED:
-        go(out / name, trained_as(out, name), ranks)
+        go(out / name, trained_as(out, name), processes)
     for name in RESUMED:
-        copied(ranks, out / name / "checkpoints" / "step-1", out / f"{name}-resumed" / "checkpoints" / "step-1")
-        go(out / f"{name}-resumed", trained_as(out, name), ranks)
+        copied(processes, out / name / "checkpoints" / "step-1", out / f"{name}-resumed" / "checkpoints" / "step-1")
+        go(out / f"{name}-resumed", trained_as(out, name), processes)
     for name in SEARCHES:
-        folder = copied(ranks, out / SEARCHED, out / f"search-{name}")
-        go(folder, searched_as(out, *name.split("-")), ranks)
-    distributed.stop()
+        folder = copied(processes, out / SEARCHED, out / f"search-{name}")
+        go(folder, searched_as(out, *name.split("-")), processes)
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
 from tests.training.scenarios import train_scenario
 
@@ -51,29 +51,29 @@ SCENARIOS: dict[str, list[str]] = {
 RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora", "bfloat16", "float16")
 
 
-def train(name: str, folder: Path, ranks: distributed.Ranks) -> None:
+def train(name: str, folder: Path, processes: ranks.Processes) -> None:
     """Train one scenario into `folder`."""
-    train_scenario("tiny_cpu", [*COMMON, *SCENARIOS[name]], folder, ranks)
+    train_scenario("tiny_cpu", [*COMMON, *SCENARIOS[name]], folder, processes)
 
 
 def main() -> None:
     """Train every scenario, then resume some of them from the middle in a folder of their own."""
     quiet_libraries()
     get_accelerator().is_fp16_supported = lambda: True  # any CPU computes in it, few fast enough for DeepSpeed's taste
-    out, ranks = Path(sys.argv[-1]), distributed.start()
+    out, processes = Path(sys.argv[-1]), ranks.start()
     for name in SCENARIOS:
         try:
-            train(name, out / name, ranks)
+            train(name, out / name, processes)
         except Exception as error:  # noqa: BLE001 - the test reads what it was
-            if ranks.first:
+            if processes.is_main_process:
                 (out / name).mkdir(parents=True, exist_ok=True)
                 (out / name / "error.txt").write_text(f"{type(error).__name__}: {error}")
     for name in RESUMED:
         again = out / f"{name}-resumed"
-        if ranks.first:
+        if processes.is_main_process:
             shutil.copytree(out / name / "checkpoints" / "step-3", again / "checkpoints" / "step-3")
-        train(name, again, ranks)
-    distributed.stop()
+        train(name, again, processes)
+    ranks.stop()
 
 
 if __name__ == "__main__":

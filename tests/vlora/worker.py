@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_llm.launch import ranks as distributed
+from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.vlora import increments
 from tests.vlora.conftest import shared, small_llama, twin
@@ -51,16 +51,16 @@ def config(stage: int) -> dict[str, Any]:
     return {**batches, **optimizer, "zero_optimization": zero, "steps_per_print": 10**9}
 
 
-def reference(form: str, ranks: distributed.Ranks) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
+def reference(form: str, processes: ranks.Processes) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
     """Train the dense twin over the batches of all ranks; return losses, gradients by step, and final weights."""
     model = model_of(form)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     losses, grads = [], []
     for step in range(STEPS):
         total = torch.zeros(())
-        for part, rank in product(range(ACCUMULATION), range(ranks.world)):
+        for part, rank in product(range(ACCUMULATION), range(processes.world_size)):
             ids = batch(step, part, rank)
-            loss = twin(model, input_ids=ids, labels=ids).loss / (ACCUMULATION * ranks.world)
+            loss = twin(model, input_ids=ids, labels=ids).loss / (ACCUMULATION * processes.world_size)
             loss.backward()
             total += loss.detach()
         losses.append(float(total))
@@ -70,7 +70,9 @@ def reference(form: str, ranks: distributed.Ranks) -> tuple[list[float], list[di
     return losses, grads, {name: value.detach() for name, value in model.named_parameters()}
 
 
-def trained(form: str, stage: int, reentrant: bool | None, expected: Any, ranks: distributed.Ranks) -> dict[str, float]:
+def trained(
+    form: str, stage: int, reentrant: bool | None, expected: Any, processes: ranks.Processes
+) -> dict[str, float]:
     """Train one scenario; return the largest relative errors of losses, gradients and final weights."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
@@ -86,10 +88,10 @@ def trained(form: str, stage: int, reentrant: bool | None, expected: Any, ranks:
     for step in range(STEPS):
         total = torch.zeros(1)
         for part in range(ACCUMULATION):
-            ids = batch(step, part, ranks.rank)
+            ids = batch(step, part, processes.process_rank)
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss)
-            total += loss.detach() / (ACCUMULATION * ranks.world)
+            total += loss.detach() / (ACCUMULATION * processes.world_size)
             if part + 1 < ACCUMULATION:
                 engine.step()
         torch.distributed.all_reduce(total)
@@ -115,18 +117,18 @@ def error(got: Tensor, expected: Tensor) -> float:
 def main() -> None:
     """Run every scenario; the first rank writes what came out."""
     quiet_libraries()
-    out, ranks = Path(sys.argv[-1]), distributed.start()
+    out, processes = Path(sys.argv[-1]), ranks.start()
     found: dict[str, Any] = {}
     for form in FORMS:
-        expected = reference(form, ranks)
+        expected = reference(form, processes)
         for stage, name in SCENARIOS[form]:
             try:
-                found[f"{form}/zero{stage}/{name}"] = trained(form, stage, CHECKPOINTING[name], expected, ranks)
+                found[f"{form}/zero{stage}/{name}"] = trained(form, stage, CHECKPOINTING[name], expected, processes)
             except (AssertionError, RuntimeError) as failure:
                 found[f"{form}/zero{stage}/{name}"] = f"{type(failure).__name__}: {failure}"[:500]
-    if ranks.first:
+    if processes.is_main_process:
         out.write_text(json.dumps(found, indent=1))
-    distributed.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from glora_llm.adapters.config import read_genome
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.cli import main
 from glora_llm.evaluation.trained import load_adapted
-from glora_llm.glora.path import Path as SlotPath
+from glora_llm.glora.path import LayerPath
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -73,7 +73,7 @@ def supernet_logits(run: Path, genome: Path, adapter: Path | None = None) -> Ten
     folder = RunFolder(run)
     model = load_adapted(make_plan(folder.recipe()), adapter or folder.adapter)
     layers, paths = adapted_layers(model), read_genome(genome)
-    set_paths(layers, {name: paths.get(name, SlotPath(())) for name in layers})
+    set_paths(layers, {name: paths.get(name, LayerPath(())) for name in layers})
     return logits(model)
 
 
