@@ -16,15 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from glora_llm.adapters.inject import inject
+from glora_llm.data.batch import collate
+from glora_llm.data.store import Row
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import resolve
 from glora_llm.report.timing import interleaved, ratio
 from glora_llm.schema import AdapterSection, ModelSection, Slots
+from glora_llm.training.batch import to_device
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.objectives import CausalLMObjective
 
@@ -85,13 +89,13 @@ def make_step(name: str, quantization: str, arguments: Any) -> Callable[[], None
     model = peft_glora(base) if name.startswith("PEFT GLoRA") else inject(base, METHODS[name], seed=0, steps=100)
     objective = CausalLMObjective(model.get_base_model()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 1000, (arguments.rows, arguments.tokens), generator=generator).to(choose_device())
-    positions = torch.arange(arguments.tokens, device=choose_device()).expand_as(ids)
+    tokens = np.random.default_rng(0).integers(0, 1000, (arguments.rows, arguments.tokens), dtype=np.int32)
+    rows = [Row(row, np.ones(len(row), dtype=np.bool_), [0]) for row in tokens]
+    batch = to_device(collate(rows, pad_id=0), choose_device())
 
     def step() -> None:
-        loss: Any = objective(ids, positions, ids)
-        (loss / ids.numel()).backward()
+        loss: Any = objective(**batch)
+        (loss / objective.targets(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from glora_llm.data.tokenize import Mask, Sample, Tokens
 
-ARRAYS = ("tokens", "targets", "samples", "rows")
-
 
 class Row(NamedTuple):
     """One row: a sample, or several with packing.
@@ -65,9 +63,6 @@ class TokenSet(RowSet):
         folder: what `write_set` wrote.
         role: what the rows are for.
         name: for messages; `train`, say.
-
-    Attributes:
-        n_samples, n_tokens, n_targets: totals over all rows.
     """
 
     def __init__(self, folder: Path, role: Literal["train", "validation", "test"], name: str):
@@ -76,9 +71,6 @@ class TokenSet(RowSet):
         self._targets = np.load(folder / "targets.npy", mmap_mode="r")
         self._samples = np.load(folder / "samples.npy")
         self._rows = np.load(folder / "rows.npy")
-        self.n_samples = len(self._samples) - 1
-        self.n_tokens = len(self._tokens)
-        self.n_targets = int(np.count_nonzero(self._targets))
 
     def __len__(self) -> int:
         return len(self._rows) - 1

@@ -20,7 +20,8 @@ from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report.summary import print_scores
-from glora_llm.tasks.task import Batch, Rows, on
+from glora_llm.tasks.task import Rows
+from glora_llm.training.batch import Batch, to_device
 
 
 class Passes(NamedTuple):
@@ -29,8 +30,8 @@ class Passes(NamedTuple):
     Where parameters are sharded, all processes call them equally often.
     """
 
-    score: Callable[[dict[str, torch.Tensor]], Any]  # batch -> TokenScores
-    loss: Callable[[dict[str, torch.Tensor]], torch.Tensor]  # batch -> summed loss with its graph
+    score: Callable[[Batch], Any]  # batch -> TokenScores
+    loss: Callable[[Batch], torch.Tensor]  # batch -> summed loss with its graph
 
 
 def score_rows(
@@ -69,14 +70,11 @@ def score_rows(
 
 
 def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
-    where = scores.row.cpu()
-    columns = (scores.loss, torch.ones_like(scores.loss), scores.correct)
-    for column, values in enumerate(columns):
-        sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, where, values.double().cpu())
-        table[rows, column] = sums
-    for column, right in ((3, scores.correct), (4, scores.among_labels)):
-        wrong = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, where, (~right).double().cpu())
-        table[rows, column] = (wrong == 0).double()
+    columns = (scores.row, scores.loss, torch.ones_like(scores.loss), scores.correct, scores.among_labels)
+    values = torch.stack([column.double() for column in columns]).cpu()  # one read from the device
+    sums = torch.zeros(4, len(rows), dtype=torch.float64).index_add_(1, values[0].long(), values[1:])
+    loss, targets, correct, among_labels = sums
+    table[rows] = torch.stack([loss, targets, correct, correct == targets, among_labels == targets], dim=1)
 
 
 def score_chosen(
@@ -151,11 +149,11 @@ def passes_of(plan: Plan, model: Any) -> Passes:
     """Return what a search asks of a model, in this process alone."""
     objective = plan.task.objective(model).eval()
 
-    def score(batch: dict[str, torch.Tensor]) -> Any:
+    def score(batch: Batch) -> Any:
         with torch.no_grad():
-            return objective(**on(choose_device(), batch), score=True)
+            return objective(**to_device(batch, choose_device()), score=True)
 
-    return Passes(score, lambda batch: objective(**on(choose_device(), batch)))
+    return Passes(score, lambda batch: objective(**to_device(batch, choose_device())))
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:

@@ -12,7 +12,8 @@ from glora_llm.errors import CheckFailed
 from glora_llm.launch.device import choose_device
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import MergeSection
-from glora_llm.tasks.task import Batch, Task, on
+from glora_llm.tasks.task import Task
+from glora_llm.training.batch import Batch, to_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def comparison_batches(plan: Plan) -> tuple[list[Batch], str]:
 def answers(load: Callable[[], Any], task: Task, batches: list[Batch]) -> Answers:
     """Load a model, run the batches through it, and let go of it again."""
     model = load()
-    parts = [task.answers(model, on(choose_device(), batch)) for batch in batches]
+    parts = [task.answers(model, to_device(batch, choose_device())) for batch in batches]
     del model
     gc.collect()
     return Answers(torch.cat([logits for logits, _ in parts]), float(torch.cat([losses for _, losses in parts]).mean()))

@@ -15,8 +15,9 @@ from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.tasks.images import image_task
-from glora_llm.tasks.task import Batch, Rows, Task
+from glora_llm.tasks.task import Rows, Task
 from glora_llm.tasks.text import text_task
+from glora_llm.training.batch import Batch
 from glora_llm.training.deepspeed_config import (
     accumulation,
 )

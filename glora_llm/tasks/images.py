@@ -18,7 +18,7 @@ from glora_llm.models.classifier import check_patches, from_data, with_head
 from glora_llm.models.folder import new_config, new_folder
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.schema import ImagesSection, Recipe
-from glora_llm.tasks.task import Batch
+from glora_llm.training.batch import Batch
 from glora_llm.training.image_objective import TOP, ImageObjective
 
 MOST_COMPARED = 256  # images by which a merged model is compared
@@ -72,10 +72,10 @@ class ImageTask:
         return {"pixels": pixels, "labels": torch.tensor([row.label for row in found])}
 
     def training_batch(self, indices: list[int], step: int, place: int) -> Batch:
-        """Return training images, and the seed (1) int64 of how they are varied: no state is carried to a restart."""
+        """Return training images, and the seed of how they are varied: no state is carried to a restart."""
         key = [self.recipe.training.seed, AUGMENTATION, step, place]
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
-        return self.batch(self.train, indices) | {"seed": torch.tensor([seed])}
+        return self.batch(self.train, indices) | {"seed": seed}
 
     def targets(self, rows: ImageSet, index: int) -> int:
         """Return 1: every image counts the same."""

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]
+from glora_llm.training.batch import Batch
 
 
 class Rows(Protocol):
@@ -96,8 +95,3 @@ class Task(Protocol):
 
     def save_preprocessing(self, folder: Path) -> None:
         """Write what turns raw samples into the model's inputs, as transformers reads it."""
-
-
-def on(device: torch.device, batch: Batch) -> Batch:
-    """Return a batch on a device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.atomic import cache_root
-from glora_llm.data.batch import collate, collate_joined
+from glora_llm.data.batch import collate, collate_joined, cut
+from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
 from glora_llm.data.store import TokenSet
@@ -17,8 +19,8 @@ from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
 from glora_llm.tasks.new_text import new_text_model
-from glora_llm.tasks.task import Batch
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie
+from glora_llm.training.batch import Batch
+from glora_llm.training.objectives import CausalLMObjective
 
 ANSWER_FORMATS = ("classification", "alpaca", "prompt_completion", "chat")
 MOST_COMPARED = 1024  # tokens by which a merged model is compared
@@ -60,6 +62,12 @@ class TextTask:
         """Some samples, each with its targets marked."""
         return [f"targets marked: {text}" for text in self.data.previews]
 
+    @cached_property
+    def label_trie(self) -> LabelTrie | None:
+        """The label words of a classification task."""
+        words = self.data.label_sequences
+        return LabelTrie.build(words) if words else None
+
     @property
     def has_answers(self) -> bool:
         """Whether the samples are answers, so that exact match means something."""
@@ -67,12 +75,11 @@ class TextTask:
 
     def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
-        return collate([rows.row(index) for index in indices], pad_id(self.tokenizer))
+        return collate([rows.row(index) for index in indices], pad_id(self.tokenizer), self.label_trie)
 
     def training_batch(self, indices: list[int], step: int, place: int) -> Batch:
         """Return training rows as one micro batch; nothing in it is random."""
-        always = self.recipe.model.attention == "flash_attention_2"
-        return collate_joined([self.train.row(index) for index in indices], pad_id(self.tokenizer), always)
+        return collate_joined([self.train.row(index) for index in indices], pad_id(self.tokenizer))
 
     def targets(self, rows: TokenSet, index: int) -> int:
         """Return the target tokens of a row."""
@@ -80,8 +87,7 @@ class TextTask:
 
     def objective(self, model: nn.Module) -> CausalLMObjective:
         """Return the summed cross entropy of the target tokens."""
-        labels = self.data.label_sequences
-        return CausalLMObjective(model, LabelTrie.build(labels) if labels else None)
+        return CausalLMObjective(model)
 
     def means(self, table: Tensor, split: str) -> dict[str, float]:
         """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy."""
@@ -90,21 +96,21 @@ class TextTask:
     def comparison(self, rows: TokenSet, order: list[int]) -> list[Batch]:
         """Return up to 1,024 tokens, a row a batch."""
         batches: list[Batch] = []
-        tokens = 0
+        room = MOST_COMPARED
         for index in order:
-            if tokens >= MOST_COMPARED:
+            if not room:
                 break
-            batch = {name: tensor[:, : MOST_COMPARED - tokens] for name, tensor in self.batch(rows, [index]).items()}
-            batches.append(batch)
-            tokens += batch["input_ids"].numel()
+            row = cut(rows.row(index), room)
+            batches.append(collate([row], pad_id(self.tokenizer)))
+            room -= len(row.tokens)
         return batches
 
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of every token (T, V), and the losses of the target tokens."""
-        out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits.float()
-        goals = batch["labels"][0, 1:]
-        losses = torch.nn.functional.cross_entropy(out[0, :-1], goals, reduction="none")
-        return out[0].cpu(), losses[goals != -100].cpu()
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits = model(**inputs, use_cache=False).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits[batch["target_index"]], batch["targets"], reduction="none")
+        return logits.cpu(), losses.cpu()
 
     def save_preprocessing(self, folder: Path) -> None:
         """Write the tokenizer."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glora_llm.training.engine import Batch
+from glora_llm.training.batch import Batch
 
 
 def first_bad_module(model: nn.Module, score: Callable[[Batch], Any], batches: Sequence[Batch]) -> str:

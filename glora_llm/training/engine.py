@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from glora_llm.schema import TrainingSection
+from glora_llm.training.batch import Batch, to_device
 from glora_llm.training.deepspeed_config import offloads, resolve_deepspeed_config, zero_stage
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
-
-Batch = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         for index, batch in enumerate(batches):
             before_micro_step(index)
-            loss = self.ds(**self._to_device(batch))
+            loss = self.ds(**to_device(batch, self.device))
             share = loss * (self.world / targets)
             if self.penalty is not None and index == 0:
                 share = share + self.penalty()
@@ -126,7 +125,7 @@ class Engine:
     def score(self, batch: Batch) -> Any:
         """Return the objective's scores of one batch, in evaluation mode; all ranks must call it equally often."""
         with self._evaluating():
-            return self.ds(**self._to_device(batch), score=True)
+            return self.ds(**to_device(batch, self.device), score=True)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss of one batch with its graph, in evaluation mode; for a search's slopes.
@@ -142,7 +141,7 @@ class Engine:
         handle = self.ds.module.register_forward_hook(keep)
         try:
             with self._evaluating():
-                self.ds(**self._to_device(batch))
+                self.ds(**to_device(batch, self.device))
         finally:
             handle.remove()
         return inner[0]
@@ -163,9 +162,6 @@ class Engine:
 
     def _reduce_device(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield master weights and Adam moments by name, on the CPU; all ranks must iterate together."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.training.batch import Batch
 from glora_llm.training.objectives import TokenScores
 
 TOP = 5
@@ -33,14 +34,14 @@ class ImageObjective(nn.Module):
         self.scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, seed: Tensor | None = None, score: bool = False
+        self, pixels: Tensor, labels: Tensor, seed: int | None = None, score: bool = False
     ) -> Tensor | TokenScores:
         """Return the sum of -log p over the images, a float32 scalar; or, to `score`, the scores of each.
 
         Args:
             pixels: (B, S, S, 3) uint8.
             labels: (B) int64.
-            seed: one int64, of all that is random in how these images are varied; None: torch's generator as it is.
+            seed: of all that is random in how these images are varied; None: torch's generator as it is.
         """
         images = pixels.permute(0, 3, 1, 2).float() / 255
         if score:
@@ -49,15 +50,15 @@ class ImageObjective(nn.Module):
         if self.vary is not None and self.training:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
-                    torch.default_generator.manual_seed(int(seed))
+                    torch.default_generator.manual_seed(seed)
                 images, targets = self.vary(images, labels)
         return nn.functional.cross_entropy(self.logits(images), targets, reduction="sum")
 
-    def targets(self, batch: dict[str, Tensor]) -> int:
+    def targets(self, batch: Batch) -> int:
         """Return the number of images."""
         return len(batch["labels"])
 
-    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+    def extent(self, batch: Batch) -> tuple[int, int]:
         """Return the patches of a batch, and those of an image: what attends to each other, but for one class token."""
         config: Any = self.model.config
         patches = (batch["pixels"].shape[1] // config.patch_size) ** 2

@@ -13,7 +13,8 @@ import torch
 
 from glora_llm.errors import CheckFailed
 from glora_llm.schema import OutputSection, TrainingSection
-from glora_llm.training.engine import Batch, Engine, StepResult
+from glora_llm.training.batch import Batch
+from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.optim import lr_at

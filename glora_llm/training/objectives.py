@@ -1,17 +1,20 @@
-"""What is minimised: the summed cross entropy of the target tokens. Only their logits are ever computed.
+"""The summed cross entropy of the target tokens. Only their logits are ever computed.
 
-Letters: B rows, T tokens a row, N target tokens of the batch, H hidden, V vocabulary.
+Letters: B rows, T tokens a row, N target tokens of the batch, S segments, C choices, H hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy
 
-IGNORED = -100
-CHUNK = 4096  # target tokens whose logits exist at once
+from glora_llm.training.batch import Batch
+from glora_llm.training.output_head import OutputHead
+
+# (offsets (S + 1), lengths) of a batch's segments -> what the decoder is given beside tokens and positions
+PackedArguments = Callable[[Tensor, tuple[int, ...]], dict[str, Any]]
 
 
 class Objective(Protocol):
@@ -21,10 +24,10 @@ class Objective(Protocol):
     `TokenScores`.
     """
 
-    def targets(self, batch: dict[str, Tensor]) -> int:
+    def targets(self, batch: Batch) -> int:
         """Return what the loss of a batch is summed over; the mean of a step divides by the sum over its batches."""
 
-    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+    def extent(self, batch: Batch) -> tuple[int, int]:
         """Return the tokens (or patches) that a batch computes, and how many of them attend to each other."""
 
 
@@ -37,116 +40,81 @@ class TokenScores(NamedTuple):
     among_labels: Tensor  # bool, the target is the most likely of the tokens that continue a label word
 
 
-@dataclass
-class LabelTrie:
-    """Which tokens may follow each prefix of a label's token sequence."""
-
-    next_tokens: dict[tuple[int, ...], list[int]]
-
-    @classmethod
-    def build(cls, sequences: list[list[int]]) -> "LabelTrie":
-        """Make the trie of all label words, each given as its target tokens (the end token included)."""
-        found: dict[tuple[int, ...], set[int]] = {}
-        for sequence in sequences:
-            for at, token in enumerate(sequence):
-                found.setdefault(tuple(sequence[:at]), set()).add(token)
-        return cls({prefix: sorted(tokens) for prefix, tokens in found.items()})
-
-
 class CausalLMObjective(nn.Module):
     """Wraps a causal language model for the engine: batch -> summed loss over its target tokens.
 
-    Rows are told apart by `position_ids` that start again at 0, so no attention mask is needed and no padding token is
-    ever looked at: the padded tail is a segment of its own behind the last target.
+    A batch is what `data.batch.collate` made. The forward pass reads no value back from the device.
 
     Args:
         model: a transformers causal LM (adapters injected) with a decoder and an output head.
-        trie: the label words of a classification task; None where there are none.
+        packed: gives the attention of the model the segments of a batch; None: transformers finds them itself, where
+            `position_ids` start again at 0.
     """
 
-    def __init__(self, model: nn.Module, trie: LabelTrie | None = None):
+    def __init__(self, model: nn.Module, packed: PackedArguments | None = None):
         super().__init__()
-        self.model, self.trie = model, trie
+        self.model, self.packed = model, packed
+        self.head = OutputHead(model)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, score: bool = False
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        target_index: Tensor,
+        targets: Tensor,
+        segment_offsets: Tensor,
+        segment_lengths: tuple[int, ...],
+        label_choices: Tensor | None = None,
+        score: bool = False,
     ) -> Tensor | TokenScores:
         """Return the sum of -log p over the target tokens, a float32 scalar; or, to `score`, the scores of each.
 
         Args:
             input_ids: (B, T).
             position_ids: (B, T), starting at 0 with every sample.
-            labels: (B, T), -100 where there is no target; not shifted.
+            target_index: (N), which of the B * T states predicts each target.
+            targets: (N).
+            segment_offsets: (S + 1), where the segments that attention stays in begin and end.
+            segment_lengths: their lengths.
+            label_choices: (N, C), the tokens of label words that each target is among, for its scores.
         """
+        segments = self.packed(segment_offsets, segment_lengths) if self.packed else {}
+        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        states = decoder(**inputs, **segments).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, target_index)
         if score:
-            return self._score(input_ids, position_ids, labels)
-        hidden, targets, _ = self.target_states(input_ids, position_ids, labels)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), CHUNK):
-            part, goal = hidden[start : start + CHUNK], targets[start : start + CHUNK]
-            if len(targets) > CHUNK and torch.is_grad_enabled():
-                total = total + checkpoint(self._loss, part, goal, use_reentrant=False)
-            else:
-                total = total + self._loss(part, goal)
-        return total
+            return self._score(hidden, targets, target_index // input_ids.shape[1], label_choices)
+        return self.head.loss(hidden, targets)
 
-    def targets(self, batch: dict[str, Tensor]) -> int:
+    def targets(self, batch: Batch) -> int:
         """Return the number of target tokens."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+        return len(batch["targets"])
 
-    def extent(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+    def extent(self, batch: Batch) -> tuple[int, int]:
         """Return the tokens of a batch, padding included, and the width of its rows."""
         return batch["input_ids"].numel(), batch["input_ids"].shape[1]
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(hidden), targets, reduction="sum")
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits (N, V) of hidden states (N, H)."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
-        return head(hidden).float()
-
-    def target_states(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states that predict a target, (N, H), those targets (N) and the row of each (N)."""
-        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
-        states = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        goals = labels[:, 1:]
-        wanted = goals != IGNORED
-        return states[:, :-1][wanted], goals[wanted], wanted.nonzero()[:, 0]
-
     @torch.no_grad()
-    def _score(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> TokenScores:
+    def _score(self, hidden: Tensor, targets: Tensor, rows: Tensor, choices: Tensor | None) -> TokenScores:
         """Score every target token given the true tokens before it.
 
         A row is answered exactly by greedy decoding if and only if all its `correct` are true: each step of greedy
         decoding then sees the same prefix as here. The same holds for `among_labels` and decoding over label words.
         """
-        hidden, targets, rows = self.target_states(input_ids, position_ids, labels)
-        losses, right, right_label = [], [], []
-        prefixes = [] if self.trie is None else _prefixes(targets.tolist(), rows.tolist())
-        for start in range(0, len(targets), CHUNK):
-            goal = targets[start : start + CHUNK]
-            logits = self.logits(hidden[start : start + CHUNK])
-            losses.append(nn.functional.cross_entropy(logits, goal, reduction="none"))
-            right.append(logits.argmax(-1) == goal)
-            right_label.append(_best_of_allowed(logits, goal, prefixes[start : start + CHUNK], self.trie))
-        return TokenScores(rows, torch.cat(losses), torch.cat(right), torch.cat(right_label))
+        tensors = (hidden, targets) if choices is None else (hidden, targets, choices)
+        return TokenScores(rows, *self.head.run(self._score_chunks, *tensors))
+
+    def _score_chunks(self, *tensors: Tensor) -> list[Tensor]:
+        scores = [_scores(self.head.logits(hidden).float(), *rest) for hidden, *rest in self.head.chunks(*tensors)]
+        return [torch.cat(column) for column in zip(*scores, strict=True)]
 
 
-def _prefixes(targets: list[int], rows: list[int]) -> list[tuple[int, ...]]:
-    prefixes: list[tuple[int, ...]] = []
-    for at, row in enumerate(rows):
-        same = at > 0 and rows[at - 1] == row
-        prefixes.append((*prefixes[-1], targets[at - 1]) if same else ())
-    return prefixes
-
-
-def _best_of_allowed(logits: Tensor, goal: Tensor, prefixes: list[tuple[int, ...]], trie: LabelTrie | None) -> Tensor:
-    best = torch.zeros_like(goal, dtype=torch.bool)
-    if trie is None:
-        return best
-    for at, prefix in enumerate(prefixes):
-        allowed = trie.next_tokens.get(prefix)
-        if allowed:
-            best[at] = allowed[int(logits[at, allowed].argmax())] == int(goal[at])
-    return best
+def _scores(logits: Tensor, targets: Tensor, choices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, `correct` and `among_labels` (N) for logits (N, V), targets (N) and choices (N, C)."""
+    loss = cross_entropy(logits, targets, reduction="none")
+    correct = logits.argmax(-1) == targets
+    if choices is None:
+        return loss, correct, torch.zeros_like(correct)
+    best = logits.gather(-1, choices.clamp(min=0)).argmax(-1, keepdim=True)
+    return loss, correct, choices.gather(-1, best)[:, 0] == targets  # a choice of no token, -1, is never a target

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from glora_llm.data.batch import IGNORED, collate, collate_joined, join
+from glora_llm.data.batch import collate, collate_joined, cut, join
 from glora_llm.data.pack import pack
 from glora_llm.data.store import Row
 from glora_llm.errors import UserError
@@ -54,30 +55,40 @@ def test_collate_restarts_positions_and_pads_by_length() -> None:
     batch = collate([row(3, 2), row(4, 1, 2)], pad_id=6)  # 6 is also a token of the first row
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 6, 6], [5, 6, 7, 8, 9, 10, 11]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0, 1]]
-    assert batch["labels"].tolist() == [
-        [IGNORED, 6, 7, IGNORED, 9, IGNORED, IGNORED],
-        [IGNORED, 6, 7, 8, IGNORED, IGNORED, 11],
-    ]
+    assert batch["targets"].tolist() == [6, 7, 9, 6, 7, 8, 11]
+    assert batch["target_index"].tolist() == [0, 1, 3, 7, 8, 9, 12]  # the token before each, of 2 x 7
+
+
+def test_collate_says_where_segments_begin() -> None:
+    """Padding belongs to the segment before it, and no segment reaches into another row."""
+    batch = collate([row(3, 2), row(4, 1, 2)], pad_id=6)
+    assert batch["segment_lengths"] == (3, 4, 4, 1, 2) and sum(batch["segment_lengths"]) == batch["input_ids"].numel()
+    assert batch["segment_offsets"].tolist() == [0, 3, 7, 11, 12, 14] and batch["segment_offsets"].dtype == torch.int32
 
 
 def test_joined_rows_have_no_padding_and_the_same_samples() -> None:
     wasteful, snug = [row(2), row(9, 3)], [row(12), row(9, 3)]
     joined = collate_joined(wasteful, pad_id=0)
     assert joined["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
-    assert joined["labels"].ne(IGNORED).sum() == collate(wasteful, pad_id=0)["labels"].ne(IGNORED).sum()
+    assert joined["targets"].tolist() == collate(wasteful, pad_id=0)["targets"].tolist()
     assert collate_joined(snug, pad_id=0)["input_ids"].shape == (2, 12)  # nothing to save
-    assert collate_joined(snug, pad_id=0, always=True)["input_ids"].shape == (1, 24)
     assert join(wasteful).starts == [0, 2, 11]
 
 
 def test_the_first_token_of_a_sample_is_never_a_label() -> None:
     careless = Row(np.arange(4, dtype=np.int32), np.ones(4, dtype=np.bool_), [0, 2])
-    assert collate([careless], 0)["labels"].tolist() == [[IGNORED, 1, IGNORED, 3]]
+    batch = collate([careless], 0)
+    assert (batch["targets"].tolist(), batch["target_index"].tolist()) == ([1, 3], [0, 2])
+
+
+def test_a_cut_row_keeps_what_stands_before() -> None:
+    part = cut(row(3, 2, 4), 4)
+    assert part.tokens.tolist() == [5, 6, 7, 8] and part.targets.tolist() == [False, True, True, False]
+    assert part.starts == [0, 3]
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request: pytest.FixtureRequest) -> Any:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -91,10 +102,8 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
 def test_packed_samples_do_not_see_each_other(model: Any, flat: bool) -> None:
     """Packed logits are those of each sample alone: rows of several samples, padding, a sample of one token."""
-    import torch
-
     rows = [row(7, 5, 9), row(1, 12, first=30), row(6, first=40), row(3, 1, 4, first=20)]
-    batch = collate_joined(rows, pad_id=2, always=True) if flat else collate(rows, pad_id=2)
+    batch = collate([join(rows)] if flat else rows, pad_id=2)
     ends = np.cumsum([len(r.tokens) for r in rows])
     with torch.no_grad():
         packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -112,8 +121,6 @@ def test_packed_samples_do_not_see_each_other(model: Any, flat: bool) -> None:
 
 def test_the_leak_would_be_seen(model: Any) -> None:
     """Without restarting positions the logits differ: the test above can fail."""
-    import torch
-
     r = row(7, 5)
     tokens = torch.from_numpy(r.tokens.astype(np.int64))[None]
     with torch.no_grad():

@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.data.batch import collate
+from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.store import Row
 from glora_llm.evaluation.scoring import score_rows
 from glora_llm.tasks.text import means
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie, TokenScores
+from glora_llm.training.objectives import CausalLMObjective, TokenScores
 
 WORDS = [[3, 4, 1], [3, 5, 1], [6, 1]]
+TRIE = LabelTrie.build(WORDS)
 LENGTHS = [5, 9, 4, 9, 7, 12, 3, 5, 5, 8, 10, 4, 6]
 
 
@@ -41,7 +43,7 @@ def objective() -> CausalLMObjective:
         hidden_size=16, intermediate_size=24, vocab_size=12, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.4, use_cache=False,
     )  # fmt: skip
-    return CausalLMObjective(LlamaForCausalLM(config).double(), LabelTrie.build(WORDS)).eval()
+    return CausalLMObjective(LlamaForCausalLM(config).double()).eval()
 
 
 def table_of(
@@ -49,7 +51,7 @@ def table_of(
 ) -> Tensor:
     lengths = [len(row.tokens) for row in rows]
     return score_rows(
-        lengths, lambda indices: collate([rows[i] for i in indices], pad_id=2), score, lambda table: table, batch,
+        lengths, lambda indices: collate([rows[i] for i in indices], 2, TRIE), score, lambda table: table, batch,
         rank, world,
     )  # fmt: skip
 
@@ -104,7 +106,7 @@ def test_one_rank_fills_its_own_rows_only(rows: list[Row], objective: CausalLMOb
 def test_the_sum_over_ranks_is_what_is_returned(rows: list[Row], objective: CausalLMObjective) -> None:
     plain = table_of(rows, scored(objective), 4)
     doubled = score_rows(
-        [len(row.tokens) for row in rows], lambda indices: collate([rows[i] for i in indices], pad_id=2),
+        [len(row.tokens) for row in rows], lambda indices: collate([rows[i] for i in indices], 2, TRIE),
         scored(objective), lambda table: 2 * table, 4,
     )  # fmt: skip
     assert torch.equal(doubled, 2 * plain)

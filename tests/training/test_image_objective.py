@@ -85,7 +85,7 @@ def test_the_seed_of_a_batch_fixes_how_it_is_varied_and_leaves_the_generator_alo
 
     def loss(seed: int | None, drawn: int = 0) -> float:
         torch.rand(drawn)  # what an evaluation or an earlier step may have used up
-        return float(objective(PIXELS, LABELS, None if seed is None else torch.tensor([seed])).detach())
+        return float(objective(PIXELS, LABELS, seed).detach())
 
     assert loss(5) == loss(5, drawn=7) != loss(6)
     torch.manual_seed(0)

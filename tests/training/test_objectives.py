@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.data.batch import collate, join
+from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.store import Row
-from glora_llm.training import objectives
-from glora_llm.training.objectives import CausalLMObjective, LabelTrie, TokenScores
+from glora_llm.training import output_head
+from glora_llm.training.objectives import CausalLMObjective, TokenScores
 
 VOCABULARY = 48
 
@@ -74,19 +75,26 @@ def test_it_is_the_loss_of_one_call_with_the_same_positions(llama: LlamaForCausa
     """The same tensors handed to transformers itself: packed rows of several samples, and padding."""
     first, second = rows((5, 8, 6)), rows((7, 3), seed=1)
     batch = collate([join(first), join(second)], pad_id=0)
-    targets = int((batch["labels"][:, 1:] != -100).sum())
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels.view(-1)[batch["target_index"] + 1] = batch["targets"]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
-        expected = llama(**batch, use_cache=False).loss * targets
+        expected = llama(**inputs, labels=labels, use_cache=False).loss * len(batch["targets"])
         torch.testing.assert_close(CausalLMObjective(llama)(**batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def in_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Let the logits of so many tokens exist at once."""
+    monkeypatch.setattr(output_head, "LOGITS_AT_ONCE", tokens * VOCABULARY)
 
 
 @pytest.mark.parametrize("size", [1, 3, 10_000])
 def test_chunks_change_nothing(llama: LlamaForCausalLM, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = collate(rows(), pad_id=0)
-    objective = CausalLMObjective(llama, LabelTrie.build([[3]]))
+    batch = collate(rows(), pad_id=0, labels=LabelTrie.build([[3]]))
+    objective = CausalLMObjective(llama)
     expected, scores = objective(**batch), objective(**batch, score=True)
     theirs = gradients(llama, expected)
-    monkeypatch.setattr(objectives, "CHUNK", size)
+    in_chunks(monkeypatch, size)
     loss, again = objective(**batch), objective(**batch, score=True)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
     for name, gradient in gradients(llama, loss).items():
@@ -102,7 +110,7 @@ def test_chunks_reach_a_head_that_is_trained_alone(llama: LlamaForCausalLM, monk
         llama.requires_grad_(False)
         head.requires_grad_(True)
         for size in (10_000, 3):
-            monkeypatch.setattr(objectives, "CHUNK", size)
+            in_chunks(monkeypatch, size)
             head.grad = None
             CausalLMObjective(llama)(**batch).backward()
             assert head.grad is not None
@@ -156,13 +164,6 @@ def test_a_row_is_right_when_greedy_generation_gives_it(llama: LlamaForCausalLM)
 WORDS = [[5, 6, 1], [5, 7, 1], [8, 1], [8, 9, 1], [8, 9, 4, 1], [30, 1]]
 
 
-def test_the_trie_knows_what_may_follow() -> None:
-    assert LabelTrie.build([*WORDS, WORDS[0]]).next_tokens == {
-        (): [5, 8, 30], (5,): [6, 7], (5, 6): [1], (5, 7): [1],
-        (8,): [1, 9], (8, 9): [1, 4], (8, 9, 4): [1], (30,): [1],
-    }  # fmt: skip
-
-
 @torch.no_grad()
 def decoded_over_words(model: Any, prompt: Sequence[int]) -> tuple[list[int], bool]:
     """Decode greedily over whole words; return the word, and whether free decoding would have said it too."""
@@ -178,14 +179,14 @@ def decoded_over_words(model: Any, prompt: Sequence[int]) -> tuple[list[int], bo
 
 
 def test_among_labels_is_greedy_decoding_over_the_label_words(llama: LlamaForCausalLM) -> None:
-    objective = CausalLMObjective(llama, LabelTrie.build(WORDS))
+    objective, trie = CausalLMObjective(llama), LabelTrie.build(WORDS)
     prompts = [[first, second, 20] for first in range(0, 48, 6) for second in (3, 29)]
     said, as_free = [], 0
     for prompt in prompts:
         word, free = decoded_over_words(llama, prompt)
         said.append(WORDS.index(word))
         as_free += free
-        scores = objective(**collate([answered(prompt, other) for other in WORDS], pad_id=0), score=True)
+        scores = objective(**collate([answered(prompt, other) for other in WORDS], 0, trie), score=True)
         assert all_right(scores, scores.among_labels, len(WORDS)) == [other == word for other in WORDS]
         assert all_right(scores, scores.correct, len(WORDS)) == [free and other == word for other in WORDS]
     assert len(set(said)) >= 3, "the model always says the same word: this shows little"
