@@ -10,7 +10,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.models import load
 from glora_llm.plan.checks import check_float16, check_masters, merge_obstacle
 from glora_llm.plan.plan import Plan, batch_identity
-from glora_llm.schema import AdapterSection
+from glora_llm.plan.step_memory import without_start
 from glora_llm.search.space import space_of
 from glora_llm.training import checkpoint
 from glora_llm.training.deepspeed_config import resolve_deepspeed_config, zero_stage
@@ -31,7 +31,7 @@ def describe(plan: Plan, world: int) -> str:
         check_float16(recipe.training.deepspeed, stage)
     check_masters(recipe, dtype, stage)
     empty = load.meta_model(recipe.model, plan.base.folder)
-    model = inject(empty, _without_start(recipe.adapter), recipe.training.seed, plan.steps, plan.genome)
+    model = inject(empty, without_start(recipe.adapter), recipe.training.seed, plan.steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
@@ -62,9 +62,3 @@ def _describe_sharing(model: Any) -> list[str]:
         f"vlora      {count.total / 1e6:.3f} M of {count.dense / 1e6:.3f} M in the shared linears "
         f"({100 * count.share:.1f} %): bases {count.base / 1e6:.3f} M, increments {count.increments / 1e6:.3f} M"
     ]
-
-
-def _without_start(section: AdapterSection) -> AdapterSection:
-    """Leave out a start that PEFT computes from the weights (PiSSA, OLoRA): a model without weights has none."""
-    rest = {name: value for name, value in (section.peft or {}).items() if name != "init_lora_weights"}
-    return section.model_copy(update={"peft": rest or None})

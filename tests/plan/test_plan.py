@@ -174,7 +174,9 @@ def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.Capture
     before = {path.name for path in tmp_path.iterdir()}
     run.train(recipe, dry_run=True)
     text = capsys.readouterr().out
-    assert text == describe(make_plan(recipe, weights=False), world=1) + "\n"
+    described, _, memory = text.partition("\nmemory     ")
+    assert described == describe(make_plan(recipe, weights=False), world=1)
+    assert "(computed, not measured)" in memory
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
     model = "a new llama" if recipe.model.config else "embedded:tiny-llama"
     assert lines["model"].startswith(f"{model}, {recipe.model.quantization}, ")

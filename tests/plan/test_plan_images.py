@@ -42,7 +42,9 @@ def test_every_recipe_of_images_dry_runs(name: str, tmp_path: Path, capsys: pyte
     before = {path.name for path in tmp_path.iterdir()}
     run.train(recipe, dry_run=True)
     text = capsys.readouterr().out
-    assert text == describe(make_plan(recipe, weights=False), world=1) + "\n"
+    described, _, memory = text.partition("\nmemory     ")
+    assert described == describe(make_plan(recipe, weights=False), world=1)
+    assert "not computed for image classifiers" in memory
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
     assert re.fullmatch(rf"{recipe.adapter.method}, \d+\.\d+ M trained \(\d+\.\d+ %\)", lines["adapter"])
     assert ("vlora" in lines) == (recipe.vlora is not None)
