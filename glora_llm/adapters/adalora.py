@@ -1,63 +1,75 @@
-"""AdaLoRA (arXiv 2303.10512) asks two things of a training loop: an orthogonality penalty, a budget after each step.
+"""AdaLoRA (arXiv 2303.10512): an orthogonality penalty, and a budget of ranks that is divided anew after each step.
 
-PEFT computes both; here they are called at the right place, and what the allocator remembers goes into checkpoints.
+PEFT computes both. This calls them at the right place of the training loop, and keeps the state of PEFT's allocator.
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-STATE, PATTERN = "adalora.safetensors", "adalora.json"
+from glora_llm.schema import AdapterSection
+
+ALLOCATOR_TENSORS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # importance of each factor, its mean and its uncertainty
 
 
-class RankAllocation:
-    """The budget of one AdaLoRA model.
+class AdaLoRA:
+    """The budget of one AdaLoRA model, a `StatefulMethod`.
 
     Args:
         model: a PeftModel whose tuner is AdaLoRA.
     """
 
-    def __init__(self, model: Any):
+    name: ClassVar[str] = "adalora"
+    needs_whole_gradients: ClassVar[bool] = True
+
+    def __init__(self, model: Any) -> None:
         self.tuner = model.base_model
         self.config = model.peft_config[self.tuner.trainable_adapter_name]
-        self.step = 0
+        self.steps_done = 0
+
+    @staticmethod
+    def config_arguments(section: AdapterSection, steps: int) -> dict[str, Any]:
+        """Return the budget: from 1.5 r down to r on average, between a tenth and four fifths of the steps."""
+        return {
+            "target_r": section.rank,
+            "init_r": round(1.5 * section.rank),
+            "total_step": steps,
+            "tinit": steps // 10,
+            "tfinal": steps // 5,
+            "deltaT": max(1, steps // 100),
+        }
 
     def penalty(self) -> Tensor:
         """Return the weighted mean of |A A' - 1| and |B' B - 1| (Frobenius) over all factors, a scalar."""
         parts = []
         for layer in self.tuner.modules():
             if isinstance(getattr(layer, "lora_A", None), nn.ParameterDict):
-                parts += [_distance(a @ a.T) for a in layer.lora_A.values()]
-                parts += [_distance(b.T @ b) for b in layer.lora_B.values()]
+                parts += [_distance_to_identity(a @ a.T) for a in layer.lora_A.values()]
+                parts += [_distance_to_identity(b.T @ b) for b in layer.lora_B.values()]
         return float(self.config.orth_reg_weight) * torch.stack(parts).mean()
 
-    def allocate(self, *_: Any) -> None:
-        """Give the ranks to the layers that use them; called between the optimizer's step and zero_grad."""
-        self.step += 1
+    def step(self) -> None:
+        """Give the ranks to the layers that use them; nothing after a step that was skipped as not finite."""
+        self.steps_done += 1
         if any(p.requires_grad and p.grad is None for p in self.tuner.parameters()):
-            return  # the step was skipped: its gradient was not finite
-        self.tuner.update_and_allocate(self.step)
+            return
+        self.tuner.update_and_allocate(self.steps_done)
 
-    def save(self, folder: Path) -> None:
-        """Write what the allocator remembers."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the allocator's tensors as `KIND/PARAMETER`, the steps done and the ranks of each layer."""
         allocator = self.tuner.rankallocator
-        tensors = {f"{kind}/{name}": t.contiguous() for kind in MEMORY for name, t in getattr(allocator, kind).items()}
-        save_file(tensors, folder / STATE)
-        (folder / PATTERN).write_text(json.dumps({"step": self.step, "rank_pattern": self.config.rank_pattern or {}}))
+        tensors = {f"{kind}/{name}": t for kind in ALLOCATOR_TENSORS for name, t in getattr(allocator, kind).items()}
+        return tensors, {"step": self.steps_done, "rank_pattern": self.config.rank_pattern or {}}
 
-    def restore(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        for name, tensor in load_file(folder / STATE).items():
+    def load_state_dict(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Set the allocator to what `state_dict` returned."""
+        for name, tensor in tensors.items():
             kind, _, parameter = name.partition("/")
             getattr(self.tuner.rankallocator, kind)[parameter] = tensor
-        values = json.loads((folder / PATTERN).read_text())
-        self.step, self.config.rank_pattern = values["step"], values["rank_pattern"] or None
+        self.steps_done, self.config.rank_pattern = values["step"], values["rank_pattern"] or None
 
 
-def _distance(gram: Tensor) -> Tensor:
+def _distance_to_identity(gram: Tensor) -> Tensor:
+    """Return |G - 1| (Frobenius) of a Gram matrix (r, r)."""
     return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

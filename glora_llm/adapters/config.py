@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from glora_llm.adapters.stateful import STATEFUL_METHODS
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
@@ -17,13 +18,20 @@ from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
-def adapter_config(section: AdapterSection, seed: int, steps: int, classifier: nn.Module | None = None) -> Any:
+def adapter_config(
+    section: AdapterSection,
+    seed: int,
+    steps: int,
+    classifier: nn.Module | None = None,
+    genome: Genome | None = None,
+) -> Any:
     """Return the PEFT config of the section.
 
     Args:
         steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
         classifier: an image classifier; None: the model is a causal language model. PEFT knows no such task: the head
             is kept out of all-linear here, and trained in full unless adapter.modules_to_save says otherwise.
+        genome: the content of adapter.genome.
 
     Raises:
         UserError: for an unknown method, or an argument that its config does not have.
@@ -43,7 +51,7 @@ def adapter_config(section: AdapterSection, seed: int, steps: int, classifier: n
         return GLoRAConfig(
             slots=slots,
             paths={pattern: _plain(path) for pattern, path in path_patterns(section).items()},
-            genome=None if section.genome is None else genome_to_slots(read_genome(Path(section.genome))),
+            genome=None if genome is None else genome_to_slots(genome),
             supernet=(section.supernet or SupernetSection()).model_dump() if section.is_supernet else None,
             rank=section.rank,
             alpha=section.alpha,
@@ -99,9 +107,8 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         config_class, wanted = known[section.method], {}
     fields = {item.name for item in dataclasses.fields(config_class)}
     wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
-    if section.method == "adalora":
-        wanted |= {"target_r": section.rank, "init_r": round(1.5 * section.rank), "total_step": steps}
-        wanted |= {"tinit": steps // 10, "tfinal": steps // 5, "deltaT": max(1, steps // 100)}
+    if section.method in STATEFUL_METHODS:
+        wanted |= STATEFUL_METHODS[section.method].config_arguments(section, steps)
     if section.rank_stabilized:
         wanted["use_rslora"] = True
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})

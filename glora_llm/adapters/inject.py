@@ -10,15 +10,17 @@ from torch import nn
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRALinear
-from glora_llm.glora.path import (
-    PEFT_ROOT,
-)
+from glora_llm.glora.path import PEFT_ROOT, Genome
 from glora_llm.glora.supernet import require_known
 from glora_llm.schema import AdapterSection
 
 
-def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> Any:
+def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, genome: Genome | None = None) -> Any:
     """Return the base as a PeftModel whose only trainable parameters are the adapter's; method full: itself, trained.
+
+    Args:
+        steps: optimizer steps of the run.
+        genome: the content of adapter.genome; None: it is read here, if the section names one.
 
     Raises:
         UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
@@ -27,10 +29,12 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
         return base.requires_grad_(True)
     from peft import get_peft_model
 
+    if genome is None and section.genome is not None:
+        genome = read_genome(Path(section.genome))
     torch.manual_seed(seed)
     try:
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
-        config = adapter_config(section, seed, steps, None if is_language_model else base)
+        config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
         if config.is_prompt_learning:
             raise UserError(
                 f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
@@ -45,7 +49,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int) -> A
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
             "a whole: give every slot that is to be trained."
         )
-    _require_matches(model, section)
+    _require_matches(model, section, genome)
     return model
 
 
@@ -54,11 +58,11 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _require_matches(model: nn.Module, section: AdapterSection) -> None:
-    """Check that every pattern of adapter.paths matches a layer."""
+def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome | None) -> None:
+    """Check that every layer of a genome, and every pattern of adapter.paths, is of the model."""
     names = list(adapted_layers(model))
-    if section.genome is not None:
-        require_known(read_genome(Path(section.genome)), names)
+    if genome is not None:
+        require_known(genome, names)
     for pattern in path_patterns(section):
         if not any(re.search(pattern, name) for name in names):
             raise UserError(

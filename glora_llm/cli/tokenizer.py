@@ -44,7 +44,7 @@ def train_tokenizer(arguments: argparse.Namespace) -> int:
     from glora_llm.models import train_tokenizer as sentencepiece
 
     size = arguments.vocab_size
-    tables = [(name, locate(name, None, "train").read(documents=True).rows) for name in arguments.files]
+    tables = [(name, locate(name, None, "train", documents=True).read().rows) for name in arguments.files]
     texts = _texts(tables, arguments.column)
     with whole_folder(arguments.out) as folder:
         sentencepiece.train_tokenizer(texts, size, folder)

@@ -40,7 +40,7 @@ class ImageFolder:
             digest.update(f"{file.relative_to(self.folder)}\0{content}\0".encode())
         return digest.hexdigest()
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Return columns `image` (the file's path) and `label`; nothing is decoded yet."""
         rows = [{"image": {"bytes": None, "path": str(file)}, "label": number} for file, number in self.files()]
         return Table(rows, {"label": self.classes()})

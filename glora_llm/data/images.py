@@ -132,7 +132,7 @@ def _check_apart(sources: dict[Role, Sources]) -> None:
 
 
 def _build(folder: Path, settings: DataSection, sources: dict[Role, Sources], seed: int) -> None:
-    tables = {role: source.read(documents=False) for role, source in sources.items()}
+    tables = {role: source.read() for role, source in sources.items()}
     names = class_names(settings, tables)
     size = settings.images.size if settings.images else None
     own: dict[Role, Split[ImageExample]] = {}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from glora_llm.data.cache import cached, key_of
 from glora_llm.data.formats import Example, check_settings, readable
 from glora_llm.data.pack import pack
 from glora_llm.data.report import Report
-from glora_llm.data.sources import Role, Sources, locate_roles
+from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
@@ -62,7 +63,7 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
     """
     check_settings(settings)
     ends_of(tokenizer, settings)
-    sources = locate_roles(settings)
+    sources = _locate(settings)
     key = cache_key(settings, {role: s.fingerprint() for role, s in sources.items()}, tokenizer, seed)
     folder = cached(cache, key, lambda partial: _build(partial, settings, tokenizer, sources, seed))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -146,8 +147,13 @@ def _rows(
     return samples, pack(lengths, settings.max_tokens) if is_packed else [[n] for n in range(len(samples))]
 
 
+def _locate(settings: DataSection) -> dict[Role, Sources]:
+    """Return the sources of all roles; running text, which is split into rows, is read in long pieces."""
+    return locate_roles(settings, partial(locate, documents=settings.overlong == "split"))
+
+
 def _read_splits(settings: DataSection, sources: dict[Role, Sources], seed: int) -> list[Split[Example]]:
-    tables = {role: source.read(documents=settings.overlong == "split") for role, source in sources.items()}
+    tables = {role: source.read() for role, source in sources.items()}
     if settings.format == "classification" and settings.labels is None:
         column = (settings.columns or {}).get("label", "label")
         names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
@@ -165,7 +171,7 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
         UserError: as `prepare`; the function that is returned may raise it too.
     """
     check_settings(settings)
-    sources = locate_roles(settings)
+    sources = _locate(settings)
     parts = {
         "settings": settings.model_dump(mode="json", exclude=AFTER_TEXT),
         "content": {role: source.fingerprint() for role, source in sources.items()},

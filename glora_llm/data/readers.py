@@ -22,7 +22,7 @@ class Table:
     label_names: dict[str, list[str]] = field(default_factory=dict)
 
 
-def read_json(stream: IO[bytes], name: str, documents: bool) -> Table:
+def read_json(stream: IO[bytes], name: str) -> Table:
     """Read a list of objects, an object whose `data` is such a list, or one object a line (JSON lines).
 
     Raises:
@@ -33,7 +33,7 @@ def read_json(stream: IO[bytes], name: str, documents: bool) -> Table:
         parsed = json.loads(content)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return read_jsonl(io.BytesIO(content), name, documents)
+            return read_jsonl(io.BytesIO(content), name)
         raise UserError(f"{name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
         parsed = parsed["data"]
@@ -47,7 +47,7 @@ def read_json(stream: IO[bytes], name: str, documents: bool) -> Table:
     return Table(parsed)
 
 
-def read_jsonl(stream: IO[bytes], name: str, documents: bool) -> Table:
+def read_jsonl(stream: IO[bytes], name: str) -> Table:
     """Read one JSON object a line; empty lines do not count.
 
     Raises:
@@ -90,7 +90,7 @@ def _read_separated(stream: IO[bytes], name: str, separator: str) -> Table:
     return Table(rows)
 
 
-def read_csv(stream: IO[bytes], name: str, documents: bool) -> Table:
+def read_csv(stream: IO[bytes], name: str) -> Table:
     """Read comma-separated values with a header; every value is text.
 
     Raises:
@@ -99,7 +99,7 @@ def read_csv(stream: IO[bytes], name: str, documents: bool) -> Table:
     return _read_separated(stream, name, ",")
 
 
-def read_tsv(stream: IO[bytes], name: str, documents: bool) -> Table:
+def read_tsv(stream: IO[bytes], name: str) -> Table:
     """Read tab-separated values with a header; every value is text.
 
     Raises:
@@ -108,7 +108,7 @@ def read_tsv(stream: IO[bytes], name: str, documents: bool) -> Table:
     return _read_separated(stream, name, "\t")
 
 
-def read_parquet(stream: IO[bytes], name: str, documents: bool) -> Table:
+def read_parquet(stream: IO[bytes], name: str) -> Table:
     """Read a parquet file; the names of class labels come from the metadata that `datasets` writes.
 
     Raises:
@@ -127,18 +127,20 @@ def read_parquet(stream: IO[bytes], name: str, documents: bool) -> Table:
     return Table(table.to_pylist(), names)
 
 
-def read_txt(stream: IO[bytes], name: str, documents: bool) -> Table:
-    """Read text: a row for every line that is not blank or, with `documents`, for every 16 Ki characters or so.
+def read_lines(stream: IO[bytes], name: str) -> Table:
+    """Read plain text: a row for every line that is not blank."""
+    return Table([{"text": line.rstrip("\n")} for line in _decoded(stream) if line.strip()])
 
-    Documents end at a line's end, at a blank line where there is one; together they are the whole file.
+
+def read_documents(stream: IO[bytes], name: str) -> Table:
+    """Read plain text in long pieces: a row for every 16 Ki characters or so.
+
+    A piece ends at a line's end, at a blank line where there is one; together the pieces are the whole file.
     """
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None)
-    if not documents:
-        return Table([{"text": line.rstrip("\n")} for line in lines if line.strip()])
     rows: list[Row] = []
     held: list[str] = []
     size = 0
-    for line in lines:
+    for line in _decoded(stream):
         held.append(line)
         size += len(line)
         if size >= 2 * DOCUMENT_CHARS or (size >= DOCUMENT_CHARS and not line.strip()):
@@ -147,13 +149,17 @@ def read_txt(stream: IO[bytes], name: str, documents: bool) -> Table:
     return Table([row for row in [*rows, {"text": "".join(held)}] if row["text"].strip()])
 
 
-READERS: dict[str, Callable[[IO[bytes], str, bool], Table]] = {
+def _decoded(stream: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None)
+
+
+READERS: dict[str, Callable[[IO[bytes], str], Table]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
-    ".txt": read_txt,
+    ".txt": read_lines,
 }
 
 
@@ -163,11 +169,11 @@ def suffix(name: str) -> str:
     return f".{ending.lower()}" if dot and stem else ""
 
 
-def read_file(file: Traversable, documents: bool) -> Table:
+def read_file(file: Traversable, documents: bool = False) -> Table:
     """Return the rows of one file.
 
     Args:
-        documents: read a .txt file as a whole, in long pieces, instead of line by line.
+        documents: read a .txt file in long pieces instead of line by line.
 
     Raises:
         UserError: for an unknown ending, broken content, and text that is not UTF-8.
@@ -175,9 +181,10 @@ def read_file(file: Traversable, documents: bool) -> Table:
     ending = suffix(file.name)
     if ending not in READERS:
         raise UserError(f"Cannot read {file}: its ending should be one of {', '.join(READERS)}, and is '{ending}'")
+    read = read_documents if documents and ending == ".txt" else READERS[ending]
     try:
         with file.open("rb") as stream:
-            return READERS[ending](stream, str(file), documents)
+            return read(stream, str(file))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file}: not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); convert it, "

@@ -39,7 +39,7 @@ class GeneratedSource:
         """Return what names the images; a change of this file changes the key of prepared data by itself."""
         return hashlib.sha256(f"{self.name}\0{self.split}".encode()).hexdigest()
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Draw the images of the split."""
         seed = np.random.SeedSequence([list(TASKS).index(self.name), list(ROWS).index(self.split)])
         random = np.random.Generator(np.random.PCG64(seed))

@@ -25,9 +25,15 @@ DATA_FOLDER = "GLORA_DATA"
 
 @dataclass(frozen=True)
 class FileSource:
-    """Files that are read one after the other."""
+    """Files that are read one after the other.
+
+    Args:
+        files: in the order of their rows.
+        documents: read plain text in long pieces instead of line by line.
+    """
 
     files: tuple[Traversable, ...]
+    documents: bool = False
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the names and contents, in hexadecimal."""
@@ -40,21 +46,28 @@ class FileSource:
             digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
         return digest.hexdigest()
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Return the rows of all files.
 
         Raises:
             UserError: as `read_file`; when there is no row; when two files name their class numbers differently.
         """
-        return join((str(file), read_file(file, documents)) for file in self.files)
+        return join((str(file), read_file(file, self.documents)) for file in self.files)
 
 
 @dataclass(frozen=True)
 class EmbeddedSource:
-    """A split of a data set that the package ships: text, or columns `text` and `label`."""
+    """A split of a data set that the package ships: text, or columns `text` and `label`.
+
+    Args:
+        name: one of EMBEDDED.
+        split: one of its splits.
+        documents: read plain text in long pieces instead of line by line.
+    """
 
     name: str
     split: str
+    documents: bool = False
 
     @cached_property
     def _folder(self) -> Traversable:
@@ -68,9 +81,9 @@ class EmbeddedSource:
         """Return the SHA-256 of the split's file, in hexadecimal."""
         return FileSource((self._file,)).fingerprint()
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Return the rows; those of banking77 with its 77 intents as label names."""
-        rows = read_file(self._file, documents).rows
+        rows = read_file(self._file, self.documents).rows
         if self.name != "banking77":
             return Table(rows)
         names = json.loads((self._folder / "categories.json").read_text(encoding="utf-8"))
@@ -106,7 +119,7 @@ class HubSource:
         """
         return str(self._dataset._fingerprint)
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Return the rows of the split.
 
         Raises:
@@ -128,8 +141,8 @@ class Source(Protocol):
         """Return what changes when the content changes."""
         ...
 
-    def read(self, documents: bool) -> Table:
-        """Return the rows; `documents` reads plain text in long pieces."""
+    def read(self) -> Table:
+        """Return the rows."""
         ...
 
 
@@ -146,13 +159,13 @@ class Sources:
         """Return a SHA-256 over the fingerprints of the parts, in hexadecimal."""
         return hashlib.sha256("\0".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 
-    def read(self, documents: bool) -> Table:
+    def read(self) -> Table:
         """Return the rows of all parts.
 
         Raises:
             UserError: when a part cannot be read or holds no row, or two name their class numbers differently.
         """
-        return join((str(part), part.read(documents)) for part in self.parts)
+        return join((str(part), part.read()) for part in self.parts)
 
 
 def _candidates(name: str) -> list[Path]:
@@ -170,7 +183,7 @@ def _looks_like_file(name: str) -> bool:
     return suffix(name) in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _folder_files(folder: Path, split: str) -> FileSource:
+def _folder_files(folder: Path, split: str, documents: bool) -> FileSource:
     stems = next((names for names in SAME_SPLIT if split in names), (split,))
     pattern = re.compile(rf"({'|'.join(map(re.escape, stems))})(-\d+(-of-\d+)?)?\.[a-z]+", re.IGNORECASE)
     there = sorted(f for f in folder.iterdir() if f.is_file() and suffix(f.name) in READERS)
@@ -187,15 +200,16 @@ def _folder_files(folder: Path, split: str) -> FileSource:
             f"Folder {folder} has several files for split '{split}': {', '.join(f.name for f in files)}; "
             "name the ones you want: data.source=[FILE,FILE]"
         )
-    return FileSource(tuple(files))
+    return FileSource(tuple(files), documents)
 
 
-def locate(name: str, subset: str | None, split: str) -> Source:
+def locate(name: str, subset: str | None, split: str, documents: bool = False) -> Source:
     """Return the source called `name`: `embedded:NAME`, a file, a folder or, if there is none, a hub data set.
 
     Args:
         subset: configuration of a hub data set.
         split: split of a folder, a hub data set or an embedded one; a file has none.
+        documents: read plain text in long pieces instead of line by line.
 
     Raises:
         UserError: when there is no such file, embedded data set, or file of that split.
@@ -208,17 +222,17 @@ def locate(name: str, subset: str | None, split: str) -> Source:
         if split not in EMBEDDED[wanted]:
             raise UserError(f"embedded:{wanted} has no split '{split}'; there is: {', '.join(EMBEDDED[wanted])}."
                             f"{nearest(split, EMBEDDED[wanted])}")  # fmt: skip
-        return EmbeddedSource(wanted, split)
+        return EmbeddedSource(wanted, split, documents)
     path = find_path(name)
     if path is None and _looks_like_file(name):
         raise UserError(_missing(name))
     if path is None:
         return HubSource(name, subset, split)
     if path.is_dir():
-        return _folder_files(path, split)
+        return _folder_files(path, split, documents)
     if suffix(path.name) not in READERS:
         raise UserError(f"Cannot read {path}: its ending should be one of {', '.join(READERS)}")
-    return FileSource((path,))
+    return FileSource((path,), documents)
 
 
 def _missing(name: str) -> str:

@@ -38,25 +38,6 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
-def end_ids(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> list[int]:
-    """Return the ids that end a generated answer: the tokenizer's eos first, then those of generation_config.json.
-
-    Raises:
-        UserError: when there is none at all.
-    """
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    file = folder / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found += [listed] if isinstance(listed, int) else (listed or [])
-    if not found:
-        raise UserError(
-            f"No end token: the tokenizer in {folder} has no eos_token and generation_config.json names no "
-            "eos_token_id. Add one of them, else a trained model would never stop."
-        )
-    return list(dict.fromkeys(found))
-
-
 def _load_auto(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from glora_llm.adapters.inject import adapted_with_bias
+from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError
 from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.schema import Recipe
@@ -24,9 +25,9 @@ def check_combination(recipe: Recipe) -> None:
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
             "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
         )
-    if recipe.adapter.method == "adalora" and zero_stage(config) > 0:
+    if needs_whole_gradients(recipe.adapter) and zero_stage(config) > 0:
         raise UserError(
-            f"adapter.method adalora reads whole gradients after each step, which training.deepspeed "
+            f"adapter.method {recipe.adapter.method} reads whole gradients after each step, which training.deepspeed "
             f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
     if recipe.search is not None:

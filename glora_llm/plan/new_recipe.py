@@ -58,10 +58,10 @@ def look_at(source: str, base: str, task: str | None) -> Records:
     Raises:
         UserError: when nothing can be read, fewer than 4 records are there, or no format fits.
     """
-    table = locate(source, None, "train").read(documents=False)
+    table = locate(source, None, "train").read()
     found = detect(table.rows, table.label_names, task)
     if found.format == "text":  # what a run reads then: long pieces in place of lines
-        table = locate(source, None, "train").read(documents=True)
+        table = locate(source, None, "train", documents=True).read()
     elif len(table.rows) < 4:
         raise UserError(f"{source} holds {len(table.rows)} records; at least 4 are needed to train and to validate.")
     made, problem = examples(table.rows, found, table.label_names)

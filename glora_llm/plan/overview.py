@@ -31,7 +31,7 @@ def describe(plan: Plan, world: int) -> str:
         check_float16(recipe.training.deepspeed, stage)
     check_masters(recipe, dtype, stage)
     empty = load.meta_model(recipe.model, plan.base.folder)
-    model = inject(empty, without_start(recipe.adapter), recipe.training.seed, plan.steps)
+    model = inject(empty, without_start(recipe.adapter), recipe.training.seed, plan.steps, plan.genome)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)

@@ -5,11 +5,14 @@ Train, dry run, evaluate and merge all start from a `Plan`. Everything that a us
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from glora_llm.adapters.config import read_genome
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import UserError
+from glora_llm.glora.path import Genome
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
@@ -27,13 +30,23 @@ CHOICE = 41  # stream of the seeded choice of scored rows
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved recipe."""
+    """A resolved recipe.
+
+    Args:
+        recipe: as it was read and checked.
+        base: the base model's folder and identity.
+        task: the data and the loss.
+        sampler: the order of the training rows.
+        steps: optimizer steps of the run.
+        genome: the content of adapter.genome, if there is one.
+    """
 
     recipe: Recipe
     base: ResolvedModel
     task: Task
     sampler: GlobalSampler
     steps: int
+    genome: Genome | None = None
 
     def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
@@ -65,13 +78,14 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
         UserError: for anything in the recipe that cannot work.
     """
     check_combination(recipe)
+    genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     make_task = image_task if recipe.data.format == "images" else text_task
     base, task = make_task(recipe, weights)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, base, task, sampler, steps)
+    return Plan(recipe, base, task, sampler, steps, genome)
 
 
 def batch_identity(recipe: Recipe, world: int) -> str:

@@ -1,13 +1,13 @@
-"""What a run leaves: checkpoints, and what was trained, as an adapter folder or as a whole model."""
+"""Write checkpoints, and the final weights as an adapter folder or a whole model."""
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from glora_llm.adapters.adalora import RankAllocation
+from glora_llm.adapters.stateful import StatefulMethod, save_state
 from glora_llm.adapters.weights import save_adapter
 from glora_llm.merge.whole_model import write_model
 from glora_llm.plan.plan import Plan
@@ -16,69 +16,89 @@ from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
 
 
-@dataclass
-class Saver:
-    """Writes what was trained; one process writes, all give their parts.
+@dataclass(frozen=True)
+class Clock:
+    """The time that a run has taken, over all its launches.
 
     Args:
-        model: what `adapters.inject` returned.
-        allocation: AdaLoRA's, which keeps a state of its own; None for all else.
-        first: this rank writes.
-        facts: what trainer.json says beside the step: identity of the data, seconds so far.
+        began: seconds since the epoch at which this launch began.
+        earlier: seconds of the launches before, up to the checkpoint that this one goes on from.
+    """
+
+    began: float
+    earlier: float = 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds of this run so far."""
+        return self.earlier + time.time() - self.began
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes the trained weights; the first process writes, the others give their parts.
+
+    Args:
+        plan: of the run.
+        folder: of the run.
+        model: the model that `adapters.inject` returned.
+        method: the adapter method's own state, if it has one.
+        is_main_process: this process writes.
+        data_digest: SHA-256 of the training rows, which a resumed run must find again.
+        clock: of the run.
     """
 
     plan: Plan
     folder: RunFolder
     model: Any
-    allocation: RankAllocation | None
-    first: bool
-    facts: Callable[[], dict[str, Any]]
+    method: StatefulMethod | None
+    is_main_process: bool
+    data_digest: str
+    clock: Clock
 
-    def gathered(self, engine: Engine) -> dict[str, Tensor]:
-        """Return master weights and moments on the first rank; the others give theirs, keep nothing, and get {}."""
-        if self.first:
+    def gather(self, engine: Engine) -> dict[str, Tensor]:
+        """Return master weights and moments on the first process; the others give theirs, keep nothing, and get {}."""
+        if self.is_main_process:
             return dict(engine.state())
         for _ in engine.state():
             pass
         return {}
 
-    def checkpoint(self, engine: Engine, step: int) -> None:
+    def save_checkpoint(self, engine: Engine, step: int) -> None:
         """Write a checkpoint; a failed write is reported and training goes on with the older ones."""
-        tensors = self.gathered(engine)
-        if not self.first:
+        tensors = self.gather(engine)
+        if not self.is_main_process:
             return
-        training, keep = self.plan.recipe.training, self.plan.recipe.output.keep
-        trainer = {
-            "step": step,
-            "applied": engine.applied,
-            "loss_scale": engine.loss_scale.state(),
-            "samples": step * training.global_batch,
-            "seed": training.seed,
-            **self.facts(),
-        }
-        is_full = self.plan.recipe.adapter.is_full  # its masters are the model
+        is_full = self.plan.recipe.adapter.is_full  # its master weights are the model
+        write_adapter = None if is_full else lambda path: self._write_adapter(tensors, path)
         try:
-            checkpoint.write(
-                self.folder.checkpoints,
-                step,
-                tensors,
-                trainer,
-                None if is_full else lambda path: self._write_adapter(tensors, path),
-            )
-            checkpoint.rotate(self.folder.checkpoints, keep)
+            checkpoint.write(self.folder.checkpoints, step, tensors, self._trainer_state(engine, step), write_adapter)
+            checkpoint.rotate(self.folder.checkpoints, self.plan.recipe.output.keep)
         except OSError as error:
             print(
                 f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.",
                 flush=True,
             )
 
+    def _trainer_state(self, engine: Engine, step: int) -> dict[str, Any]:
+        """Return the content of trainer.json."""
+        training = self.plan.recipe.training
+        return {
+            "step": step,
+            "applied": engine.applied,
+            "loss_scale": engine.loss_scale.state(),
+            "samples": step * training.global_batch,
+            "seed": training.seed,
+            "data_digest": self.data_digest,
+            "seconds": self.clock.seconds(),
+        }
+
     @property
-    def written(self) -> bool:
-        """Whether what was trained lies in the run folder already."""
+    def is_written(self) -> bool:
+        """Tell whether the final weights are in the run folder already."""
         return self.folder.trained(self.plan.recipe).is_dir()
 
-    def result(self, tensors: dict[str, Tensor]) -> None:
-        """Write RUN/adapter, or RUN/model of a model that was trained as a whole."""
+    def save_result(self, tensors: dict[str, Tensor]) -> None:
+        """Write the final weights: RUN/adapter, or RUN/model of a model that was trained as a whole."""
         if self.plan.recipe.adapter.is_full:
             write_model(self.plan, self.model.config, tensors, self.folder.model)
         else:
@@ -87,5 +107,5 @@ class Saver:
     def _write_adapter(self, tensors: dict[str, Tensor], path: Path) -> None:
         base = self.plan.base
         save_adapter(self.model, tensors, path, str(base.folder) if base.name.startswith("embedded:") else base.name)
-        if self.allocation:
-            self.allocation.save(path)
+        if self.method is not None:
+            save_state(self.method, path)

@@ -60,7 +60,7 @@ def test_every_kind_of_source_gives_the_same_images(kind: str, prepared: Prepare
 def test_a_hub_data_set_is_read_as_its_parquet_file(tmp_path: Path) -> None:
     """`datasets` decodes images by itself; here their bytes are wanted."""
     write_parquet(tmp_path / "set" / "train.parquet", image_rows(), hub_features())
-    table = HubSource(str(tmp_path / "set"), None, "train").read(documents=False)
+    table = HubSource(str(tmp_path / "set"), None, "train").read()
     assert table.label_names == {"label": CLASSES}
     assert [row["img"]["bytes"] for row in table.rows] == [row["img"]["bytes"] for row in image_rows()]
 

@@ -37,7 +37,7 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
         datasets.Dataset.from_list(ROWS).to_parquet(str(path))
     else:
         write_rows(path, ROWS)
-    assert read_file(path, documents=False).rows == ROWS
+    assert read_file(path).rows == ROWS
 
 
 def test_parquet_states_the_names_of_classes(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_parquet_states_the_names_of_classes(tmp_path: Path) -> None:
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     datasets.Dataset.from_list([{"text": "a", "label": 1}], features=features).to_parquet(str(tmp_path / "a.parquet"))
-    table = read_file(tmp_path / "a.parquet", documents=False)
+    table = read_file(tmp_path / "a.parquet")
     assert (table.rows, table.label_names) == ([{"text": "a", "label": 1}], {"label": ["no", "yes"]})
 
 
@@ -53,7 +53,7 @@ def test_txt_by_line_and_as_documents(tmp_path: Path) -> None:
     content = "".join(f"line {n} of the text\n" + ("\n" if n % 7 == 0 else "") for n in range(3000))
     path = tmp_path / "a.txt"
     path.write_text(content)
-    lines = [row["text"] for row in read_file(path, documents=False).rows]
+    lines = [row["text"] for row in read_file(path).rows]
     assert lines == [line for line in content.splitlines() if line]
     documents = [row["text"] for row in read_file(path, documents=True).rows]
     assert "".join(documents) == content and len(documents) == 4
@@ -79,26 +79,26 @@ def test_txt_by_line_and_as_documents(tmp_path: Path) -> None:
 def test_broken_files(name: str, content: str, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=told):
-        read_file(tmp_path / name, documents=False)
+        read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl"])
 def test_text_that_is_not_utf8(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b'{"text": "stra\xdfe"}\n')
     with pytest.raises(UserError, match="0xdf"):
-        read_file(tmp_path / name, documents=False)
+        read_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "\n \n"), ("a.csv", "text\n"), ("a.json", "[]")])
 def test_files_without_rows(name: str, content: str, tmp_path: Path, settings: Settings) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="holds no rows"):
-        locate_training(settings(source=str(tmp_path / name))).read(documents=False)
+        locate_training(settings(source=str(tmp_path / name))).read()
 
 
 def test_several_files_are_one_data_set(tmp_path: Path, settings: Settings) -> None:
     names = [write_rows(tmp_path / f"{n}.jsonl", [{"text": n}]) for n in "ab"]
-    assert locate_training(settings(source=names)).read(documents=False).rows == [{"text": "a"}, {"text": "b"}]
+    assert locate_training(settings(source=names)).read().rows == [{"text": "a"}, {"text": "b"}]
     with pytest.raises(UserError, match="empty list"):
         locate_training(settings(source=[]))
 
@@ -110,10 +110,10 @@ def test_a_folder_has_splits(held: str, tmp_path: Path, settings: Settings) -> N
     for shard in (0, 1):
         write_rows(tmp_path / f"test-0000{shard}-of-00002.jsonl", [{"text": f"c{shard}"}])
     chosen = settings(source=str(tmp_path))
-    assert locate_training(chosen).read(False).rows == [{"text": "a"}]
+    assert locate_training(chosen).read().rows == [{"text": "a"}]
     for name in ("validation", "dev"):
-        assert locate_held_out(chosen, "validation", name).read(False).rows == [{"text": "b"}]
-    assert locate_held_out(chosen, "test", "test").read(False).rows == [{"text": "c0"}, {"text": "c1"}]
+        assert locate_held_out(chosen, "validation", name).read().rows == [{"text": "b"}]
+    assert locate_held_out(chosen, "test", "test").read().rows == [{"text": "c0"}, {"text": "c1"}]
     with pytest.raises(UserError, match="no file for split 'extra'"):
         locate_held_out(chosen, "test", "extra")
     with pytest.raises(UserError, match="is the one that is trained on"):
@@ -126,7 +126,7 @@ def test_a_folder_has_splits(held: str, tmp_path: Path, settings: Settings) -> N
 def test_a_held_out_file(tmp_path: Path, settings: Settings) -> None:
     chosen = settings(source=write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
     other = write_rows(tmp_path / "b.jsonl", [{"text": "b"}])
-    assert locate_held_out(chosen, "test", other).read(False).rows == [{"text": "b"}]
+    assert locate_held_out(chosen, "test", other).read().rows == [{"text": "b"}]
     with pytest.raises(UserError, match="is no file, and no split either"):
         locate_held_out(chosen, "test", "test")
 
@@ -136,7 +136,7 @@ def test_relative_paths_are_looked_up_below_glora_data(tmp_path: Path, monkeypat
     write_rows(tmp_path / "set" / "train.jsonl", [{"text": "a"}])
     monkeypatch.setenv("GLORA_DATA", str(tmp_path))
     for name in ("set", "set/train.jsonl"):
-        assert locate(name, None, "train").read(False).rows == [{"text": "a"}]
+        assert locate(name, None, "train").read().rows == [{"text": "a"}]
     with pytest.raises(UserError, match=r"There is no file .*Did you mean 'train\.jsonl'") as told:
         locate("set/trian.jsonl", None, "train")
     assert str(tmp_path) in str(told.value)
@@ -163,7 +163,7 @@ def test_what_load_dataset_returns_is_read(tmp_path: Path, monkeypatch: pytest.M
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
     source = HubSource(str(tmp_path / "set"), None, "train")
-    table = source.read(documents=False)
+    table = source.read()
     assert (table.rows, table.label_names) == (rows, {"label": ["no", "yes"]})
     assert source.fingerprint() == HubSource(str(tmp_path / "set"), None, "train").fingerprint()
     with pytest.raises(UserError, match="split 'tset'"):
@@ -171,7 +171,7 @@ def test_what_load_dataset_returns_is_read(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_embedded_banking77() -> None:
-    train, test = (locate("embedded:banking77", None, split).read(False) for split in ("train", "test"))
+    train, test = (locate("embedded:banking77", None, split).read() for split in ("train", "test"))
     assert (len(train.rows), len(test.rows)) == (10_003, 3_080)
     assert train.rows[0] == {"text": "I am still waiting on my card?", "label": "card_arrival"}
     names = train.label_names["label"]
@@ -197,7 +197,8 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 def test_the_embedded_text_is_three_parts_of_one() -> None:
-    parts = [locate("embedded:tinyshakespeare", None, split).read(True) for split in ("train", "validation", "test")]
+    splits = ("train", "validation", "test")
+    parts = [locate("embedded:tinyshakespeare", None, split, documents=True).read() for split in splits]
     texts = ["".join(row["text"] for row in table.rows) for table in parts]
     assert texts[0].startswith("First Citizen:\nBefore we proceed any further") and not parts[0].label_names
     assert all(text.endswith("\n\n") for text in texts)

@@ -7,7 +7,7 @@ import sentencepiece
 
 from glora_llm.errors import UserError
 from glora_llm.models.resolve import ResolvedModel
-from glora_llm.models.tokenizer import end_ids, load_tokenizer, pad_id
+from glora_llm.models.tokenizer import load_tokenizer, pad_id
 
 TEXTS = ["Hello  world", "a\n\n  indented line", "caf\u00e9 \u65e5\u672c \U0001f642", "x" * 50, " leading", "tail  "]
 
@@ -39,7 +39,7 @@ def test_byte_tokenizer(tiny: ResolvedModel) -> None:
     assert len(tokenizer) == 260 and tokenizer.is_fast
     assert len(ids) == 1 + 4 and ids[0] == tokenizer.bos_token_id  # like LLaMA it begins with one BOS
     assert tokenizer.decode(ids[1:]) == "Hi\u00e9"
-    assert (pad_id(tokenizer), end_ids(tokenizer, tiny.folder)) == (0, [3])
+    assert (pad_id(tokenizer), tokenizer.eos_token_id) == (0, 3)
 
 
 def test_chat_template_has_one_bos_and_ends_turns(tiny: ResolvedModel) -> None:
@@ -60,20 +60,6 @@ def test_pad_falls_back_to_eos_and_adds_no_token(tiny_copy: Path) -> None:
     assert pad_id(tokenizer) == tokenizer.eos_token_id
     tokenizer.eos_token = None
     assert pad_id(tokenizer) == 0
-
-
-@pytest.mark.parametrize(("listed", "expected"), [([7, 3], [3, 7]), (9, [3, 9]), (None, [3])])
-def test_end_ids_of_both_files(listed: object, expected: list[int], tiny_copy: Path) -> None:
-    (tiny_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    assert end_ids(load_tokenizer(tiny_copy), tiny_copy) == expected
-
-
-def test_no_end_token_at_all(tiny_copy: Path) -> None:
-    (tiny_copy / "generation_config.json").unlink()
-    tokenizer = load_tokenizer(tiny_copy)
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="would never stop"):
-        end_ids(tokenizer, tiny_copy)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -15,4 +15,4 @@ def train_scenario(recipe_name: str, overrides: list[str], folder: Path, process
     made = RunFolder(folder)
     if processes.is_main_process:
         made.write("recipe.yaml", recipe.dump(checked))
-    run.Run(make_plan(checked), made, processes).go()
+    run.train_plan(make_plan(checked), made, processes)

@@ -86,7 +86,7 @@ def go(folder: Path, overrides: list[str], processes: ranks.Processes) -> None:
     """Do what a launch does in `folder`; leave there what each rank drew."""
     drawn.clear()
     plan = make_plan(recipe.load("tiny_cpu_search", [*overrides, f"output.dir={folder}"]))
-    run.Run(plan, RunFolder(folder), processes).go()
+    run.train_plan(plan, RunFolder(folder), processes)
     (folder / f"draws-{processes.process_rank}.json").write_text(json.dumps(drawn))
 
 

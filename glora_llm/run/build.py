@@ -1,0 +1,139 @@
+"""Build what a run trains with: model, adapter, engine and saver, from the newest checkpoint where there is one."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
+from glora_llm.adapters.stateful import load_state, stateful_method
+from glora_llm.adapters.weights import load_start, trainables
+from glora_llm.errors import UserError
+from glora_llm.glora.path_sampler import Supernet
+from glora_llm.launch import ranks
+from glora_llm.launch.ranks import Processes
+from glora_llm.models import load
+from glora_llm.models.families import layers
+from glora_llm.plan.plan import Plan
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run.saving import Clock, Saver
+from glora_llm.training import checkpoint
+from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stage
+from glora_llm.training.engine import Engine
+from glora_llm.training.flops import ModelCost, measure_cost
+from glora_llm.training.optim import Trainable
+from glora_llm.vlora import vlora_layers
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """Everything that a run trains with, on one process.
+
+    Args:
+        model: the model that `adapters.inject` returned.
+        trained: number of its trained parameters.
+        engine: the model under DeepSpeed.
+        cost: floating-point operations of a step.
+        supernet: the layers whose paths are drawn; none where the recipe fixes the paths.
+        vlora_stack: the layers of a VLoRA model that is trained as a whole, else none.
+        saver: writes checkpoints and the final weights.
+        clock: of the run.
+        start: optimizer steps that are done already.
+    """
+
+    model: Any
+    trained: int
+    engine: Engine
+    cost: ModelCost
+    supernet: Supernet
+    vlora_stack: list[nn.Module]
+    saver: Saver
+    clock: Clock
+    start: int
+
+
+class Resumed(NamedTuple):
+    """The content of a checkpoint."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    trainer: dict[str, Any]
+
+
+def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
+    """Load the base, inject the adapter, read the newest checkpoint, and start the engine.
+
+    Raises:
+        UserError: when the checkpoint is of other parameters or other data, or the disk has no room for another.
+    """
+    began, recipe, device = time.time(), plan.recipe, processes.device
+    data_digest = plan.task.train.digest()  # reads all training data: once a launch
+    zero3 = zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 3
+    base = load.load_base(recipe.model, plan.base.folder, device, zero3)
+    model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
+    items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)
+    trained = sum(item.parameter.numel() for item in items)
+    size = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
+    checkpoint.require_space(folder.checkpoints, size, recipe.output.keep)
+
+    dtype, bare = load.compute_dtype(recipe.model, device), without_adapter(model)
+    cost = measure_cost(bare, base.config, dtype, device, plan.task.causal)
+    resumed = _read_checkpoint(plan, folder, processes, [item.name for item in items], data_digest)
+    _set_weights(items, resumed, recipe.adapter.weights)
+
+    method = stateful_method(model, recipe.adapter)
+    penalty = method.penalty if method else None
+    engine = Engine(plan.task.objective(bare), items, recipe.training, dtype, device, penalty)
+    if method is not None:
+        update_state = method.step
+        engine.adam.optimizer.register_step_post_hook(lambda *_: update_state())
+    start, clock = 0, Clock(began)
+    if resumed is not None:
+        start, clock = int(resumed.trainer["step"]), Clock(began, resumed.trainer["seconds"])
+        engine.restore(resumed.tensors, resumed.trainer["applied"], resumed.trainer.get("loss_scale", {}))
+        if method is not None:
+            load_state(method, resumed.folder / "adapter")
+    saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock)
+    vlora_stack = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
+    return TrainingParts(
+        model, trained, engine, cost, _supernet(plan, model, processes), vlora_stack, saver, clock, start
+    )
+
+
+def _read_checkpoint(
+    plan: Plan, folder: RunFolder, processes: Processes, names: list[str], data_digest: str
+) -> Resumed | None:
+    """Let the first process choose and verify the checkpoint; return its content, or None at a new start."""
+    newest = checkpoint.newest(folder.checkpoints) if processes.is_main_process else None
+    found = ranks.broadcast(newest, processes.device)
+    if found is None and plan.recipe.output.resume == "must":
+        raise UserError(f"output.resume is must, and {folder.checkpoints} has no complete checkpoint.")
+    if found is None:
+        return None
+    tensors, trainer = checkpoint.read(found, names)
+    if trainer["data_digest"] != data_digest:
+        raise UserError(
+            f"The training rows differ from those that {found} was trained on: {plan.recipe.data.source} has changed "
+            "since. Put the data back, or choose another output.dir."
+        )
+    return Resumed(found, tensors, trainer)
+
+
+def _set_weights(items: Sequence[Trainable], resumed: Resumed | None, adapter: str | None) -> None:
+    """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start."""
+    if resumed is not None:
+        for item in items:
+            item.parameter.data.copy_(resumed.tensors[f"master/{item.name}"])
+    elif adapter is not None:
+        load_start(list(items), Path(adapter))
+
+
+def _supernet(plan: Plan, model: nn.Module, processes: Processes) -> Supernet:
+    """Return the layers whose paths are drawn; none of them where the recipe fixes the paths."""
+    adapter = plan.recipe.adapter
+    drawn, section = adapted_layers(model) if adapter.is_supernet else {}, adapter.supernet
+    process_rank = processes.process_rank if section and section.draws == "per_rank" else None
+    return Supernet(drawn, plan.recipe.training.seed, process_rank)
