@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from glora_llm import __version__
-from glora_llm.cli import evaluate, init, merge, recipes, search, tokenizer, train, vlora
+from glora_llm.cli import evaluate, init, merge, recipes, search, tokenizer, train, vlora, watch
 from glora_llm.errors import CheckFailed, UserError
 
 FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
 SECONDS_FOR_THE_FIRST_RANK = 10
-COMMANDS = (init, train, merge, search, evaluate, vlora, tokenizer, recipes)  # in the order of the help text
+COMMANDS = (init, train, watch, merge, search, evaluate, vlora, tokenizer, recipes)  # in the order of the help text
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.
