@@ -108,7 +108,7 @@ def fit(
             log.progress(done, values)
         if hooks.validate is not None and schedule.due(done, schedule.validate_every):
             last_validation = hooks.validate(done)
-            log.scalars(done, last_validation)
+            log.scores(done, last_validation)
         stopping = bool(engine.total(hooks.told_to_end()))
         if (stopping or schedule.due(done, output.save_every)) and not bad:
             log.flush()

@@ -11,6 +11,25 @@ from tqdm import tqdm
 
 from glora_llm.atomic import write_text
 
+SECONDS_BETWEEN_LINES = 5.0  # where there is no progress bar
+
+
+def charts(unit: str) -> dict[str, dict[str, list[Any]]]:
+    """Return the page that TensorBoard's tab Custom Scalars shows first: title -> curves by name.
+
+    Args:
+        unit: of the throughput, `tokens` or `patches`.
+    """
+    return {
+        "training": {
+            "loss": ["Multiline", ["train/loss", "validation/loss"]],
+            "validation scores": ["Multiline", [r"validation/(?!loss|perplexity).*"]],
+            "learning rate": ["Multiline", ["train/lr"]],
+            "throughput": ["Multiline", [f"speed/{unit}_per_second"]],
+            "gradient norm": ["Multiline", ["train/grad_norm"]],
+        }
+    }
+
 
 class MetricLog:
     """Writes the metrics of a run.
@@ -32,6 +51,7 @@ class MetricLog:
         self.file = folder / "metrics.jsonl"
         self._forget_from(start)
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.tensorboard.add_custom_scalars(charts(unit))
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not self.terminal, smoothing=0.1)
         self.last_line = 0.0
@@ -60,6 +80,11 @@ class MetricLog:
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
+    def scores(self, step: int, values: dict[str, float]) -> None:
+        """Log scores such as `validation/loss`, and print them on one line."""
+        self.scalars(step, values)
+        self.say(f"step {step}/{self.total}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
         if self.enabled:
@@ -75,11 +100,16 @@ class MetricLog:
         """Move the bar, or print a line at most every five seconds (always the first and the last)."""
         if not self.enabled:
             return
-        brief = f"loss {values['train/loss']:.4f}, {values[f'speed/{self.unit}_per_second']:.0f} {self.unit}/s"
+        brief = (
+            f"loss {values['train/loss']:.4f}, lr {values['train/lr']:.2e}, grad norm {values['train/grad_norm']:.3g}, "
+            f"{values[f'speed/{self.unit}_per_second']:.0f} {self.unit}/s"
+        )
         self.bar.set_postfix_str(brief, refresh=False)
         self.bar.update(step - self.bar.n)
         now = time.monotonic()
-        if not self.terminal and (now - self.last_line >= 5 or step in (self.start + 1, self.total)):
+        if not self.terminal and (
+            now - self.last_line >= SECONDS_BETWEEN_LINES or step in (self.start + 1, self.total)
+        ):
             left = (self.total - step) * values["speed/seconds_per_step"]
             print(f"step {step}/{self.total}: {brief}, {_clock(left)} left", flush=True)
             self.last_line = now

@@ -13,8 +13,13 @@ from glora_llm.training.metric_log import MetricLog
 
 
 def values(step: int, run: int = 0) -> dict[str, float]:
-    return {"train/loss": 5.0 - step / 8 + run, "train/lr": step / 16, "speed/tokens_per_second": 100.0 + step,
-            "speed/seconds_per_step": 0.5}  # fmt: skip
+    return {
+        "train/loss": 5.0 - step / 8 + run,
+        "train/lr": step / 16,
+        "train/grad_norm": 0.5,
+        "speed/tokens_per_second": 100.0 + step,
+        "speed/seconds_per_step": 0.5,
+    }
 
 
 def log_steps(folder: Path, start: int, stop: int, run: int = 0) -> None:
@@ -137,12 +142,23 @@ def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_prints_the_first_and_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_prints_the_first_and_the_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not a terminal: lines, at most one every five seconds in between."""
+    monkeypatch.setattr("glora_llm.training.metric_log.SECONDS_BETWEEN_LINES", math.inf)
     log = MetricLog(tmp_path, 2, total=8, enabled=True)
     for step in range(3, 9):
         log.progress(step, values(step))
     log.close()
     first, last = capsys.readouterr().out.splitlines()
-    assert first == "step 3/8: loss 4.6250, 103 tokens/s, 0:02 left"
-    assert last == "step 8/8: loss 4.0000, 108 tokens/s, 0:00 left"
+    assert first == "step 3/8: loss 4.6250, lr 1.88e-01, grad norm 0.5, 103 tokens/s, 0:02 left"
+    assert last == "step 8/8: loss 4.0000, lr 5.00e-01, grad norm 0.5, 108 tokens/s, 0:00 left"
+
+
+def test_scores_are_printed_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricLog(tmp_path, 0, total=8, enabled=True)
+    log.scores(4, {"validation/loss": 1.5, "validation/exact_match": 0.25})
+    log.close()
+    assert capsys.readouterr().out == "step 4/8: validation/loss 1.5000, validation/exact_match 0.2500\n"
+    assert series(tmp_path, "validation/exact_match") == {4: 0.25}
