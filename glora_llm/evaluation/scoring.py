@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged
-from glora_llm.launch.device import choose_device
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -151,9 +150,9 @@ def passes_of(plan: Plan, model: Any) -> Passes:
 
     def score(batch: Batch) -> Any:
         with torch.no_grad():
-            return objective(**to_device(batch, choose_device()), score=True)
+            return objective(**to_device(batch, model.device), score=True)
 
-    return Passes(score, lambda batch: objective(**to_device(batch, choose_device())))
+    return Passes(score, lambda batch: objective(**to_device(batch, model.device)))
 
 
 def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:

@@ -1,37 +1,80 @@
-"""Load what a run trained, or the model that it was merged into, for scoring in a single process."""
+"""Load what a run trained, or the model that it was merged into, for a single process.
 
+A model whose weights would take more than 0.8 of a GPU's free memory is not loaded whole: its layers are read one by
+one as they are called (`evaluation.streamed`), or, where that cannot be done, it computes on the CPU.
+"""
+
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import glora_llm.glora  # noqa: F401 - registers the tuner
 from glora_llm.errors import UserError
+from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.launch.device import choose_device
 from glora_llm.models.families import auto_class
+from glora_llm.models.fingerprint import weight_files
+from glora_llm.models.load import compute_dtype, linear_names, load_base, meta_model
+from glora_llm.models.quantised import quantised_linear
 from glora_llm.plan.plan import Plan
+from glora_llm.schema import ModelSection
 
 NOT_ENDED = "holds no model: the run has not ended. Train on, or name a checkpoint by --step."
+MOST_OF_FREE = 0.8  # of a GPU's free memory, for weights; the rest is for what is computed
+BYTES_QUANTISED = {"int8": 1.0, "nf4": 0.57, "fp4": 0.57}  # a weight, the scales of its block included
 
 
-def load_adapted(plan: Plan, adapter: Path) -> Any:
+def load_adapted(plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gradients: bool = False) -> Any:
     """Return the base as it was trained on, with the adapter of that folder; or the model that was trained as a whole.
+
+    Args:
+        dtype: what the base computes in; None: what the recipe says.
+        gradients: they will be asked for, so the weights must be there in a backward pass too.
 
     Raises:
         UserError: when the folder holds nothing that was trained.
     """
     from peft import PeftModel
 
-    import glora_llm.glora  # noqa: F401 - registers the tuner
-    from glora_llm.models.load import load_base
-
+    folder, section = _trained_base(plan, adapter), _in_dtype(plan.recipe.model, dtype)
+    where = choose_device()
+    if not fits(weight_bytes(section, folder, where), where):
+        streamed = None if gradients else stream_adapted(plan, adapter, where, dtype)
+        if streamed is not None:
+            return streamed
+        where = torch.device("cpu")
+    base = load_base(section, folder, where, zero3=False)
     if plan.recipe.adapter.is_full:
-        if not (adapter / "config.json").is_file():
-            raise UserError(f"{adapter} {NOT_ENDED}")
-        return load_base(plan.recipe.model, adapter, choose_device(), zero3=False)
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
-    base = load_base(plan.recipe.model, plan.base.folder, choose_device(), zero3=False)
-    return PeftModel.from_pretrained(base, str(adapter)).get_base_model().eval()
+        return base
+    return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).get_base_model().eval()
+
+
+def stream_adapted(
+    plan: Plan, adapter: Path, where: torch.device, dtype: torch.dtype | None = None, title: str = ""
+) -> Any | None:
+    """Return the model of `load_adapted` with its weights read layer by layer; None where that cannot be done.
+
+    Args:
+        title: of a progress bar over the layers of a forward pass; empty: no bar.
+
+    Raises:
+        UserError: when the folder holds nothing that was trained.
+    """
+    from peft import PeftModel
+
+    folder, section = _trained_base(plan, adapter), plan.recipe.model
+    dtype = dtype or compute_dtype(section, where)
+    hollow = hollow_model(folder, dtype, where)
+    if hollow is None:
+        return None
+    model = hollow.model
+    if not plan.recipe.adapter.is_full:
+        model = PeftModel.from_pretrained(model, str(adapter), torch_device=str(where)).get_base_model().eval()
+    quantise = partial(quantised_linear, section=section, dtype=dtype, device=where)
+    WeightStream(hollow, None if section.quantization == "none" else quantise, title)
+    return model
 
 
 def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -40,12 +83,68 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: when the folder holds no model.
     """
+    config, where = _merged_config(folder), choose_device()
+    if not fits(sum(file.stat().st_size for file in weight_files(folder)), where):
+        streamed = stream_merged(folder, where)
+        if streamed is not None:
+            return streamed
+        where = torch.device("cpu")
+    chosen: Any = dtype or ("auto" if where.type == "cuda" else torch.float32)
+    return auto_class(config.model_type).from_pretrained(folder, dtype=chosen, local_files_only=True).to(where).eval()
+
+
+def stream_merged(folder: Path, where: torch.device, title: str = "") -> Any | None:
+    """Return the model of `load_merged` with its weights read layer by layer; None where that cannot be done.
+
+    Args:
+        title: of a progress bar over the layers of a forward pass; empty: no bar.
+
+    Raises:
+        UserError: when the folder holds no model.
+    """
+    config = _merged_config(folder)
+    hollow = hollow_model(folder, config.dtype if where.type == "cuda" else torch.float32, where)
+    if hollow is None:
+        return None
+    WeightStream(hollow, title=title)
+    return hollow.model
+
+
+def fits(size: int, where: torch.device) -> bool:
+    """Tell whether weights of `size` bytes leave room for computing on a GPU; what a CPU has is not asked."""
+    return where.type != "cuda" or size <= MOST_OF_FREE * torch.cuda.mem_get_info(where)[0]
+
+
+def weight_bytes(section: ModelSection, folder: Path, where: torch.device) -> int:
+    """Return the bytes of a base's weights once they are loaded as the section says, estimated from their shapes."""
+    model, each = meta_model(section, folder), compute_dtype(section, where).itemsize
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if section.quantization == "none":
+        return numbers * each
+    quantised = sum(model.get_submodule(name).weight.numel() for name in linear_names(model))
+    return int((numbers - quantised) * each + quantised * BYTES_QUANTISED[section.quantization])
+
+
+def _trained_base(plan: Plan, adapter: Path) -> Path:
+    """Return the folder of the weights that are loaded: of the base, or of the model that was trained as a whole."""
+    if plan.recipe.adapter.is_full:
+        if not (adapter / "config.json").is_file():
+            raise UserError(f"{adapter} {NOT_ENDED}")
+        return adapter
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
+    return plan.base.folder
+
+
+def _in_dtype(section: ModelSection, dtype: torch.dtype | None) -> ModelSection:
+    return section if dtype is None else section.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _merged_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
         )
-    chosen: Any = dtype or ("auto" if choose_device().type == "cuda" else torch.float32)
-    kind = auto_class(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
-    return kind.from_pretrained(folder, dtype=chosen, local_files_only=True).to(choose_device()).eval()
+    return AutoConfig.from_pretrained(folder, local_files_only=True)

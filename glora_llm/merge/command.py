@@ -1,25 +1,40 @@
 """`glora-llm merge RUN --out DIR`: write, reload with plain transformers, compare, report."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from glora_llm.atomic import require_new
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
-from glora_llm.evaluation.trained import load_adapted, load_merged
+from glora_llm.evaluation.trained import fits, load_merged, weight_bytes
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
-from glora_llm.merge.verify import Answers, MergeReport, answers, compare, comparison_batches, require_within
+from glora_llm.merge.verify import (
+    Answers,
+    adapted_model,
+    answers,
+    compare,
+    comparison_batches,
+    merged_model,
+    require_within,
+)
 from glora_llm.merge.whole_model import trained_model, write_dense
 from glora_llm.models.load import load_base
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
-from glora_llm.schema import MergeSection
 from glora_llm.training import checkpoint
+
+REPORT = "merge_report.json"
 
 
 def merge_run(
@@ -31,7 +46,7 @@ def merge_run(
     step: int | None = None,
     genome: Path | None = None,
 ) -> None:
-    """Merge or export what a run trained, compare the result with the unmerged model, and write merge_report.json.
+    """Merge or export what a run trained, verify it against the unmerged model, and write merge_report.json.
 
     Args:
         run: the run folder.
@@ -57,26 +72,18 @@ def merge_run(
     quantize = quantize or plan.recipe.merge.quantize
     if to == "lora" and (dtype or quantize == "nf4"):
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
-    if out.exists():
-        raise UserError(f"{out} exists already; name a new folder, or delete it.")
+    require_new(out)
     wanted = dtype or plan.recipe.merge.dtype
-    batches, text = comparison_batches(plan)
-    with trained_model(plan, folder.model, found) if is_full else nullcontext(adapter) as trained:
-        if is_full:
-            write_dense(plan, trained, out, wanted)
-        elif to == "lora":
-            write_lora(plan, trained, out, base_dtype)
-        else:
-            write_merged(plan, trained, out, base_dtype, wanted)
-        before = answers(lambda: load_adapted(plan, trained), plan.task, batches)
-    after = answers(lambda: load_adapted(plan, out) if to == "lora" else load_merged(out), plan.task, batches)
-    report = compare(before, after, text)
-    values = report.as_dict()
-    if to == "model" and quantize == "nf4":
-        values["requantised"] = _requantise(plan, out, batches, before)
-    (out / "merge_report.json").write_text(json.dumps(values, indent=1) + "\n")
-    _print(values, out, plan.task.scored)
-    _require_within(report, plan.recipe.merge, out)
+    with exact_float32(), trained_model(plan, folder.model, found) if is_full else nullcontext(adapter) as trained:
+        with published(out) as working:
+            if is_full:
+                write_dense(plan, trained, working, wanted)
+            elif to == "lora":
+                write_lora(plan, trained, working, base_dtype)
+            else:
+                write_merged(plan, trained, working, base_dtype, wanted)
+            values = _verify(plan, trained, working, base_dtype, to, quantize)
+        _print(values, out, plan.task.scored)
     usual = (
         genome is None
         and to == "model"
@@ -88,15 +95,69 @@ def merge_run(
         folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
 
-def _require_within(report: MergeReport, bounds: MergeSection, out: Path) -> None:
-    """Check the bounds; what fails them is kept under another name, so that nobody takes it for good."""
+def _verify(plan: Plan, trained: Path, out: Path, base_dtype: torch.dtype, to: str, quantize: str) -> dict[str, Any]:
+    """Compare what was written with the unmerged model, write merge_report.json, and check the recipe's bounds.
+
+    Raises:
+        CheckFailed: outside of the bounds.
+    """
+    batches, text = comparison_batches(plan)
+    before = answers(partial(adapted_model, plan, trained, base_dtype, "unmerged"), plan.task, batches)
+    if to == "lora":
+        after = answers(partial(adapted_model, plan, out, base_dtype, "exported"), plan.task, batches)
+    else:
+        after = answers(partial(merged_model, out), plan.task, batches)
+    report = compare(before, after, text)
+    values = report.as_dict()
+    if to == "model" and quantize == "nf4":
+        values["requantised"] = _requantise(plan, out, batches, before)
+    (out / REPORT).write_text(json.dumps(values, indent=1) + "\n")
+    require_within(report, plan.recipe.merge)
+    return values
+
+
+@contextlib.contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """Give a folder to write and to verify in; it gets the name `out` when both are done.
+
+    A folder that was written and could not be verified, or failed, is kept as OUT.failed, with a report that says why.
+
+    Raises:
+        CheckFailed: when verification fails, or there is not enough memory for it.
+    """
+    working, failed = out.with_name(f".merging-{out.name}"), out.with_name(f"{out.name}.failed")
+    shutil.rmtree(working, ignore_errors=True)
     try:
-        require_within(report, bounds)
-    except CheckFailed as error:
-        failed = out.with_name(f"{out.name}.failed")
+        yield working
+    except BaseException as error:
+        if not working.exists():
+            raise
         shutil.rmtree(failed, ignore_errors=True)
-        out.rename(failed)
-        raise CheckFailed(f"{error} It is in {failed}.") from None
+        working.rename(failed)
+        if not (failed / REPORT).exists():
+            said = f"not verified: {type(error).__name__}: {error}"
+            (failed / REPORT).write_text(json.dumps({"error": said}, indent=1) + "\n")
+        if isinstance(error, CheckFailed | UserError):
+            raise type(error)(f"{error} It is in {failed}.") from None
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise CheckFailed(
+                f"There was not enough memory to verify the result, which is in {failed}: {error} Free some memory and "
+                "merge again; DS_ACCELERATOR=cpu keeps the merge off the GPU."
+            ) from error
+        error.add_note(f"What was written could not be verified. It is in {failed}.")
+        raise
+    working.rename(out)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Let products of float32 matrices be float32 products on a GPU too, whatever training allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _checkpoint(folder: RunFolder, step: int) -> Path:
@@ -117,7 +178,9 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
     shutil.rmtree(quantised, ignore_errors=True)
 
     def load() -> Any:
-        model = load_base(section, out, choose_device(), zero3=False)
+        where = choose_device()
+        where = where if fits(weight_bytes(section, out, where), where) else torch.device("cpu")
+        model = load_base(section, out, where, zero3=False)
         model.config.use_cache = True
         model.save_pretrained(quantised)
         return model.eval()

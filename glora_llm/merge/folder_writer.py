@@ -45,7 +45,7 @@ class FolderWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor."""
-        tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        tensor = (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).cpu()
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._bytes + size > self.limit:
             self._flush()

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from glora_llm.adapters.inject import inject
 from glora_llm.errors import UserError
+from glora_llm.evaluation.trained import fits
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.path import PEFT_ROOT
-from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.launch.device import choose_device
+from glora_llm.merge.frozen import trained_weight
 from glora_llm.models.load import linear_names, meta_model
+from glora_llm.models.stored import StoredTensors
 from glora_llm.schema import Recipe
 from glora_llm.vlora import to_dense
+
+FLOAT32_COPIES = 6  # matrices of a layer's size that the arithmetic of a merge holds at once
 
 
 class AdapterLayers:
@@ -64,9 +69,15 @@ class AdapterLayers:
             raise UserError(f"{adapter} does not fit the recipe: it lacks {lacking[0]}.")
 
     def trained_weight(self, name: str, stored: StoredTensors, dtype: torch.dtype) -> Tensor:
-        """Return what the linear `name` computed with in training, float32 (the output head is never quantised)."""
+        """Return what the linear `name` computed with in training, float32 (the output head is never quantised).
+
+        It lies on the GPU where there is one with room for the arithmetic, else on the CPU.
+        """
         weight = stored.get(f"{name}.weight")
-        return trained_weight(weight, self.section, dtype) if name in self.decoder else weight.to(dtype).float()
+        where = merge_device(weight.numel())
+        if name in self.decoder:
+            return trained_weight(weight, self.section, dtype, where)
+        return weight.to(where, dtype).float()
 
     def replaced(self, name: str) -> Tensor | None:
         """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
@@ -74,25 +85,33 @@ class AdapterLayers:
 
     @torch.no_grad()
     def merged(self, name: str, w0: Tensor, b0: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return weight (O, I) and bias (O) of the linear `name` with the adapter in it, in float32.
+        """Return weight (O, I) and bias (O) of the linear `name` with the adapter in it, in float32, on w0's device.
 
         Raises:
             UserError: when a value is not finite.
         """
         layer = self.layers[name]
         b0 = self.weights.get(f"{PEFT_ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
-        empty = layer.base_layer
-        layer.base_layer = dense_linear(w0.float(), None if b0 is None else b0.float(), torch.float32)
+        hollow = layer.base_layer
+        layer.base_layer = dense_linear(w0, None if b0 is None else b0.to(w0.device, w0.dtype), torch.float32)
+        layer.to(w0.device)  # the adapter's own tensors
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
         linear: nn.Linear = layer.get_base_layer()
         weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
-        layer.base_layer, layer.merged_adapters = empty, []
+        layer.base_layer, layer.merged_adapters = hollow, []
         if hasattr(layer, "_unmerged"):
             layer._unmerged = None
+        layer.to("cpu")
         return weight, bias
+
+
+def merge_device(numbers: int) -> torch.device:
+    """Return where a matrix of that many numbers is merged: the GPU when it has the room, else the CPU."""
+    where = choose_device()
+    return where if fits(FLOAT32_COPIES * 4 * numbers, where) else torch.device("cpu")
 
 
 def _hollow(model: nn.Module) -> nn.Module:

@@ -17,8 +17,8 @@ from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.path import PEFT_ROOT, LayerPath
-from glora_llm.merge.frozen import stored_tensors
 from glora_llm.merge.layers import AdapterLayers
+from glora_llm.models.stored import stored_tensors
 from glora_llm.plan.plan import Plan
 
 
@@ -39,7 +39,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
     stored, tensors, ranks = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype), {}, {}
     with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
     for name, layer in tqdm(layers.layers.items(), desc="export", disable=None, unit="layer"):
-        w0 = layers.trained_weight(name, stored, base_dtype)
+        w0 = layers.trained_weight(name, stored, base_dtype).cpu()
         b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
         up, down, bias = as_lora(w0, b0, layer.slots("default"))
         tensors[f"{PEFT_ROOT}{name}.lora_A.weight"], tensors[f"{PEFT_ROOT}{name}.lora_B.weight"] = up, down

@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glora_llm.errors import CheckFailed
+from glora_llm.evaluation.trained import load_adapted, load_merged, stream_adapted, stream_merged
 from glora_llm.launch.device import choose_device
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import MergeSection
@@ -51,15 +53,30 @@ class MergeReport:
 def comparison_batches(plan: Plan) -> tuple[list[Batch], str]:
     """Return batches of held-out rows (of training rows where none are held out), and what they are in words."""
     rows = plan.task.validation or plan.task.test or plan.task.train
-    batches = plan.task.comparison(rows, plan.choice(rows, None))
-    return batches, f"{len(batches)} {rows.name} rows"
+    batches, count = plan.task.comparison(rows, plan.choice(rows, None))
+    return batches, f"{count} {rows.name} rows"
+
+
+def adapted_model(plan: Plan, adapter: Path, dtype: torch.dtype, title: str) -> Any:
+    """Return the unmerged model, in memory layer by layer where its files allow that.
+
+    Args:
+        dtype: what the base was computed in when the adapter was trained.
+        title: of the progress bar.
+    """
+    return stream_adapted(plan, adapter, choose_device(), dtype, title) or load_adapted(plan, adapter, dtype)
+
+
+def merged_model(folder: Path) -> Any:
+    """Return the merged model, in memory layer by layer where its files allow that."""
+    return stream_merged(folder, choose_device(), "merged") or load_merged(folder)
 
 
 @torch.no_grad()
 def answers(load: Callable[[], Any], task: Task, batches: list[Batch]) -> Answers:
     """Load a model, run the batches through it, and let go of it again."""
     model = load()
-    parts = [task.answers(model, to_device(batch, choose_device())) for batch in batches]
+    parts = [task.answers(model, to_device(batch, model.device)) for batch in batches]
     del model
     gc.collect()
     return Answers(torch.cat([logits for logits, _ in parts]), float(torch.cat([losses for _, losses in parts]).mean()))

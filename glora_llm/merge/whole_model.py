@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from glora_llm.atomic import whole_folder
@@ -18,10 +18,11 @@ from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED
 from glora_llm.merge.folder_writer import FolderWriter
 from glora_llm.models.fingerprint import fingerprint
-from glora_llm.models.folder import read_sharing, write_trained
-from glora_llm.models.load import load_base
+from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained, write_trained_config
+from glora_llm.models.load import meta_model
+from glora_llm.models.stored import copy_tensors, is_increment, stored_tensors
 from glora_llm.plan.plan import Plan
-from glora_llm.vlora import VLoRALinear
+from glora_llm.vlora import compositions
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -46,14 +47,16 @@ def trained_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[
     place = Path(tempfile.mkdtemp(prefix=".merge-", dir=model.parent))
     try:
         config = AutoConfig.from_pretrained(plan.base.folder, local_files_only=True)
-        write_model(plan, config, load_file(checkpoint / "state.safetensors"), place / "model")
-        yield place / "model"
+        write_trained_config(place, config, read_sharing(plan.base.folder), torch.float32)
+        copy_tensors(checkpoint / "state.safetensors", place / WEIGHTS, "master/")
+        plan.task.save_preprocessing(place)
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def write_dense(plan: Plan, model: Path, out: Path, dtype: str) -> None:
-    """Write the layers of a trained model as plain transformers loads them, composed in float32.
+    """Write the layers of a trained model as plain transformers loads them, composed in float32 one tensor at a time.
 
     Args:
         model: a model folder of a run.
@@ -62,28 +65,24 @@ def write_dense(plan: Plan, model: Path, out: Path, dtype: str) -> None:
     Raises:
         UserError: when `out` exists, the disk is too small, or the folder does not hold the whole model.
     """
-    section = plan.recipe.model.model_copy(update={"dtype": "float32", "attention": "auto", "kernels": "none"})
-    whole: Any = load_base(section, model, torch.device("cpu"), zero3=False)
-    size = sum(p.numel() for p in whole.parameters()) * SIZES[dtype]
+    section = plan.recipe.model
+    empty = meta_model(section, model)
+    stored = stored_tensors(model, section, torch.float32)
+    names = [*compositions(empty), *(name for name, _ in empty.named_parameters() if not is_increment(name))]
+    absent = [name for name in names if name not in stored]  # a tied weight is named, and stored, once
+    if absent:
+        raise UserError(
+            f"{model} lacks {absent[0]}: it does not hold the whole model. Train on, or merge a checkpoint."
+        )
+    size = stored.numbers() * SIZES[dtype]
     with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
-        for name, tensor in dense_tensors(whole):
-            writer.add(name, tensor)
-        config = copy.deepcopy(whole.config)
+        for name in tqdm(names, desc="merge", disable=None, unit="tensor"):
+            writer.add(name, stored.get(name).float())
+        config = copy.deepcopy(empty.config)
         config.dtype, config.use_cache = getattr(torch, dtype), True
-        config.architectures = [type(whole).__name__]
+        config.architectures = [type(empty).__name__]
         config.save_pretrained(writer.folder)
         plan.task.save_preprocessing(writer.folder)
-
-
-@torch.no_grad()
-def dense_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the dense model that a VLoRA model computes, one composed weight at a time."""
-    for name, module in model.named_modules():
-        if isinstance(module, VLoRALinear):
-            yield f"{name}.weight", module.weight.detach()
-    for name, parameter in model.named_parameters():  # a tied weight is listed once
-        if not name.endswith((".increment_a", ".increment_b")):
-            yield name, parameter.detach()
 
 
 def write_model(plan: Plan, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -35,7 +35,7 @@ def fingerprint(folder: Path) -> str:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(_canonical({k: v for k, v in config.items() if k not in NOT_ARCHITECTURE}))
-    where = {name: file for file in weight_files(folder) for name in _header(file)[0]}
+    where = {name: file for file in weight_files(folder) for name in read_header(file)[0]}
     by_file: dict[Path, dict[str, bytes]] = {file: _tensor_digests(file) for file in set(where.values())}
     for name in sorted(where):
         digest.update(by_file[where[name]][name])
@@ -79,7 +79,7 @@ def _no_weights(folder: Path) -> str:
 
 def _tensor_digests(file: Path) -> dict[str, bytes]:
     """Return tensor name -> digest of its name, dtype, shape and first bytes."""
-    header, start = _header(file)
+    header, start = read_header(file)
     digests = {}
     with file.open("rb") as stream:
         for name, entry in header.items():
@@ -90,7 +90,7 @@ def _tensor_digests(file: Path) -> dict[str, bytes]:
     return digests
 
 
-def _header(file: Path) -> tuple[dict[str, Any], int]:
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
     """Return the table of a safetensors file (8 bytes of length, then JSON) and where its data begins.
 
     Raises:

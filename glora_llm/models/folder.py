@@ -199,15 +199,22 @@ def write_trained(
     folder: Path, config: "PretrainedConfig", sharing: VLoRAConfig | None, weights: "Mapping[str, Tensor]"
 ) -> None:
     """Write config.json, the weights as they were trained and, where layers share, vlora.json."""
-    import copy
-
     from safetensors.torch import save_file
+
+    write_trained_config(folder, config, sharing, next(iter(weights.values())).dtype)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def write_trained_config(
+    folder: Path, config: "PretrainedConfig", sharing: VLoRAConfig | None, dtype: "torch.dtype"
+) -> None:
+    """Write config.json of weights of that dtype and, where layers share, vlora.json."""
+    import copy
 
     folder.mkdir(parents=True, exist_ok=True)
     written = copy.deepcopy(config)
     written.use_cache = True
-    written.dtype = next(iter(weights.values())).dtype
+    written.dtype = dtype
     written.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     if sharing is not None:
         write_sharing(sharing, folder)

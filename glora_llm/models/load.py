@@ -84,7 +84,7 @@ def _load_pretrained(
         **_attention(section, config, device, dtype),
     )
     _check_complete(report, folder)
-    _keep_quantized_weights(model)
+    keep_quantized_weights(model)
     return model
 
 
@@ -220,7 +220,7 @@ def _check_complete(report: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _keep_quantized_weights(model: "PreTrainedModel") -> None:
+def keep_quantized_weights(model: Any) -> None:
     """Stop bitsandbytes from changing the frozen weight at the first evaluation on a CPU with AVX512-BF16.
 
     There Linear4bit repacks its weight for good and rounds the block scales to bfloat16 (0.50: nn/modules.py,

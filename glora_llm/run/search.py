@@ -85,7 +85,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     check_search(recipe)
     plan = make_plan(recipe)
     require_same_base(folder, plan)
-    model = load_adapted(plan, folder.adapter)
+    model = load_adapted(plan, folder.adapter, gradients=True)
     launch = Launch(True, lambda value: value, choose_device())
     results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch)
     scores = {} if plan.task.test is None else score_model(plan, model, "test")

@@ -1,6 +1,7 @@
 """Train a recipe: plan, build, fit, score, save, search, merge. Read this first; `run/build.py` makes the parts."""
 
 import contextlib
+import gc
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,9 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     if processes.is_main_process and recipe.merge.after_training and not (folder.path / "merged").exists():
         from glora_llm.merge.command import merge_run
 
+        gc.collect()  # what training held in reference cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         merge_run(folder.path, folder.path / "merged")
     if processes.is_main_process:
         from glora_llm.report.summary import print_summary

@@ -22,6 +22,7 @@ from glora_llm.training.batch import Batch
 from glora_llm.training.image_objective import TOP, ImageObjective
 
 MOST_COMPARED = 256  # images by which a merged model is compared
+COMPARED_AT_ONCE = 64  # a model that is read layer by layer is read once for each batch
 AUGMENTATION = 43  # stream of the seeds by which training images are varied
 
 
@@ -93,9 +94,11 @@ class ImageTask:
             scores["top5_accuracy"] = table[:, 4]
         return {f"{split}/{name}": float(values.mean()) for name, values in scores.items()}
 
-    def comparison(self, rows: ImageSet, order: list[int]) -> list[Batch]:
-        """Return up to 256 images, one a batch."""
-        return [self.batch(rows, [index]) for index in order[:MOST_COMPARED]]
+    def comparison(self, rows: ImageSet, order: list[int]) -> tuple[list[Batch], int]:
+        """Return up to 256 images in batches of 64, and how many they are."""
+        chosen = order[:MOST_COMPARED]
+        starts = range(0, len(chosen), COMPARED_AT_ONCE)
+        return [self.batch(rows, chosen[start : start + COMPARED_AT_ONCE]) for start in starts], len(chosen)
 
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (B, C), and the loss of each image."""

@@ -87,8 +87,8 @@ class Task(Protocol):
     def means(self, table: Tensor, split: str) -> dict[str, float]:
         """Return the scores of a table of `evaluation.scoring.score_rows`, named `SPLIT/...`."""
 
-    def comparison(self, rows: Any, order: list[int]) -> list[Batch]:
-        """Return some of the rows as batches, by which a merged model is compared with the unmerged one."""
+    def comparison(self, rows: Any, order: list[int]) -> tuple[list[Batch], int]:
+        """Return the first rows as few batches, by which a merged model is compared, and how many rows they are."""
 
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits (N, V) float32 of a batch, and the losses of its targets, both on the CPU."""

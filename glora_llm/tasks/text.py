@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.atomic import cache_root
-from glora_llm.data.batch import collate, collate_joined, cut
+from glora_llm.data.batch import collate, collate_joined, cut, join
 from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
-from glora_llm.data.store import TokenSet
+from glora_llm.data.store import Row, TokenSet
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
@@ -93,17 +93,16 @@ class TextTask:
         """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy."""
         return means(table, split, self.has_answers, self.data.label_sequences is not None)
 
-    def comparison(self, rows: TokenSet, order: list[int]) -> list[Batch]:
-        """Return up to 1,024 tokens, a row a batch."""
-        batches: list[Batch] = []
+    def comparison(self, rows: TokenSet, order: list[int]) -> tuple[list[Batch], int]:
+        """Return up to 1,024 tokens, end to end in one row, and of how many rows they are."""
+        chosen: list[Row] = []
         room = MOST_COMPARED
         for index in order:
             if not room:
                 break
-            row = cut(rows.row(index), room)
-            batches.append(collate([row], pad_id(self.tokenizer)))
-            room -= len(row.tokens)
-        return batches
+            chosen.append(cut(rows.row(index), room))
+            room -= len(chosen[-1].tokens)
+        return [collate([join(chosen)], pad_id(self.tokenizer))], len(chosen)
 
     def answers(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of every token (T, V), and the losses of the target tokens."""

@@ -48,8 +48,16 @@ Train = Callable[..., Trained]
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS).logits.float()
+    found: Tensor = model(input_ids=IDS.to(model.device)).logits.float().cpu()
     return found
+
+
+@pytest.fixture
+def here(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device of the fixture `device`, which commands choose too."""
+    monkeypatch.setenv("DS_ACCELERATOR", device.type)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    return device
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,31 @@ def test_a_merge_outside_its_bounds_fails(train: Train, tmp_path: Path) -> None:
     assert report_of(tmp_path / "out.failed")["max_abs_logit_diff"] > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), CheckFailed, r"not enough memory to verify .*out\.failed"),
+        (ValueError("a defect"), ValueError, "a defect"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_merge_that_cannot_be_verified_is_set_aside(
+    error: BaseException, raised: type, said: str, plain: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is never a finished-looking folder without a report, not even while it is verified."""
+
+    def fail(folder: Path) -> None:
+        assert not (tmp_path / "out").exists() and (folder / "config.json").is_file()
+        raise error
+
+    monkeypatch.setattr("glora_llm.merge.command.merged_model", fail)
+    with pytest.raises(raised, match=said):
+        merge_run(plain.folder.path, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.failed"]
+    assert report_of(tmp_path / "out.failed") == {"error": f"not verified: {type(error).__name__}: {error}"}
+    assert (tmp_path / "out.failed" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("keys", [{"dtype": "float32"}, {"quantize": "nf4"}])
 def test_a_lora_has_one_dtype(keys: dict[str, Any], plain: Trained, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype and --quantize are for --to model; a LoRA is written in float32"):
@@ -200,7 +225,8 @@ def test_the_comparison_by_hand() -> None:
 
 def test_the_comparison_reads_held_out_rows(plain: Trained, train: Train) -> None:
     batches, text = comparison_batches(plain.plan)
-    assert len(batches) == 4 and text == "4 validation rows"
-    assert all(batch["input_ids"].shape[0] == 1 and len(batch["targets"]) for batch in batches)
+    (batch,) = batches
+    assert text == "4 validation rows" and batch["input_ids"].shape[0] == 1
+    assert len(batch["targets"]) and (batch["position_ids"] == 0).sum() == 4, "samples are told apart"
     without = train(slots={"B": "lora"}, data={"validation": None})
     assert comparison_batches(without.plan)[1] == "20 train rows"

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
-from glora_llm.merge.frozen import StoredTensors, trained_weight
+from glora_llm.merge.frozen import trained_weight
 from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel
+from glora_llm.models.stored import StoredTensors
 from glora_llm.schema import ModelSection
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def test_it_is_the_loaded_weight_bit_for_bit(quantization: str, double: bool, dt
     assert len(names) == 14
     for name in names:
         layer, original = model.get_submodule(name), stored.get(f"{name}.weight")
-        found = trained_weight(original, section, getattr(torch, dtype))
+        found = trained_weight(original, section, getattr(torch, dtype), CPU)
         assert found.dtype == torch.float32
         assert torch.equal(found, dense_weight(layer, getattr(torch, dtype)).float())
         assert compute_dtype(layer) == (None if quantization == "int8" else getattr(torch, dtype))

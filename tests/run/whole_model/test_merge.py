@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glora_llm.cli import main
 from glora_llm.evaluation.trained import load_adapted
-from glora_llm.merge.frozen import stored_tensors
 from glora_llm.models.load import load_base
+from glora_llm.models.stored import stored_tensors
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import ModelSection
