@@ -55,6 +55,9 @@ class OnePass(torch.autograd.Function):
     A in mode lora is the matrix product, whose gain a is zero then: W0 A_d A_u is a LoRA with the factor W0 A_d, so A
     and B together cost what one LoRA of rank r_A + r_B costs. W0 [A_d | c] is one thin product. What is kept is x, U
     and the stacked factors (and x W0' where a gain needs it).
+
+    W0 [A_d | c] is formed anew in every pass. It could be kept between two optimizer steps, but nothing here would
+    notice a step: ZeRO writes the parameters through `.data`, which leaves their versions and addresses as they were.
     """
 
     @staticmethod

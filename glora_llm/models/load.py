@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
-from glora_llm.models.families import Kind, auto_class, body, head, kind_of
+from glora_llm.models.families import Kind, auto_class, body, head, kind_of, layers
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
 from glora_llm.schema import ModelSection
@@ -38,7 +38,8 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    liger = uses_liger(section.kernels, config.model_type, device)
+    # torch.compile fuses norms, rotary embedding and SwiGLU itself
+    liger = not section.compile and uses_liger(section.kernels, config.model_type, device)
     if is_ours(folder):
         model = _build_ours(section, folder, config, device, zero3)
     else:
@@ -51,6 +52,12 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
     return model
 
 
+def compile_layers(model: "PreTrainedModel") -> None:
+    """Let torch.compile compile each decoder layer, with the adapters that are in it, when it is called first."""
+    for layer in layers(model):
+        layer.compile()
+
+
 def _build_ours(
     section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", zero3: bool
 ) -> "PreTrainedModel":
@@ -61,6 +68,11 @@ def _build_ours(
         raise UserError(
             f"model.quantization is {section.quantization}, and {folder} is a VLoRA folder: bases and increments must "
             "be dense. Set model.quantization=none, or merge it into a dense model first."
+        )
+    if section.compile:
+        raise UserError(
+            f"model.compile is set, and the layers of {folder} share weights, which are composed anew for each layer: "
+            "that is not compiled. Set model.compile=false."
         )
     dtype = compute_dtype(section, device)
     attention = _attention(section, config, device, dtype)

@@ -11,6 +11,8 @@ from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.schema import Recipe
 from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stage
 
+COMPILED_METHODS = ("glora", "lora", "rslora", "full")  # their layers trace without a graph break
+
 
 def check_combination(recipe: Recipe) -> None:
     """Check settings that exclude each other.
@@ -30,6 +32,8 @@ def check_combination(recipe: Recipe) -> None:
             f"adapter.method {recipe.adapter.method} reads whole gradients after each step, which training.deepspeed "
             f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
+    if recipe.model.compile:
+        _check_compile(recipe, zero_stage(config))
     if recipe.search is not None:
         check_search(recipe)
     elif recipe.merge.after_training and recipe.adapter.is_supernet:
@@ -41,6 +45,24 @@ def check_combination(recipe: Recipe) -> None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def _check_compile(recipe: Recipe, stage: int) -> None:
+    """Check that torch.compile can trace a decoder layer once for the whole run."""
+    method, deepspeed = recipe.adapter.method, recipe.training.deepspeed
+    if stage == 3:
+        obstacle = f"training.deepspeed {deepspeed} (ZeRO 3) gathers weights by hooks inside every layer. Use zero2"
+    elif recipe.adapter.is_supernet:
+        obstacle = "adapter.paths=sample draws another path at every micro step, each a graph of its own"
+    elif method not in COMPILED_METHODS:
+        obstacle = f"adapter.method {method} is not among those that are compiled: {', '.join(COMPILED_METHODS)}"
+    elif recipe.vlora is not None:
+        obstacle = "layers that share weights (section vlora) are not compiled"
+    elif recipe.model.kernels == "liger":
+        obstacle = "model.kernels is liger, and its kernels are not traced. Set model.kernels=auto"
+    else:
+        return
+    raise UserError(f"model.compile is set, and {obstacle}; or set model.compile=false.")
 
 
 def _check_origin(recipe: Recipe) -> None:

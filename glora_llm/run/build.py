@@ -86,6 +86,8 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
 
     method = stateful_method(model, recipe.adapter)
     penalty = method.penalty if method else None
+    if recipe.model.compile:
+        load.compile_layers(bare)
     engine = Engine(plan.task.objective(bare), items, recipe.training, dtype, device, penalty)
     if method is not None:
         update_state = method.step

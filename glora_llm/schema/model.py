@@ -30,6 +30,10 @@ class ModelSection(Section):
     )
     kernels: Literal["auto", "liger", "none"] = key("auto", "auto: Liger kernels on a GPU where they are installed")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass (non-reentrant)")
+    compile: bool = key(
+        False,
+        "train with each decoder layer compiled by torch.compile (fewer kernels, a slow start); ZeRO 0 to 2",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glora_llm.errors import UserError
-from glora_llm.models.load import compute_dtype, linear_names, load_base, meta_model
+from glora_llm.models.load import compile_layers, compute_dtype, linear_names, load_base, meta_model
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 
@@ -206,3 +206,22 @@ def test_zero3_leaves_the_placement_to_deepspeed(tiny: ResolvedModel, section: S
     del alive
     assert {value.device.type for value in model.parameters()} == {"cpu"}
     assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_compile_layers_compiles_each_decoder_layer(tiny: ResolvedModel, section: Section) -> None:
+    model = load_base(section(compile=True), tiny.folder, CPU, zero3=False)
+    assert not any(module._compiled_call_impl for module in model.modules())  # scoring and merging run as they are
+    compile_layers(model)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl]
+    assert compiled == ["model.layers.0", "model.layers.1"]
+
+
+def test_compile_leaves_fused_kernels_to_the_compiler(
+    tiny: ResolvedModel, section: Section, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[PreTrainedModel] = []
+    monkeypatch.setattr("glora_llm.models.load.uses_liger", lambda *_: True)
+    monkeypatch.setattr("glora_llm.models.load.apply_liger", applied.append)
+    for compiled in (True, False):
+        load_base(section(compile=compiled), tiny.folder, CPU, zero3=False)
+        assert bool(applied) is not compiled

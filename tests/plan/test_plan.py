@@ -62,6 +62,12 @@ def tiny(*overrides: str) -> Recipe:
         (["data.validation=null", "evaluation.every=5"],
          "evaluation.every needs validation rows: set data.validation"),
         (["adapter.method=adalora", "adapter.slots=null"], "adapter.method adalora reads whole gradients"),
+        (["model.compile=true", "training.deepspeed=zero3"], "model.compile is set, and training.deepspeed zero3"),
+        (["model.compile=true", "adapter.slots=null", "adapter.paths=sample"],
+         "model.compile is set, and adapter.paths=sample draws another path at every micro step"),
+        (["model.compile=true", "adapter.method=ia3", "adapter.slots=null"],
+         "model.compile is set, and adapter.method ia3 is not among those that are compiled: glora, lora, rslora"),
+        (["model.compile=true", "model.kernels=liger"], "model.compile is set, and model.kernels is liger"),
         (["training.deepspeed=zero5"], "No DeepSpeed configuration 'zero5'"),
     ],
 )  # fmt: skip
@@ -78,6 +84,8 @@ def test_settings_that_exclude_each_other(overrides: list[str], message: str) ->
         ["model.quantization=int8", "training.deepspeed=zero2"],
         ["model.quantization=nf4", "training.deepspeed=zero3"],
         ["evaluation.test_before=true", "evaluation.every=5"],
+        ["model.compile=true", "training.deepspeed=zero2", "model.gradient_checkpointing=true"],
+        ["model.compile=true", "model.quantization=nf4", "adapter.method=lora", "adapter.slots=null"],
         ["data.test=null"],
     ],
 )
