@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from glora_llm import recipe as recipes
 from glora_llm.cli import main
@@ -273,3 +274,26 @@ def test_a_misspelt_key_is_said_with_its_line(refused: Outcome, tmp_path: Path) 
     line = text.splitlines().index("  rnak: 4") + 1
     message = refused(recipe=str(file))
     assert f"{file}, line {line}: unknown key 'adapter.rnak'. Did you mean 'rank'?" in message
+
+
+def test_a_compiled_run_learns_what_the_run_as_it_is_learns(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    compile_module = torch.nn.Module.compile
+
+    def trace(module: torch.nn.Module) -> None:
+        """Everything of torch.compile but the code that it makes, which takes a minute."""
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    train(recipes.load("tiny_cpu", [*overrides(trained / "data.jsonl", tmp_path / "run"), "model.compile=true"]))
+    forget_launch()
+    assert compiled == ["LlamaDecoderLayer"] * 2
+    found, wanted = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (tmp_path / "run", trained / "run")
+    )
+    assert found.keys() == wanted.keys() and found
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=name)
