@@ -24,15 +24,14 @@ def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.
 def complete(model: nn.Module) -> None:
     """Make a merged model and its configuration agree, so that it can be saved and loaded by plain transformers.
 
-    Switches for biases are turned on and linears that have none then get zeros; a head that was merged is no longer
-    tied to the embedding; the marks of a quantised model go. Biases that the family cannot hold are warned about.
+    Switches for biases are turned on and linears that have none then get zeros; the marks of a quantised model go. Biases
+    that the family cannot hold are warned about.
     """
     from transformers import PreTrainedModel
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(model, PreTrainedModel):
         _describe_biases(model, linears)
-        _untie_a_merged_head(model)
     if all(type(module) is nn.Linear for module in linears.values()):
         _drop_quantisation_marks(model, getattr(model, "config", None))
 
@@ -55,16 +54,6 @@ def _describe_biases(model: Any, linears: dict[str, nn.Linear]) -> None:
             "without slots C and E.",
             stacklevel=5,  # the caller of merge_and_unload
         )
-
-
-def _untie_a_merged_head(model: Any) -> None:
-    """A merged head has a weight of its own; saved as tied it would be lost."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    config = model.config.get_text_config(decoder=True)
-    if not (getattr(config, "tie_word_embeddings", False) and isinstance(head, nn.Linear)):
-        return
-    if head.weight is not embedding.weight and head.weight.data_ptr() != embedding.weight.data_ptr():
-        model.config.tie_word_embeddings = config.tie_word_embeddings = False
 
 
 def _drop_quantisation_marks(model: nn.Module, config: Any) -> None:

@@ -1,5 +1,6 @@
 """merge_and_unload with every family of causal language models that the installed transformers builds small."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def test_a_and_b_alone_are_reloaded_everywhere(family: str, fill: Fill, tmp_path
     expected = logits(wrapped)
     again, lost, messages = merge_and_reload(wrapped, tmp_path)
     assert not lost and not messages
+    assert json.loads((tmp_path / "config.json").read_text()).get("tie_word_embeddings", False) is False
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
