@@ -1,19 +1,22 @@
 """Writes a Hugging Face model folder shard by shard: one shard in memory at a time, all or nothing."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 
 
-class FolderWriter:
-    """Collects tensors into shards; the folder appears under its name when all is written.
+@contextlib.contextmanager
+def folder_writer(out: Path, dtype: torch.dtype, max_shard_gb: float, expected_bytes: int) -> Iterator["FolderWriter"]:
+    """Give a writer of a new model folder, which appears under its name when the block ends.
 
     Args:
         out: the folder to make.
@@ -24,20 +27,28 @@ class FolderWriter:
     Raises:
         UserError: when `out` exists, or the disk has too little space.
     """
+    require_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < 1.05 * expected_bytes:
+        raise UserError(f"{out.parent} has {free / 1e9:.1f} GB free; the model needs {expected_bytes / 1e9:.1f} GB.")
+    with whole_folder(out) as folder:
+        writer = FolderWriter(folder, dtype, int(max_shard_gb * 1e9))
+        yield writer
+        writer.finish()
 
-    def __init__(self, out: Path, dtype: torch.dtype, max_shard_gb: float, expected_bytes: int):
-        if out.exists():
-            raise UserError(f"{out} exists already; name a new folder, or delete it.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < 1.05 * expected_bytes:
-            raise UserError(
-                f"{out.parent} has {free / 1e9:.1f} GB free; the model needs {expected_bytes / 1e9:.1f} GB."
-            )
-        self.out, self.dtype, self.limit = out, dtype, int(max_shard_gb * 1e9)
-        self.folder = out.with_name(f".writing-{out.name}")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+
+class FolderWriter:
+    """Collects tensors into shards.
+
+    Args:
+        folder: an empty folder.
+        dtype: of the written floating-point weights.
+        limit: largest file, bytes (one tensor where that is larger).
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, limit: int):
+        self.folder, self.dtype, self.limit = folder, dtype, limit
         self._shard: dict[str, Tensor] = {}
         self._bytes, self._total = 0, 0
         self._files: list[Path] = []
@@ -60,13 +71,8 @@ class FolderWriter:
         self._files.append(file)
         self._shard, self._bytes = {}, 0
 
-    def __enter__(self) -> "FolderWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
+    def finish(self) -> None:
+        """Write the last shard, name the shards as transformers expects them, and write their index."""
         self._flush()
         count = len(self._files)
         names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
@@ -80,4 +86,3 @@ class FolderWriter:
                 "weight_map": {t: names[n] for t, n in self._place.items()},
             }
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        self.folder.rename(self.out)

@@ -5,7 +5,6 @@ rank r_A + r_B. W0 C + E is its bias (PEFT's `lora_bias`).
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
@@ -32,8 +32,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         raise UserError(
             f"--to lora exports GLoRA adapters; this one is {plan.recipe.adapter.method} and is in {adapter}."
         )
-    if out.exists():
-        raise UserError(f"{out} exists already; name a new folder, or delete it.")
+    require_new(out)
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     _require_lora_form(layers.layers)
     stored, tensors, ranks = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype), {}, {}
@@ -47,12 +46,9 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
             tensors[f"{PEFT_ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
         ranks[name] = len(up)
     tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
-    temporary = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "adapter_model.safetensors")
-    _write_config(temporary, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text()))
-    temporary.rename(out)
+    with whole_folder(out) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        _write_config(folder, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text()))
 
 
 @torch.no_grad()

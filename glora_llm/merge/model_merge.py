@@ -10,14 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glora_llm.errors import UserError
-from glora_llm.merge.folder_writer import FolderWriter
+from glora_llm.merge.folder_writer import FolderWriter, folder_writer
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
 from glora_llm.models.stored import StoredTensors, stored_tensors
 from glora_llm.plan.checks import merge_obstacle
 from glora_llm.plan.plan import Plan
-
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, dtype: str) -> None:
@@ -38,8 +36,8 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     if obstacle:
         raise UserError(obstacle)
     stored = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype)
-    size = stored.numbers() * SIZES[dtype]
-    with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
+    size = stored.numbers() * getattr(torch, dtype).itemsize
+    with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
         for name in tqdm(stored.names(), desc="merge", disable=None, unit="tensor"):
             for written, value in _merged(name, stored, layers, base_dtype):

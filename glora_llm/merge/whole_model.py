@@ -16,15 +16,13 @@ from transformers import AutoConfig
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED
-from glora_llm.merge.folder_writer import FolderWriter
+from glora_llm.merge.folder_writer import folder_writer
 from glora_llm.models.fingerprint import fingerprint
 from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained, write_trained_config
 from glora_llm.models.load import meta_model
 from glora_llm.models.stored import copy_tensors, is_increment, stored_tensors
 from glora_llm.plan.plan import Plan
 from glora_llm.vlora import compositions
-
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @contextlib.contextmanager
@@ -74,8 +72,8 @@ def write_dense(plan: Plan, model: Path, out: Path, dtype: str) -> None:
         raise UserError(
             f"{model} lacks {absent[0]}: it does not hold the whole model. Train on, or merge a checkpoint."
         )
-    size = stored.numbers() * SIZES[dtype]
-    with FolderWriter(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
+    size = stored.numbers() * getattr(torch, dtype).itemsize
+    with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         for name in tqdm(names, desc="merge", disable=None, unit="tensor"):
             writer.add(name, stored.get(name).float())
         config = copy.deepcopy(empty.config)

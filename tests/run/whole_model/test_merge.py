@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glora_llm.cli import main
-from glora_llm.evaluation.trained import load_adapted
+from glora_llm.evaluation.trained import load_adapted, stream_adapted
 from glora_llm.models.load import load_base
 from glora_llm.models.stored import stored_tensors
 from glora_llm.plan.plan import make_plan
@@ -57,6 +57,15 @@ def test_a_merged_model_is_plain(run: Path, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(TEXT).input_ids == tokenizer(TEXT).input_ids
     values = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert values["max_abs_logit_diff"] < 1e-5 and values["top1_agreement"] == 1.0
+
+
+def test_layers_that_share_weights_are_read_one_by_one(run: Path) -> None:
+    """A layer's base is that of the first layer of its compound, which is read for each of them."""
+    plan = make_plan(RunFolder(run).recipe())
+    streamed = stream_adapted(plan, RunFolder(run).model, torch.device("cpu"), torch.float32)
+    model, tokenizer = unmerged(run)
+    assert streamed is not None and vlora_layers(streamed).keys() == vlora_layers(model).keys()
+    assert torch.equal(logits(streamed, tokenizer), logits(model, tokenizer))
 
 
 def test_a_checkpoint_can_be_merged(run: Path, tmp_path: Path) -> None:
