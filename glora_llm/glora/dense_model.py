@@ -24,8 +24,8 @@ def dense_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.
 def complete(model: nn.Module) -> None:
     """Make a merged model and its configuration agree, so that it can be saved and loaded by plain transformers.
 
-    Switches for biases are turned on and linears that have none then get zeros; the marks of a quantised model go. Biases
-    that the family cannot hold are warned about.
+    Switches for biases are turned on and linears that have none then get zeros; the marks of a quantised model go.
+    Biases that the family cannot hold are warned about.
     """
     from transformers import PreTrainedModel
 
