@@ -28,9 +28,9 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.search_scorer import RowScorer
 from glora_llm.schema import SearchSection
 from glora_llm.search.archive import Journal
-from glora_llm.search.effects import Fit, Surface
 from glora_llm.search.limits import limits
 from glora_llm.search.space import Code, Space, space_of
+from glora_llm.search.surrogate import Observations, Surrogate
 
 FINALISTS = 12
 
@@ -65,8 +65,8 @@ def compare(run: Path) -> list[tuple[str, list[str], float]]:
     loss = settings.model_copy(update={"metric": "loss"})
     scorer = RowScorer.of(plan, layers, loss, passes_of(plan, model), lambda table: table)
     rows = np.arange(len(scorer.numbers))
-    surface = _surface(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
-    uniform = sorted(space.uniforms(limit), key=surface.predict, reverse=True)[:FINALISTS]
+    surrogate = _fit_surrogate(space, Journal.read(folder.search / "journal.jsonl"), len(rows))
+    uniform = sorted(space.uniforms(limit), key=surrogate.predict, reverse=True)[:FINALISTS]
     if not uniform:
         raise UserError("No single path for all layers is within the limit of this search.")
     scores = {c.tobytes(): float(scorer([(space.genome(c), rows)])[0].mean()) for c in tqdm(uniform, desc="uniform")}
@@ -83,16 +83,16 @@ def compare(run: Path) -> list[tuple[str, list[str], float]]:
     return result
 
 
-def _surface(space: Space, lines: list[str], rows: int) -> Surface:
-    """Fit a journal, each row's own difficulty taken out."""
+def _fit_surrogate(space: Space, lines: list[str], rows: int) -> Surrogate:
+    """Fit a surrogate model to a journal, each row's own difficulty taken out."""
     journal = Journal(None, json.loads(lines[0]), rows, lines)
     table = np.array(list(journal.values.values()))
     table -= np.nanmean(table, 0)
     slopes = journal.mean_slopes()
-    fit = Fit(space, None if slopes is None else space.table(slopes))
+    observations = Observations(space, None if slopes is None else space.table(slopes))
     for key, values in zip(journal.values, table, strict=True):
-        fit.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
-    return fit.surface()
+        observations.add(np.frombuffer(key, np.uint8), 0, float(np.nanmean(values)))
+    return observations.fit()
 
 
 def _first(space: Space, code: Code) -> LayerPath:

@@ -1,1 +1,1 @@
-"""What a finished run tells people: figures, drawn from results alone, without a model or a display."""
+"""Figures, tables and comparisons of finished runs, made from results alone, without a model or a display."""

@@ -10,7 +10,7 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 def print_summary(folder: RunFolder) -> None:
-    """Print what a run came to, and where its parts are."""
+    """Print the result of a run, and the places of its parts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -38,7 +38,7 @@ def print_summary(folder: RunFolder) -> None:
     facts = [
         ("trained parameters", f"{summary['trained_parameters']:,}"),
         ("wall time", f"{summary['seconds'] / 60:.1f} min"),
-        ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first rank"),
+        ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first process"),
         (trained.name, str(trained)),
         ("merged model", str(folder.path / "merged") if (folder.path / "merged").is_dir() else "not written yet"),
         ("watch", f"tensorboard --logdir {folder.path / 'tensorboard'}"),

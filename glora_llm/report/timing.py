@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: interleaved timing, and ratios within a round."""
+"""Interleaved timing for benchmarks of speed, and ratios within a round."""
 
 import gc
 import statistics

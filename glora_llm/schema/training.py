@@ -58,7 +58,7 @@ class SearchSection(Section):
 
     strategy: Literal["additive", "evolution", "random"] = key(
         "additive",
-        "additive: effects of single slots by slopes and fits, then races; evolution: the GLoRA paper's; random",
+        "additive: a surrogate model of single slots, then successive halving; evolution: the GLoRA paper's; random",
     )
     budget: list[str] | str | int | float | None = key(
         None, "limit such as 0.5M, 250k or a number; several (a list, or 1.0M,0.5M) give one genome each", "limit"
@@ -70,7 +70,9 @@ class SearchSection(Section):
     max_rows: PositiveInt | None = key(None, "score on at most this many validation rows (seeded choice)", "rows")
     seed: Annotated[int, Field(ge=0)] = key(0, "of the search's draws")
     passes: PositiveInt = key(
-        100, "additive, random: forward passes over all rows for one limit; slopes count as three", "passes"
+        100,
+        "additive, random: forward passes over all rows for one limit; importance counts as three",
+        "passes",
     )
     population: PositiveInt = key(50, "evolution: random candidates at the start, and candidates of a generation")
     parents: PositiveInt = key(10, "evolution: best candidates that breed")

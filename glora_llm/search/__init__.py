@@ -1,1 +1,1 @@
-"""The supernet's draws, and the search for a path of every layer. Knows GLoRA's slots, nothing of models or data."""
+"""The search for a path of every layer of a supernet. It knows GLoRA's slots, nothing of models or data."""

@@ -1,4 +1,4 @@
-"""What has been scored: a journal that survives a kill, and the exact Pareto front of score against parameters."""
+"""The journal of all scores, which survives a kill, and the exact Pareto front of score against parameters."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
 from glora_llm.search.space import Code
 
-SLOPE_SAMPLES = 3  # forward passes that a row's forward and backward pass are worth
+SLOPE_SAMPLES = 3  # forward passes that one row of slopes (a forward and a backward pass) counts as
 
 
 class Scored(NamedTuple):
@@ -45,9 +45,9 @@ class Journal:
 
     Args:
         file: `journal.jsonl`; None keeps all in memory.
-        identity: what the scores depend on (supernet, rows, metric); the file's first line.
+        identity: names all that the scores depend on (supernet, rows, metric); the file's first line.
         rows: number of rows.
-        lines: what the file holds already, as `read` returned it (the first rank reads, all ranks know).
+        lines: the file's lines, as `read` returned them (the first process reads and tells the others).
 
     Raises:
         UserError: when the file belongs to another supernet, other rows or another metric.
@@ -128,7 +128,7 @@ class Journal:
 
 
 def _whole_lines(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield what was written in full: a kill may cut the last line off."""
+    """Yield the entries that were written in full: a kill may cut the last line off."""
     for line in lines:
         try:
             yield json.loads(line)

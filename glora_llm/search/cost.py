@@ -1,4 +1,4 @@
-"""What a slot adds to a training step, measured: for limits on time and memory."""
+"""Measure the time and the memory that each slot adds to a training step, for limits on both."""
 
 import statistics
 import time

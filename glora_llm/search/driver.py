@@ -1,4 +1,4 @@
-"""Runs a strategy: answers its questions from the journal or by the scorer, on one rank or on all."""
+"""Run a search strategy: answer its questions from the journal or by the scorer, on one process or on all."""
 
 import hashlib
 import time
@@ -22,25 +22,25 @@ WORST = -1e6  # the score of a row whose loss is not finite: no such genome wins
 
 
 class Scorer(Protocol):
-    """Scores genomes on rows, sharing the work between the ranks as it sees fit."""
+    """Scores genomes on rows, dividing the work among the processes as it sees fit."""
 
     at_once: int  # genomes that are scored side by side
 
     def __call__(self, requests: Sequence[tuple[Genome, Rows]]) -> list[NDArray[np.float64]]:
-        """Return the scores of each request's rows, on all ranks alike; all ranks must call it together."""
+        """Return the scores of each request's rows, the same on all processes; all must call it together."""
         ...
 
     def slopes(self, requests: Sequence[tuple[Genome, Rows]]) -> list[NDArray[np.float64]]:
-        """Return what each choice of each gene adds to the mean score of a request's rows, to first order."""
+        """Return the first-order importance of each choice of each gene, by the mean score of a request's rows."""
         ...
 
     def agree(self, text: str) -> bool:
-        """Tell whether all ranks gave the same text."""
+        """Tell whether all processes gave the same text."""
         ...
 
 
 class Progress(NamedTuple):
-    """Where a search is, told after every generation and candidate."""
+    """The state of a search after a question of its strategy."""
 
     generation: int
     best: float  # score of the best candidate that is scored on all rows; -inf before the first
@@ -51,7 +51,7 @@ class Progress(NamedTuple):
 
 @dataclass
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     candidates: list[Scored] = field(default_factory=list)
     samples: int = 0  # rows scored, each genome and row once; a row of slopes counts SLOPE_SAMPLES
@@ -80,7 +80,7 @@ def search(
         tell: is called after every question of the strategy.
 
     Raises:
-        UserError: when ranks ask different questions.
+        UserError: when processes ask different questions.
     """
     found, seen, counted = Found(), set[bytes](), dict[bytes, set[int]]()
     strategy = STRATEGIES.get(settings.strategy)(space, settings, limit, journal.rows)
@@ -117,7 +117,7 @@ def _next(strategy: Strategy, values: NDArray[np.float64]) -> Ask | None:
 
 
 def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
-    """Score what the journal does not know yet, and return (candidates, rows)."""
+    """Score the rows that the journal does not know yet, and return the scores (candidates, rows)."""
     unknown: dict[bytes, tuple[Code, Rows]] = {}
     for code in ask.codes:
         rows = journal.missing(code, ask.rows)
@@ -132,7 +132,7 @@ def _answer(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray
 
 
 def _slopes(ask: Ask, space: Space, scorer: Scorer, journal: Journal) -> NDArray[np.float64]:
-    """Ask for the slopes that the journal does not know yet, and return (candidates, G, choices)."""
+    """Take the slopes that the journal does not know yet, and return all of them (candidates, G, C)."""
     codes = {code.tobytes(): code for code in ask.codes}
     todo = [code for code in codes.values() if journal.slopes_of(code, ask.rows) is None]
     for start in range(0, len(todo), scorer.at_once):
@@ -147,6 +147,6 @@ def _require_same(ask: Ask, scorer: Scorer) -> None:
     text = b"".join(code.tobytes() for code in ask.codes) + ask.rows.tobytes() + bytes([ask.slopes])
     if not scorer.agree(hashlib.sha256(text).hexdigest()):
         raise UserError(
-            "The ranks of this search disagree on the next candidates: they do not run the same recipe or the same "
+            "The processes of this search disagree on the next candidates: they do not run the same recipe or the same "
             "version. Nothing is lost: start all of them again in the same way."
         )

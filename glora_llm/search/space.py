@@ -1,6 +1,6 @@
-"""What a search may choose: for every layer and slot one of its modes (and ranks), coded as small integers.
+"""The search space: for every layer and slot one of its modes (and ranks), coded as small integers.
 
-A *code* is a uint8 array (G,) with one gene for every (layer, slot); G is layers x slots. What a code costs is the sum
+A *code* is a uint8 array (G,) with one gene for every (layer, slot); G is layers x slots. The cost of a code is a sum
 over its genes of a table, so limits on parameters, time and memory are all kept by the same few lines, and every code
 that leaves this module is within its limit.
 """
@@ -34,7 +34,7 @@ class LayerShape(NamedTuple):
 
 
 class Gene(NamedTuple):
-    """One slot of one layer, and what it may be."""
+    """One slot of one layer, and its choices."""
 
     layer: int
     slot: str
@@ -49,9 +49,9 @@ class Space:
 
     Args:
         layers: the adapted linears, in a fixed order.
-        choices: slot -> what it may be.
+        choices: slot -> its choices.
         composition: of A in mode lora.
-        cost: (layer, slot, spec) -> what the slot costs, in the unit of the limit; None: trainable parameters.
+        cost: (layer, slot, spec) -> cost of the slot, in the unit of the limit; None: trainable parameters.
     """
 
     def __init__(self, layers: Sequence[LayerShape], choices: SlotChoices, composition: str, cost: Value | None = None):
@@ -92,7 +92,7 @@ class Space:
         return slot_numel(slot, spec, self.composition, layer.out_features, layer.in_features)
 
     def cost(self, code: Code) -> float:
-        """Return what a code costs, in the unit of the limit."""
+        """Return the cost of a code, in the unit of the limit."""
         return float(chosen(self.costs, code).sum())
 
     def size(self, code: Code) -> int:
@@ -129,11 +129,11 @@ class Space:
         return self.repair(np.where(rng.random(len(code)) < probability, fresh, code), rng, limit)
 
     def mutate_alike(self, code: Code, rng: np.random.Generator, limit: float, probability: float) -> Code:
-        """Draw groups of genes anew, each with a probability; what a group draws is mostly alike.
+        """Draw groups of genes anew, each with a probability; the genes of a group mostly draw alike.
 
-        A group is one slot in the whole model, in a kind of linear, at a depth, or in one layer: which of these, is
-        drawn first. Where every gene is drawn by itself, all codes hold about the same in sum, and none of them tells
-        what a slot is worth in general.
+        A group is one slot in the whole model, in a kind of linear, at a depth, or in one layer; one of these four
+        levels is drawn first. Where every gene is drawn by itself, all codes hold about the same in sum, and none
+        of them tells the worth of a slot in general.
         """
         groups = self.levels[rng.integers(len(self.levels))]
         odds = self._odds[np.unique(groups, return_index=True)[1]]
@@ -164,7 +164,7 @@ class Space:
         return found
 
     def genome(self, code: Code) -> Genome:
-        """Return the paths that a code stands for."""
+        """Return the genome of a code."""
         slots: list[list[tuple[str, SlotSpec]]] = [[] for _ in self.layers]
         for gene, choice in zip(self.genes, code, strict=True):
             spec = gene.specs[choice]
@@ -200,18 +200,18 @@ class Space:
 
 
 def chosen(table: NDArray[np.float64], codes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return what a table (G, choices) holds for each gene of a code (G,), or of several (N, G)."""
+    """Return the entry of a table (G, C) for each gene of a code (G,), or of several (N, G)."""
     return table[np.arange(len(table)), codes]
 
 
 def _places(name: str) -> tuple[str, str, str, str]:
-    """Return where a layer is: anywhere, its kind of linear, its depth, itself."""
+    """Return the names of a layer's place at four levels: anywhere, its kind of linear, its depth, itself."""
     depth = next((part for part in name.split(".") if part.isdigit()), name)
     return "", name.rpartition(".")[2], depth, name
 
 
 def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: Value | None = None) -> Space:
-    """Return what may be chosen in a supernet.
+    """Return the search space of a supernet.
 
     Args:
         layers: of the supernet, by name.

@@ -1,7 +1,7 @@
-"""How candidates are proposed. A strategy is a generator: it yields an `Ask` and is sent the scores of its rows.
+"""Search strategies. A strategy is a generator: it yields an `Ask`, candidates and rows, and is sent their scores.
 
-Given the same seed and the same scores a strategy asks the same, so a search that was killed is simply run again: what
-was scored is answered from the journal.
+Given the same seed and the same scores a strategy asks the same, so a search that was killed is simply run again:
+known scores are answered from the journal.
 """
 
 from collections.abc import Callable, Collection, Generator
@@ -33,7 +33,7 @@ STRATEGIES: Registry[MakeStrategy] = Registry("search strategy")
 
 
 @STRATEGIES.register("random")
-def random_search(space: Space, settings: SearchSection, limit: float, rows: int) -> Strategy:
+def search_at_random(space: Space, settings: SearchSection, limit: float, rows: int) -> Strategy:
     """Score `passes` random genomes on all rows."""
     rng = np.random.default_rng(settings.seed)
     for generation in range(0, settings.passes, settings.population):
@@ -43,8 +43,8 @@ def random_search(space: Space, settings: SearchSection, limit: float, rows: int
 
 
 @STRATEGIES.register("evolution")
-def evolution(space: Space, settings: SearchSection, limit: float, rows: int) -> Strategy:
-    """The GLoRA paper's search (arXiv 2306.07967, section 3.3): every candidate is scored on all rows.
+def evolve(space: Space, settings: SearchSection, limit: float, rows: int) -> Strategy:
+    """Search by evolution as in the GLoRA paper (arXiv 2306.07967, section 3.3): score every candidate on all rows.
 
     A random population; then in each generation half as many mutations of the parents and half as many crossovers of
     two of them. Parents are the best of all candidates so far.

@@ -192,7 +192,7 @@ def test_ranks_that_ask_differently_stop(name: str) -> None:
     same = OneOfTwoRanks(first.texts)
     assert outcome(run(same, LIMIT, seed=0, **keys)) == outcome(expected)
     other = OneOfTwoRanks(first.texts)
-    with pytest.raises(UserError, match="ranks of this search disagree on the next candidates"):
+    with pytest.raises(UserError, match="processes of this search disagree on the next candidates"):
         run(other, LIMIT, seed=1, **keys)
     assert other.calls == [], "before anything is scored"
 

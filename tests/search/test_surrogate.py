@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from glora_llm.search.effects import Fit, Surface, best_within
+from glora_llm.search.maximum import find_maximum
 from glora_llm.search.space import Code, Space
+from glora_llm.search.surrogate import Observations, Surrogate
 from tests.search.conftest import Toy, make_space, run, smallest
 
 SPACE = make_space()
@@ -16,10 +17,10 @@ THERE = np.isfinite(TINY.parameters)
 CODES = [np.array(code, np.uint8) for code in itertools.product(*(range(len(gene.specs)) for gene in TINY.genes))]
 
 
-def surface(curve: float, seed: int = 0, slope: float = 1.0) -> Surface:
+def surrogate(curve: float, seed: int = 0, slope: float = 1.0) -> Surrogate:
     rng = np.random.default_rng(seed)
     effects = np.where(THERE, rng.normal(0, 0.3, THERE.shape), -np.inf)
-    return Surface(effects, np.where(THERE, rng.random(THERE.shape), 0.0), slope, curve)
+    return Surrogate(effects, np.where(THERE, rng.random(THERE.shape), 0.0), slope, curve)
 
 
 def random_codes(space: Space, count: int, seed: int = 0) -> list[Code]:
@@ -29,10 +30,10 @@ def random_codes(space: Space, count: int, seed: int = 0) -> list[Code]:
 
 def test_the_prediction_is_the_formula() -> None:
     """And a tangent is one: a sum that touches the parabola at its total, and lies above it elsewhere."""
-    made = surface(-0.4)
+    made = surrogate(-0.4)
     for code in CODES[::7]:
         genes = range(len(code))
-        total = sum(made.slopes[g, code[g]] for g in genes)
+        total = sum(made.importance[g, code[g]] for g in genes)
         own = sum(made.effects[g, code[g]] for g in genes)
         assert made.predict(code) == pytest.approx(own + total - 0.4 * total**2)
         for at in (total, total - 1, total + 1):
@@ -47,19 +48,19 @@ def test_the_best_code_is_near_the_best_of_all(curve: float, share: float) -> No
     assert len(CODES) == 4**3 * 2**3
     limit = smallest(TINY) + share * (float(np.where(THERE, TINY.costs, 0).max(1).sum()) - smallest(TINY))
     for seed in range(5):
-        made = surface(curve, seed)
+        made = surrogate(curve, seed)
         legal = [made.predict(code) for code in CODES if TINY.cost(code) <= limit]
-        found = best_within(TINY, made, limit)
+        found = find_maximum(TINY, made, limit)
         assert TINY.cost(found) <= limit
         lost = (max(legal) - made.predict(found)) / (max(legal) - np.mean(legal))
         assert 0 <= lost < (0.4 if share < 1 else 0.15 if curve < 0 else 1e-9)
 
 
-def fitted(space: Space, slopes: NDArray[np.float64], score: NDArray[np.float64], codes: list[Code]) -> Surface:
-    fit = Fit(space, slopes)
+def fitted(space: Space, slopes: NDArray[np.float64], score: NDArray[np.float64], codes: list[Code]) -> Surrogate:
+    observations = Observations(space, slopes)
     for code, value in zip(codes, score, strict=True):
-        fit.add(code, 0, float(value))
-    return fit.surface()
+        observations.add(code, 0, float(value))
+    return observations.fit()
 
 
 def test_a_parabola_is_found() -> None:
@@ -75,7 +76,7 @@ def test_a_parabola_is_found() -> None:
     assert -found.slope / (2 * found.curve) == pytest.approx(22, abs=0.7)
     predicted = [found.predict(code) for code in others]
     assert np.corrcoef(predicted, truth(others))[0, 1] > 0.95
-    assert found.total(best_within(SPACE, found, float("inf"))) == pytest.approx(22, abs=1)
+    assert found.total_importance(find_maximum(SPACE, found, float("inf"))) == pytest.approx(22, abs=1)
 
 
 def test_what_opens_upwards_is_a_line() -> None:
