@@ -1,5 +1,7 @@
 """Print the scores and the summary table that a run ends with."""
 
+from typing import Any
+
 from glora_llm.plan.run_folder import RunFolder
 
 
@@ -10,38 +12,47 @@ def print_scores(scores: dict[str, float]) -> None:
 
 
 def print_summary(folder: RunFolder) -> None:
-    """Print the result of a run, and the places of its parts."""
+    """Print the scores of a run, skipped steps with a warning, and the places of its parts."""
     from rich.console import Console
     from rich.table import Table
 
     summary = folder.summary()
-    columns = [
-        (title, {name.partition("/")[2]: value for name, value in summary[key].items()})
-        for key, title in (
-            ("test_before", "before"),
-            ("test", "after"),
-            ("test_genome", "genome"),
-            ("test_merged", "merged"),
-        )
-        if summary.get(key)
-    ]
+    columns = score_columns(summary)
     console = Console(width=100)
     if columns:
-        table = Table(title="test rows", title_justify="left")
+        table = Table(title="scores", title_justify="left")
         table.add_column("score")
-        for title, _ in columns:
+        for title in columns:
             table.add_column(title, justify="right")
-        for name in columns[-1][1]:
-            table.add_row(name, *(f"{scores[name]:.4f}" if name in scores else "" for _, scores in columns))
+        for name in dict.fromkeys(name for scores in columns.values() for name in scores):
+            table.add_row(name, *(f"{scores[name]:.4f}" if name in scores else "" for scores in columns.values()))
         console.print(table)
-    trained = folder.trained(folder.recipe())
+    skipped, trained = summary.get("skipped_steps", 0), folder.trained(folder.recipe())
+    if skipped:
+        console.print(f"warning: {skipped} of {summary['steps']} steps were skipped: loss or gradient was not finite")
     facts = [
         ("trained parameters", f"{summary['trained_parameters']:,}"),
         ("wall time", f"{summary['seconds'] / 60:.1f} min"),
         ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first process"),
         (trained.name, str(trained)),
         ("merged model", str(folder.path / "merged") if (folder.path / "merged").is_dir() else "not written yet"),
-        ("watch", f"tensorboard --logdir {folder.path / 'tensorboard'}"),
+        ("watch", f"glora-llm watch {folder.path}"),
     ]
     for name, value in facts:
         console.print(f"{name:20s} {value}", highlight=False)
+
+
+def score_columns(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return title -> scores by name, of the validations and tests that summary.json holds."""
+    titles = {
+        "validation": "validation",
+        "test_before": "test before",
+        "test": "test after",
+        "test_genome": "test genome",
+        "test_merged": "test merged",
+    }
+    return {
+        title: {name.partition("/")[2]: value for name, value in summary[key].items()}
+        for key, title in titles.items()
+        if summary.get(key)
+    }
