@@ -29,6 +29,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.report.timing import Times, interleaved, ratio
 from glora_llm.schema import TrainingSection
+from glora_llm.training.deepspeed_config import resolve_deepspeed_config
 from glora_llm.training.engine import Engine
 from glora_llm.training.image_objective import ImageObjective
 from glora_llm.training.loop import peak_memory_gb
@@ -137,7 +138,8 @@ def make_step(model: Any, images: int) -> Callable[[], None]:
     objective, batch = ImageObjective(model, MIDDLE, MIDDLE), make_batch(images)
     parts = [Trainable(name, parameter) for name, parameter in model.named_parameters()]
     settings = TrainingSection.model_validate({"global_batch": images, "micro_batch": images, "steps": 1, "lr": 1e-4})
-    engine = Engine(objective, parts, settings, torch.float32, choose_device())
+    config = resolve_deepspeed_config(settings, torch.float32, world_size=1)
+    engine = Engine(objective, parts, settings, config, choose_device())
 
     def run() -> None:
         engine.train_step([batch], 1e-4)

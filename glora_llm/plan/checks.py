@@ -9,31 +9,33 @@ from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError
 from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.schema import Recipe
-from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stage
+from glora_llm.training.deepspeed_config import DeepSpeedConfig
 
 COMPILED_METHODS = ("glora", "lora", "rslora", "full")  # their layers trace without a graph break
 
 
-def check_combination(recipe: Recipe) -> None:
+def check_combination(recipe: Recipe, stage: int) -> None:
     """Check settings that exclude each other.
+
+    Args:
+        stage: of ZeRO.
 
     Raises:
         UserError: naming both, and what to change.
     """
-    config = read_deepspeed_config(recipe.training.deepspeed)
     _check_origin(recipe)
-    if zero_stage(config) == 3 and recipe.model.quantization == "int8":
+    if stage == 3 and recipe.model.quantization == "int8":
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
             "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
         )
-    if needs_whole_gradients(recipe.adapter) and zero_stage(config) > 0:
+    if needs_whole_gradients(recipe.adapter) and stage > 0:
         raise UserError(
             f"adapter.method {recipe.adapter.method} reads whole gradients after each step, which training.deepspeed "
             f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
     if recipe.model.compile:
-        _check_compile(recipe, zero_stage(config))
+        _check_compile(recipe, stage)
     if recipe.search is not None:
         check_search(recipe)
     elif recipe.merge.after_training and recipe.adapter.is_supernet:
@@ -130,18 +132,21 @@ def _support(config: Any, name: str) -> str:
     return "never" if support == "switch" and bias_switch(config, suffix) is None else support
 
 
-def check_float16(deepspeed: str, stage: int) -> None:
-    """Check that the device computes in float16, and that the ZeRO stage scales the loss."""
+def check_float16(deepspeed: DeepSpeedConfig, dtype: torch.dtype) -> None:
+    """Check that the device computes in float16 where that is asked for, and that the ZeRO stage scales the loss."""
     from deepspeed.accelerator import get_accelerator
 
+    if dtype != torch.float16 and not deepspeed.values["fp16"]["enabled"]:
+        return
+    asked = "model.dtype is float16" if dtype == torch.float16 else f"'{deepspeed.name}' sets fp16.enabled to true"
     if not get_accelerator().is_fp16_supported():
         raise UserError(
-            f"model.dtype is float16, and this {get_accelerator().device_name()} does not compute in it. Use "
+            f"{asked}, and this {get_accelerator().device_name()} does not compute in it. Use "
             "model.dtype=bfloat16 or float32."
         )
-    if stage == 0:
+    if deepspeed.stage == 0:
         raise UserError(
-            f"model.dtype is float16, and training.deepspeed {deepspeed} (ZeRO 0) does not scale the loss: small "
+            f"{asked}, and training.deepspeed {deepspeed.name} (ZeRO 0) does not scale the loss: small "
             "gradients would become zero. Use training.deepspeed=zero1, or model.dtype=float32."
         )
 

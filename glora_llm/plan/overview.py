@@ -2,34 +2,29 @@
 
 from typing import Any
 
-import torch
-
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.errors import UserError
 from glora_llm.launch.device import choose_device
 from glora_llm.models import load
 from glora_llm.plan.checks import check_float16, check_masters, merge_obstacle
-from glora_llm.plan.plan import Plan, batch_identity
+from glora_llm.plan.plan import Plan
 from glora_llm.plan.step_memory import without_start
 from glora_llm.search.space import space_of
 from glora_llm.training import checkpoint
-from glora_llm.training.deepspeed_config import resolve_deepspeed_config, zero_stage
 from glora_llm.vlora import allocated
 
 
-def describe(plan: Plan, world: int) -> str:
+def describe(plan: Plan) -> str:
     """Return what a run would do, as text; builds the model without weights to count and to match targets.
 
     Raises:
-        UserError: when targets match nothing, a slot or the merge asked for is impossible, or the DeepSpeed
-            configuration contradicts the recipe.
+        UserError: when targets match nothing, a slot or the merge asked for is impossible, or the device or the ZeRO
+            stage cannot train in this precision.
     """
     recipe = plan.recipe
     dtype = load.compute_dtype(recipe.model, choose_device())
-    stage = zero_stage(resolve_deepspeed_config(recipe.training, dtype, world))
-    if dtype == torch.float16:
-        check_float16(recipe.training.deepspeed, stage)
-    check_masters(recipe, dtype, stage)
+    check_float16(plan.deepspeed, dtype)
+    check_masters(recipe, dtype, plan.deepspeed.stage)
     empty = load.meta_model(recipe.model, plan.base.folder)
     model = inject(empty, without_start(recipe.adapter), recipe.training.seed, plan.steps, plan.genome)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -46,7 +41,7 @@ def describe(plan: Plan, world: int) -> str:
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
-        f"batch      {batch_identity(recipe, world)}; {plan.steps} steps, "
+        f"batch      {plan.batch_identity()}; {plan.steps} steps, "
         f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
         f"deepspeed  {recipe.training.deepspeed}; {2 * saved / 1e6:.0f} MB for two checkpoints",
         f"merge      {obstacle or 'possible into a plain transformers model'}",

@@ -13,6 +13,8 @@ from glora_llm.adapters.config import read_genome
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import UserError
 from glora_llm.glora.path import Genome
+from glora_llm.launch.device import choose_device
+from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
@@ -21,9 +23,7 @@ from glora_llm.tasks.images import image_task
 from glora_llm.tasks.task import Rows, Task
 from glora_llm.tasks.text import text_task
 from glora_llm.training.batch import Batch
-from glora_llm.training.deepspeed_config import (
-    accumulation,
-)
+from glora_llm.training.deepspeed_config import DeepSpeedConfig, resolve_deepspeed_config
 
 CHOICE = 41  # stream of the seeded choice of scored rows
 
@@ -34,6 +34,7 @@ class Plan:
 
     Args:
         recipe: as it was read and checked.
+        deepspeed: the DeepSpeed configuration, completed for the processes of this launch.
         base: the base model's folder and identity.
         task: the data and the loss.
         sampler: the order of the training rows.
@@ -42,6 +43,7 @@ class Plan:
     """
 
     recipe: Recipe
+    deepspeed: DeepSpeedConfig
     base: ResolvedModel
     task: Task
     sampler: GlobalSampler
@@ -51,6 +53,13 @@ class Plan:
     def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
         return self.task.batch(rows, indices)
+
+    def batch_identity(self) -> str:
+        """Return the arithmetic of a step in words."""
+        training, parts = self.recipe.training, self.deepspeed.accumulation
+        batch, micro = training.global_batch, training.micro_batch
+        world_size = batch // (micro * parts)
+        return f"global batch {batch} = micro batch {micro} x accumulation {parts} x processes {world_size}"
 
     def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
         """Return one rank's micro batches of one optimizer step."""
@@ -68,16 +77,20 @@ class Plan:
         return [int(row) for row in order[:limit]]
 
 
-def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
+def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = None) -> Plan:
     """Resolve everything that needs no weights and no process group; every rank may call this at once.
 
     Args:
         weights: False leaves the weights of a hub model where they are (a dry run).
+        world_size: processes of the launch that trains; None: nothing is trained.
 
     Raises:
         UserError: for anything in the recipe that cannot work.
     """
-    check_combination(recipe)
+    device = torch.device("cpu") if world_size is None else choose_device()  # without training, none is needed
+    dtype = compute_dtype(recipe.model, device)
+    deepspeed = resolve_deepspeed_config(recipe.training, dtype, world_size)
+    check_combination(recipe, deepspeed.stage)
     genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     make_task = image_task if recipe.data.format == "images" else text_task
     base, task = make_task(recipe, weights)
@@ -85,18 +98,7 @@ def make_plan(recipe: Recipe, weights: bool = True) -> Plan:
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, base, task, sampler, steps, genome)
-
-
-def batch_identity(recipe: Recipe, world: int) -> str:
-    """Return the arithmetic of a step in words.
-
-    Raises:
-        UserError: when the batch does not divide.
-    """
-    t = recipe.training
-    parts = accumulation(t, world)
-    return f"global batch {t.global_batch} = micro batch {t.micro_batch} x accumulation {parts} x ranks {world}"
+    return Plan(recipe, deepspeed, base, task, sampler, steps, genome)
 
 
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:

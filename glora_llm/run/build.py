@@ -21,7 +21,6 @@ from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.saving import Clock, Saver
 from glora_llm.training import checkpoint
-from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stage
 from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.optim import Trainable
@@ -71,8 +70,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     """
     began, recipe, device = time.time(), plan.recipe, processes.device
     data_digest = plan.task.train.digest()  # reads all training data: once a launch
-    zero3 = zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 3
-    base = load.load_base(recipe.model, plan.base.folder, device, zero3)
+    base = load.load_base(recipe.model, plan.base.folder, device, zero3=plan.deepspeed.stage == 3)
     model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
     items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)
     trained = sum(item.parameter.numel() for item in items)
@@ -88,7 +86,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     penalty = method.penalty if method else None
     if recipe.model.compile:
         load.compile_layers(bare)
-    engine = Engine(plan.task.objective(bare), items, recipe.training, dtype, device, penalty)
+    engine = Engine(plan.task.objective(bare), items, recipe.training, plan.deepspeed, device, penalty)
     if method is not None:
         update_state = method.step
         engine.adam.optimizer.register_step_post_hook(lambda *_: update_state())

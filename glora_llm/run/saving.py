@@ -85,7 +85,7 @@ class Saver:
         return {
             "step": step,
             "applied": engine.applied,
-            "loss_scale": engine.loss_scale.state(),
+            "loss_scale": engine.loss_scale.state_dict(),
             "samples": step * training.global_batch,
             "seed": training.seed,
             "data_digest": self.data_digest,

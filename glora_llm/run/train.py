@@ -20,7 +20,7 @@ from glora_llm.models import load
 from glora_llm.plan.genome import finetune_recipe
 from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe
-from glora_llm.plan.plan import Plan, batch_identity, make_plan
+from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.build import TrainingParts, build
 from glora_llm.run.search import search_after_training
@@ -46,9 +46,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
-    batch_identity(recipe, ranks.planned_world_size())
-    plan = make_plan(recipe, weights=not dry_run)
-    overview = describe(plan, ranks.planned_world_size())  # the last of the checks, before any weight is loaded
+    plan = make_plan(recipe, weights=not dry_run, world_size=ranks.planned_world_size())
+    overview = describe(plan)  # the last of the checks, before any weight is loaded
     if dry_run or choose_device().type == "cuda":
         overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, ranks.planned_world_size())}"
     if dry_run or ranks.planned_process_rank() == 0:
@@ -66,7 +65,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
         if recipe.search and recipe.search.finetune_steps:
             tuned = ranks.broadcast(finetune_recipe(folder) if processes.is_main_process else None, processes.device)
             folder = RunFolder(Path(tuned.output.dir))
-            train_plan(make_plan(tuned), folder, processes)
+            train_plan(make_plan(tuned, world_size=processes.world_size), folder, processes)
     ranks.stop()
     if processes.is_main_process and recipe.merge.after_training and not (folder.path / "merged").exists():
         from glora_llm.merge.command import merge_run
@@ -139,7 +138,7 @@ class Run:
         if recipe.evaluation.test_before and parts.start == 0:
             self._record({"test_before": self._score("test", None)})
         schedule = Schedule(
-            self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
+            parts.start, self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
         )
         request = StopRequest()
         hooks = Hooks(
@@ -152,9 +151,7 @@ class Run:
             told_to_end=lambda: request.made,
         )
         with request.listening():
-            validation = fit(
-                parts.engine, parts.start, schedule, recipe.training, recipe.output, hooks, self.log, parts.cost
-            )
+            validation = fit(parts.engine, schedule, hooks, self.log, parts.cost)
         self._finish(validation)
         if recipe.search:
             self._search()

@@ -25,6 +25,9 @@ class TrainingSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates", strict=False)
     eps: Annotated[float, Field(gt=0)] = key(1e-8, "Adam's epsilon")
     max_grad_norm: Annotated[float, Field(ge=0)] = key(1.0, "clip the global gradient norm; 0: do not")
+    tf32: bool = key(
+        False, "on a GPU, float32 matrix products in TensorFloat-32 (10 bits of mantissa): much faster, less exact"
+    )
     loraplus_ratio: Annotated[float, Field(gt=0)] = key(
         1.0, "LoRA+: the zero-initialised factor learns this much faster", "x training.lr"
     )

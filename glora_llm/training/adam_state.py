@@ -1,30 +1,70 @@
-"""Master weights and Adam moments by parameter name, whatever the ZeRO stage, the rank count or the optimizer.
+"""Master weights and Adam moments by parameter name, whatever the ZeRO stage, the process count or the optimizer.
 
-DeepSpeed keeps them in flat partitions of one rank each. Here they are read and written under the torch names
+DeepSpeed keeps them in flat partitions, one of each process. Here they are read and written under the torch names
 `exp_avg` and `exp_avg_sq` in float32; 8-bit states are dequantised on the way out and quantised again on the way in:
 the same codes when the partition is the same, with scales equal to float32 rounding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from glora_llm.training.optim import Trainable
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_BNB_STATES = {"exp_avg": "1", "exp_avg_sq": "2"}
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+BUCKET = 2**26  # elements that one collective gathers: 256 MB of float32
 BLOCK = 256  # 8-bit moments with one scale
+_BNB_STATES = {"exp_avg": "1", "exp_avg_sq": "2"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one parameter in the flat partition of one process.
+
+    Args:
+        parameter: whose elements they are.
+        process: number, in its process group, of the process that holds them.
+        at: where they begin in that process's partition.
+        start: where they begin in the flattened parameter.
+        length: their number.
+    """
+
+    parameter: nn.Parameter
+    process: int
+    at: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One tensor that the optimizer steps: this process's share of some parameters.
+
+    Args:
+        flat: float32 master weights.
+        group: number of the optimizer's parameter group.
+        pieces: of the partitions of all processes, which are equally long.
+        process_group: of the processes that share the parameters; None: this process holds all of them.
+    """
+
+    flat: Tensor
+    group: int
+    pieces: Sequence[Piece]
+    process_group: Any = None
+
+    @property
+    def process(self) -> int:
+        """Number of this process among those that share the parameters."""
+        return 0 if self.process_group is None else dist.get_rank(self.process_group)
+
+    @property
+    def processes(self) -> int:
+        """Number of the processes that share the parameters."""
+        return 1 if self.process_group is None else dist.get_world_size(self.process_group)
 
 
 class AdamState:
@@ -33,143 +73,178 @@ class AdamState:
     Args:
         engine: what `deepspeed.initialize` returned.
         stage: its ZeRO stage.
+        device: where collectives run.
     """
 
-    def __init__(self, engine: Any, stage: int):
-        self.engine, self.stage = engine, stage
-        self.wrapper = engine.optimizer
-        self.optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    def __init__(self, engine: Any, stage: int, device: torch.device):
+        wrapper = engine.optimizer
+        self.device = device
+        self.optimizer: Any = getattr(wrapper, "optimizer", wrapper)
+        if stage == 3:
+            self.partitions = _partitions_of_stage_3(wrapper)
+        elif stage > 0:
+            self.partitions = _partitions_of_stages_1_and_2(wrapper)
+        else:
+            self.partitions = [
+                Partition(p, number, [Piece(p, 0, 0, 0, p.numel())])
+                for number, group in enumerate(self.optimizer.param_groups)
+                for p in group["params"]
+            ]
+        self.is_bnb = type(self.optimizer).__module__.startswith("bitsandbytes")
         self._allocate()
 
     def _allocate(self) -> None:
         """Make the states now, as zeros, so that they can be read and written before the first step too."""
-        for group_index, group, flat in self._flat_partitions():
-            if _is_bnb(self.optimizer):
-                self.optimizer.init_state(group, flat, group_index, 0)  # type: ignore[attr-defined]
+        for part in self.partitions:
+            if self.is_bnb:
+                self.optimizer.init_state(self.optimizer.param_groups[part.group], part.flat, part.group, 0)
             else:
-                zeros = {key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS}
-                self.optimizer.state[flat].update(zeros, step=self._step_value(0))
-        self._link()
+                zeros = {key: torch.zeros_like(part.flat, dtype=torch.float32) for key in MOMENTS}
+                self.optimizer.state[part.flat].update(zeros, step=self._step_value(part, 0))
 
     def gather(self, trainables: Sequence[Trainable]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (`master/NAME` or `exp_avg/NAME` ..., full float32 CPU tensor); all ranks must iterate together."""
-        exposed = self._expose()
-        for item in trainables:
-            yield f"master/{item.name}", self._get(item, None)
-            for key in MOMENTS:
-                yield f"{key}/{item.name}", self._get(item, key)
-        for state in exposed:
-            for key in MOMENTS:
-                del state[key]
+        """Yield (`master/NAME` or `exp_avg/NAME` ..., full float32 CPU tensor) on the first process, in no fixed order.
+
+        All processes must iterate to the end; the others send their parts, copy nothing to the CPU and get nothing.
+        """
+        names = {id(item.parameter): item.name for item in trainables}
+        for part in self.partitions:
+            for key in (MASTER, *MOMENTS):
+                for parameter, value in self._whole(part, self._read(part, key)):
+                    yield f"{key}/{names[id(parameter)]}", value
 
     def restore(self, trainables: Sequence[Trainable], tensors: dict[str, Tensor], step: int) -> None:
-        """Set what `gather` yielded, after `step` optimizer steps. All ranks must call it."""
-        exposed = self._expose()
-        for item in trainables:
-            self._set(item, None, tensors[f"master/{item.name}"])
-            for key in MOMENTS:
-                self._set(item, key, tensors[f"{key}/{item.name}"])
-        for _, _, flat in self._flat_partitions():
-            self.optimizer.state[flat]["step"] = self._step_value(step)
-        for state in exposed:
-            for key, number in _BNB_STATES.items():
-                _quantise_into(state, number, state.pop(key))
+        """Set what `gather` yielded, after `step` optimizer steps. All processes must call it."""
+        names = {id(item.parameter): item.name for item in trainables}
+        for part in self.partitions:
+            for key in (MASTER, *MOMENTS):
+                mine = torch.zeros(part.flat.numel(), dtype=torch.float32, device="cpu")  # what pads a partition is 0
+                for piece in part.pieces:
+                    if piece.process == part.process:
+                        value = tensors[f"{key}/{names[id(piece.parameter)]}"].flatten()
+                        mine[piece.at :][: piece.length] = value[piece.start :][: piece.length]
+                self._write(part, key, mine.reshape(part.flat.shape))
+            self.optimizer.state[part.flat]["step"] = self._step_value(part, step)
 
-    def _step_value(self, step: int) -> Any:
-        return torch.tensor(float(step)) if isinstance(self.optimizer, torch.optim.AdamW) else step
+    def _step_value(self, part: Partition, step: int) -> Any:
+        """Return a step counter as the optimizer makes it: torch's fused kernels read it on the device."""
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            return step
+        group = self.optimizer.param_groups[part.group]
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.tensor(float(step), dtype=torch.float32, device=part.flat.device if on_device else "cpu")
 
-    def _flat_partitions(self) -> list[tuple[int, dict[str, Any], Tensor]]:
-        """Return (group index, group, the tensor that the optimizer steps) of all partitions of this rank."""
-        groups = self.optimizer.param_groups
-        if self.stage == 3:
-            owner = self.wrapper.sub_group_to_group_id
-            flats = self.wrapper.fp32_partitioned_groups_flat
-            return [(owner[i], groups[owner[i]], flat) for i, flat in enumerate(flats)]
-        if self.stage in (1, 2):
-            flats = self.wrapper.single_partition_of_fp32_groups
-            return [(i, groups[i], flat) for i, flat in enumerate(flats)]
-        return [(i, group, p) for i, group in enumerate(groups) for p in group["params"]]
+    def _read(self, part: Partition, key: str) -> Tensor:
+        """Return this process's part of the master weights or of a moment, flat, in float32."""
+        if key == MASTER:
+            return part.flat.detach().flatten().float()
+        state = self.optimizer.state[part.flat]
+        return (_dequantised(state, _BNB_STATES[key]) if self.is_bnb else state[key]).flatten().float()
 
-    def _link(self) -> None:
-        """Point the parameters' fragments at the (new) moments."""
-        if self.stage in (1, 2):
-            self.wrapper._hp_optimizer_states_linked = False
-            self.wrapper._lazy_init_hp_params_optimizer_state()
-
-    def _expose(self) -> list[dict[str, Any]]:
-        """Put float32 moments beside 8-bit ones, so that all optimizers are read alike; return what to clean up."""
-        if not _is_bnb(self.optimizer):
-            return []
-        exposed = []
-        for _, _, flat in self._flat_partitions():
-            state = self.optimizer.state[flat]
-            for key, number in _BNB_STATES.items():
-                state[key] = _dequantised(state, number)
-            exposed.append(state)
-        self._link()
-        return exposed
-
-    def _get(self, item: Trainable, key: str | None) -> Tensor:
-        p = item.parameter
-        if self.stage == 0:
-            full = p.detach() if key is None else self.optimizer.state[p][key]
+    @torch.no_grad()
+    def _write(self, part: Partition, key: str, value: Tensor) -> None:
+        state = self.optimizer.state[part.flat]
+        if key == MASTER:
+            part.flat.copy_(value)
+        elif self.is_bnb:
+            _quantise_into(state, _BNB_STATES[key], value)
         else:
-            full = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-        return full.detach().float().cpu().clone().reshape(getattr(p, "ds_shape", p.shape))
+            state[key].copy_(value)
 
-    def _set(self, item: Trainable, key: str | None, value: Tensor) -> None:
-        p = item.parameter
-        if self.stage == 0:
-            target = p.data if key is None else self.optimizer.state[p][key]
-            target.copy_(value)
-        elif self.stage == 3:
-            mine = _partition(p, value).to(p.device)
-            safe_set_local_fp32_param(p, mine) if key is None else safe_set_local_optimizer_state(p, mine, key)
-        elif key is None:
-            safe_set_full_fp32_param(p, value.to(p.device))
-        else:
-            safe_set_full_optimizer_state(p, value.to(p.device), key)
-
-
-def _partition(parameter: Any, value: Tensor) -> Tensor:
-    """Return this rank's part of a full tensor under ZeRO 3, zeros behind its end.
-
-    DeepSpeed's own setter of full tensors fails where the elements do not divide by the ranks: a scalar, say.
-    """
-    group, size = parameter.ds_process_group, parameter.ds_tensor.ds_numel
-    padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
-    return padded.narrow(0, size * dist.get_rank(group), size)
+    def _whole(self, part: Partition, mine: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the parameters of a partition with their whole values on the first process, nothing on the others."""
+        whole: dict[nn.Parameter, Tensor] = {}
+        keep = not dist.is_initialized() or dist.get_rank() == 0
+        if keep:
+            for piece in part.pieces:
+                if piece.parameter not in whole:
+                    shape = getattr(piece.parameter, "ds_shape", piece.parameter.shape)
+                    whole[piece.parameter] = torch.empty(shape, dtype=torch.float32, device="cpu")
+        length = max(1, BUCKET // part.processes)
+        for start in range(0, len(mine), length):
+            sent = mine[start : start + length].to(self.device)
+            received = sent[None]
+            if part.process_group is not None:
+                received = sent.new_empty(part.processes, len(sent))
+                dist.all_gather_into_tensor(received.view(-1), sent, group=part.process_group)
+            if keep:
+                received = received.cpu()
+                for piece in part.pieces:
+                    _copy_overlap(piece, received[piece.process], start, whole[piece.parameter].view(-1))
+        yield from whole.items()
 
 
-def _is_bnb(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("bitsandbytes")
+def _copy_overlap(piece: Piece, bucket: Tensor, start: int, target: Tensor) -> None:
+    """Copy what a bucket, which begins at `start` of a partition, holds of a piece into the flattened parameter."""
+    first, last = max(piece.at, start), min(piece.at + piece.length, start + len(bucket))
+    if first < last:
+        goal = piece.start + first - piece.at
+        target[goal : goal + last - first] = bucket[first - start : last - start]
+
+
+def _partitions_of_stages_1_and_2(wrapper: Any) -> list[Partition]:
+    """The parameters of a group lie one behind the other, and each process holds an equal part of the whole."""
+    partitions = []
+    for number, flat in enumerate(wrapper.single_partition_of_fp32_groups):
+        group, size, pieces = wrapper.real_dp_process_group[number], flat.numel(), []
+        parameters, offsets = wrapper.round_robin_bit16_groups[number], wrapper.round_robin_bit16_offsets[number]
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            for process in range(dist.get_world_size(group)):
+                first = max(offset, process * size)
+                length = min(offset + parameter.numel(), (process + 1) * size) - first
+                if length > 0:
+                    pieces.append(Piece(parameter, process, first - process * size, first - offset, length))
+        partitions.append(Partition(flat, number, pieces, group))
+    return partitions
+
+
+def _partitions_of_stage_3(wrapper: Any) -> list[Partition]:
+    """Each parameter is cut into equal parts, and a process's parts of a group lie one behind the other."""
+    partitions = []
+    for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+        parameters, at, pieces = wrapper.fp16_groups[number], 0, []
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            for process in range(dist.get_world_size(parameter.ds_process_group)):
+                length = min(size, parameter.ds_numel - process * size)
+                if length > 0:
+                    pieces.append(Piece(parameter, process, at, process * size, length))
+            at += size
+        owner = wrapper.sub_group_to_group_id[number]
+        partitions.append(Partition(flat, owner, pieces, parameters[0].ds_process_group))
+    return partitions
 
 
 def _dequantised(state: dict[str, Any], number: str) -> Tensor:
-    """bitsandbytes keeps small tensors in float32 and others as blocks of 256 bytes with a scale each."""
+    """Return a moment of bitsandbytes in float32, where its scales are: a paged state is a CPU tensor itself.
+
+    Small tensors are kept in float32, others as blocks of 256 bytes with a scale each.
+    """
     values: Tensor = state[f"state{number}"]
     if values.dtype != torch.uint8:
         return values.clone()
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(
-        values, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=BLOCK
-    ).reshape(values.shape)
+    absmax, code = state[f"absmax{number}"], state[f"qmap{number}"]
+    moment = dequantize_blockwise(values.to(absmax.device), absmax=absmax, code=code, blocksize=BLOCK)
+    return moment.reshape(values.shape)
 
 
 def _quantise_into(state: dict[str, Any], number: str, moment: Tensor) -> None:
+    """Set a moment of bitsandbytes from float32 values."""
     values: Tensor = state[f"state{number}"]
     if values.dtype != torch.uint8:
         values.copy_(moment)
         return
-    code: Tensor = state[f"qmap{number}"]
+    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
+    moment, tiny = moment.to(absmax.device), torch.finfo(absmax.dtype).tiny
     blocks = torch.nn.functional.pad(moment.flatten(), (0, -moment.numel() % BLOCK)).reshape(-1, BLOCK)
     # The code's ends are 1 and, for signed moments, about -0.993: the scale that made the extreme value, whichever end.
     up, down = blocks.amax(1).clamp(min=0), (-blocks.amin(1)).clamp(min=0)
-    lowest = -float(code.min())
-    scale = torch.where(up > down, up, down / lowest) if lowest > 0 else up
+    lowest = (-code.min()).clamp(min=tiny)
+    scale = torch.where(up > down, up, down / lowest)
     middles = (code[1:] + code[:-1]) / 2
-    shares = blocks / scale.clamp(min=torch.finfo(scale.dtype).tiny)[:, None]
+    shares = blocks / scale.clamp(min=tiny)[:, None]
     nearest = torch.bucketize(shares, middles).to(torch.uint8)
     values.copy_(nearest.flatten()[: moment.numel()].reshape(values.shape))
-    state[f"absmax{number}"].copy_(scale)
+    absmax.copy_(scale)

@@ -1,32 +1,35 @@
 """DeepSpeed behind four calls: `train_step`, `score`, `state` and `restore`."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from glora_llm.errors import UserError
 from glora_llm.schema import TrainingSection
+from glora_llm.training.adam_state import AdamState
 from glora_llm.training.batch import Batch, to_device
-from glora_llm.training.deepspeed_config import offloads, resolve_deepspeed_config, zero_stage
+from glora_llm.training.deepspeed_config import DeepSpeedConfig
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did.
+    """The outcome of one optimizer step.
 
     Args:
-        loss: mean -log p over the step's targets on all ranks, nats/token.
+        loss: mean -log p over the step's targets on all processes, nats/token.
         targets: their number.
         grad_norm: global norm before clipping; inf when it was not finite.
         skipped: the step was not applied, because loss or gradient was not finite.
         overflow: skipped only because float16's loss scale was too large, which DeepSpeed then lowers.
+        told_to_end: some process was told to end before the step was over.
     """
 
     loss: float
@@ -34,6 +37,7 @@ class StepResult:
     grad_norm: float
     skipped: bool
     overflow: bool = False
+    told_to_end: bool = False
 
 
 class Engine:
@@ -41,11 +45,14 @@ class Engine:
 
     Args:
         objective: module that is a `training.objectives.Objective`.
-        trainables: what is trained, in the same order on all ranks.
+        trainables: the trained parameters, in the same order on all processes.
         settings: the recipe's training section.
-        dtype: what the frozen weights are computed in.
-        device: of this rank.
+        config: DeepSpeed's, resolved for this launch.
+        device: of this process.
         penalty: a scalar that is added to the loss of every step; None: nothing.
+
+    Raises:
+        UserError: when DeepSpeed changed the dtype of a buffer.
     """
 
     def __init__(
@@ -53,57 +60,71 @@ class Engine:
         objective: nn.Module,
         trainables: Sequence[Trainable],
         settings: TrainingSection,
-        dtype: torch.dtype,
+        config: DeepSpeedConfig,
         device: torch.device,
         penalty: Callable[[], Tensor] | None = None,
     ):
         import deepspeed
 
-        from glora_llm.training.adam_state import AdamState
-
-        self.world, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
+        self.world_size, self.process_rank, self.device = dist.get_world_size(), dist.get_rank(), device
         self.trainables, self.settings, self.penalty = list(trainables), settings, penalty
         self.objective: Any = objective
-        config = resolve_deepspeed_config(settings, dtype, self.world)
-        self.stage = zero_stage(config)
+        self.stage = config.stage
         groups = parameter_groups(self.trainables, settings.weight_decay)
-        optimizer = make_optimizer(settings, groups, offloads(config))
+        optimizer = make_optimizer(settings, groups, config.offloads)
+        dtypes = {name: buffer.dtype for name, buffer in objective.named_buffers()}
         self.ds, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=config, dist_init_required=False
+            model=objective, optimizer=optimizer, config=config.values, dist_init_required=False
         )
-        self.adam = AdamState(self.ds, self.stage)
+        _require_dtypes(objective, dtypes)
+        self.adam = AdamState(self.ds, self.stage, device)
         self.loss_scale = LossScale(self.ds.optimizer)
         self.applied = 0  # optimizer steps that were applied: Adam's own count
+        self.tf32_before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, before_micro_step: Callable[[int], None] = lambda _: None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        before_micro_step: Callable[[int], None] = lambda _: None,
+        told_to_end: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Run one optimizer step over this rank's micro batches.
+        """Run one optimizer step over this process's micro batches.
+
+        The loss is the sum over targets divided by the number of targets of the whole step on all processes, so it
+        does not depend on how the step is cut into micro batches and processes. The host reads the device once, after
+        the last micro batch: until then it only launches work.
 
         Args:
             before_micro_step: is called with the number of each micro batch (a supernet draws its paths then).
-
-        The loss is the sum over targets divided by the number of targets of the whole step on all ranks, so it does
-        not depend on how the step is cut into micro batches and ranks.
+            told_to_end: whether this process was told to end; asked at the end of the step, for all processes.
         """
-        targets = self.total(sum(self.objective.targets(batch) for batch in batches))
+        targets = self._summed(sum(self.objective.targets(batch) for batch in batches))
+        scale = (torch.full_like(targets, self.world_size) / targets).float()
         set_lr(self.adam.optimizer, lr)
         self.ds.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             before_micro_step(index)
             loss = self.ds(**to_device(batch, self.device))
-            share = loss * (self.world / targets)
+            share = loss * scale
             if self.penalty is not None and index == 0:
                 share = share + self.penalty()
             self.ds.backward(share, scale_wrt_gas=False)
-            loss_sum += loss.detach().double().cpu()
+            loss_sum += loss.detach()
             if index + 1 < len(batches):
                 self.ds.step()
-        loss, scale_may_fall = self.total(loss_sum) / targets, self.loss_scale.can_fall
+        scale_may_fall = self.loss_scale.can_fall
         skipped, norm = self._apply()
         self.applied += not skipped
-        return StepResult(loss, int(targets), norm, skipped, skipped and scale_may_fall and math.isfinite(loss))
+        told = torch.full_like(targets, told_to_end())
+        ended = torch.stack([loss_sum, told])
+        dist.all_reduce(ended)
+        total, stops, count = torch.cat([ended, targets[None]]).tolist()
+        loss = total / count
+        overflow = skipped and scale_may_fall and math.isfinite(loss)
+        return StepResult(loss, int(count), norm, skipped, overflow, bool(stops))
 
     def _apply(self) -> tuple[bool, float]:
         """Let DeepSpeed step unless a gradient is not finite; return (skipped, gradient norm)."""
@@ -123,7 +144,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Any:
-        """Return the objective's scores of one batch, in evaluation mode; all ranks must call it equally often."""
+        """Return the objective's scores of one batch, in evaluation mode; all processes must call it equally often."""
         with self._evaluating():
             return self.ds(**to_device(batch, self.device), score=True)
 
@@ -154,36 +175,37 @@ class Engine:
         finally:
             self.ds.train()
 
-    def total(self, value: Any) -> Any:
-        """Return the sum of a number over all ranks; all must call it."""
-        tensor = torch.tensor([float(value)], dtype=torch.float64, device=self._reduce_device())
+    def _summed(self, value: float) -> Tensor:
+        """Return the sum of a number over all processes, on the device; `torch.tensor` would wait for the copy."""
+        tensor = torch.full((), value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return float(tensor)
-
-    def _reduce_device(self) -> torch.device:
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
+        return tensor
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield master weights and Adam moments by name, on the CPU; all ranks must iterate together."""
+        """Yield master weights and Adam moments by name, on the CPU of the first process, nothing on the others.
+
+        All processes must iterate to the end, together.
+        """
         return self.adam.gather(self.trainables)
 
     def restore(self, tensors: dict[str, Tensor], applied: int, loss_scale: dict[str, Any]) -> None:
-        """Set what `state` and `loss_scale.state` gave, after `applied` applied optimizer steps."""
+        """Set what `state` and `loss_scale.state_dict` gave, after `applied` applied optimizer steps."""
         self.adam.restore(self.trainables, tensors, applied)
         self.applied = applied
-        self.loss_scale.restore(loss_scale)
+        self.loss_scale.load_state_dict(loss_scale)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks away: under ZeRO 1 and 2 they would keep the model alive beside the next one."""
         self.ds.destroy()
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32_before
 
     def bytes_per_rank(self) -> int:
-        """Return the bytes of parameters that this rank holds at rest (under ZeRO 3: its partitions)."""
+        """Return the bytes of parameters that this process holds at rest (under ZeRO 3: its partitions)."""
         return sum(_held(p).numel() * _held(p).element_size() for p in self.ds.module.parameters())
 
     def gather_rows(self, values: Tensor) -> Tensor:
-        """Sum a float64 table over ranks: each rank fills its own rows, the others are zero."""
-        table = values.to(self._reduce_device())
+        """Sum a float64 table over processes: each fills its own rows, the others are zero."""
+        table = values.to(self.device)
         dist.all_reduce(table)
         return table.cpu()
 
@@ -191,3 +213,13 @@ class Engine:
 def _held(parameter: Any) -> Tensor:
     partition = getattr(parameter, "ds_tensor", None)
     return parameter.data if partition is None else partition
+
+
+def _require_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Check that every buffer has the dtype it had: rotary angles rounded to bfloat16 are wrong beyond position 256."""
+    for name, buffer in module.named_buffers():
+        if buffer.dtype != dtypes.get(name, buffer.dtype):
+            raise UserError(
+                f"DeepSpeed cast the buffer {name} from {dtypes[name]} to {buffer.dtype}, which changes what the model "
+                "computes. Take data_types.buffer_dtype out of the DeepSpeed configuration."
+            )

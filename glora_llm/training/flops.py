@@ -1,5 +1,6 @@
-"""Floating-point operations of a step, and what the device could do at most: model FLOP utilisation."""
+"""Count the floating-point operations of a step and the device's peak rate, for the model FLOP utilisation."""
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -7,21 +8,39 @@ from typing import Any
 import torch
 from torch import nn
 
-# Dense peak in FLOP/s by name of the GPU, bfloat16 (vendors' data sheets); other devices are measured.
-BF16_PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+# Dense bfloat16 peak with float32 accumulation in FLOP/s, by words that the device's name must all have; the first row
+# that fits counts. From the vendors' data sheets, halved where they count sparsity: NVIDIA B200, GB200, H200, H100,
+# GH200, A100, L40S, L40, L4, A40, A30, A10, A10G, AMD MI300X; the GA102, AD102 and GB202 architecture papers (RTX).
+BF16_PEAKS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("RTX 6000 Ada", 364e12),
+    ("RTX A6000", 155e12),
+    ("RTX 5090", 209e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("MI300X", 1307e12),
+)
+PARTS = {"MIG", "Laptop", "Max", "Ti", "D"}  # a part of a GPU, or a smaller one of a like name: measured
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a step costs.
+    """The sizes of a model from which the cost of a step follows.
 
     Args:
         frozen: elements of the frozen matrices (embeddings, which are looked up, left out).
@@ -83,9 +102,9 @@ def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
     """Return the FLOP/s that the device reaches at most: by data sheet, or by a matrix product measured here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [peak for part, peak in BF16_PEAKS.items() if part in name]
-        if known:
-            return known[0]
+        known = bf16_peak(name)
+        if known is not None:
+            return known
     n = 4096 if device.type == "cuda" else 1024
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = 0.0
@@ -94,6 +113,14 @@ def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
         float((a @ a)[0, 0])
         best = max(best, 2 * n**3 / (time.perf_counter() - began))
     return best
+
+
+def bf16_peak(name: str) -> float | None:
+    """Return the dense bfloat16 peak of a GPU in FLOP/s by its name, or None where it has to be measured."""
+    words = set(re.findall(r"[A-Za-z0-9]+", name))
+    if words & PARTS:
+        return None
+    return next((peak for known, peak in BF16_PEAKS if set(known.split()) <= words), None)
 
 
 def _elements(parameter: nn.Parameter) -> int:

@@ -1,5 +1,6 @@
-"""`fit`: the training loop. All that is random in it is a function of (seed, step, rank): a resumed run repeats it."""
+"""The training loop. All that is random in it is a function of (seed, step, process): a resumed run repeats it."""
 
+import contextlib
 import random
 import re
 import time
@@ -12,7 +13,6 @@ import numpy
 import torch
 
 from glora_llm.errors import CheckFailed
-from glora_llm.schema import OutputSection, TrainingSection
 from glora_llm.training.batch import Batch
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
@@ -27,16 +27,16 @@ class NonFinite(CheckFailed):
 
 @dataclass
 class Hooks:
-    """What the loop calls, so that it needs to know neither data, nor model, nor evaluation.
+    """The functions that the loop calls, so that it needs to know neither data, nor model, nor evaluation.
 
     Args:
-        batches: step -> this rank's micro batches.
+        batches: step -> this process's micro batches.
         validate: step -> validation metrics, or None where there is no validation data.
         save: (step) writes a checkpoint.
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
         before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
-        observe: step -> further numbers that are logged with the step's own; all ranks call it.
-        told_to_end: whether this rank is to end after this step; one is enough for all.
+        observe: step -> further numbers that are logged with the step's own; all processes call it.
+        told_to_end: whether this process is to end after this step; one is enough for all.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -50,8 +50,15 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in optimizer steps."""
+    """When things happen, in optimizer steps.
 
+    Args:
+        start: steps that an earlier launch has done.
+        total: steps of the whole run.
+        validate_every, save_every, log_every: steps between two; each happens after the last step too.
+    """
+
+    start: int
     total: int
     validate_every: int | None
     save_every: int
@@ -62,37 +69,30 @@ class Schedule:
         return step == self.total or (every is not None and step % every == 0)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator for one step of one rank: no random state needs to be carried over a restart."""
-    mixed = (seed * 1_000_003 + step) * 65_537 + rank
+def seed_step(seed: int, step: int, process_rank: int) -> None:
+    """Seed every generator for one step of one process: no random state needs to be carried over a restart."""
+    mixed = (seed * 1_000_003 + step) * 65_537 + process_rank
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)  # noqa: NPY002 - libraries draw from the global one
     torch.manual_seed(mixed % 2**63)
 
 
-def fit(
-    engine: Engine,
-    start: int,
-    schedule: Schedule,
-    settings: TrainingSection,
-    output: OutputSection,
-    hooks: Hooks,
-    log: MetricLog,
-    cost: ModelCost,
-) -> dict[str, float]:
-    """Train from step `start` to `schedule.total`; return the last validation metrics.
+def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: ModelCost) -> dict[str, float]:
+    """Train to the end of the schedule; return the last validation metrics.
 
     Raises:
-        NonFinite: after `settings.max_bad_steps` skipped steps in a row.
-        SystemExit: with code 143 when a rank was told to end: after the step and a checkpoint (none after a bad step).
+        NonFinite: after `training.max_bad_steps` skipped steps in a row.
+        SystemExit: with code 143 when a process was told to end, after the step and a checkpoint (none after a bad
+            step).
     """
-    bad, last_validation = 0, {}
-    for step in range(start, schedule.total):
+    settings, bad, last_validation = engine.settings, 0, {}
+    reset_peak_memory(engine.device)
+    for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
-        seed_step(settings.seed, step, engine.rank)
+        seed_step(settings.seed, step, engine.process_rank)
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
-        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step))
+        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step), hooks.told_to_end)
         bad = bad + (not result.overflow) if result.skipped else 0
         done = step + 1
         if bad >= settings.max_bad_steps:
@@ -109,8 +109,8 @@ def fit(
         if hooks.validate is not None and schedule.due(done, schedule.validate_every):
             last_validation = hooks.validate(done)
             log.scores(done, last_validation)
-        stopping = bool(engine.total(hooks.told_to_end()))
-        if (stopping or schedule.due(done, output.save_every)) and not bad:
+        stopping = result.told_to_end
+        if (stopping or schedule.due(done, schedule.save_every)) and not bad:
             log.flush()
             hooks.save(done)
         if stopping:
@@ -131,9 +131,9 @@ def _metrics(
     result: StepResult, lr: float, batches: Sequence[Batch], engine: Engine, cost: ModelCost, seconds: float,
     done: int, log: MetricLog,
 ) -> dict[str, float]:  # fmt: skip
-    """The numbers of one step; tokens are counted on this rank and taken to be alike on the others."""
+    """Return the numbers of one step; tokens are counted on this process and taken to be alike on the others."""
     extents = [engine.objective.extent(batch) for batch in batches]
-    tokens, width = sum(count for count, _ in extents) * engine.world, max(width for _, width in extents)
+    tokens, width = sum(count for count, _ in extents) * engine.world_size, max(width for _, width in extents)
     flops = cost.step_flops(tokens, result.targets, width)
     scale = engine.loss_scale.value
     return {
@@ -145,14 +145,23 @@ def _metrics(
         "train/samples": done * engine.settings.global_batch,
         "speed/seconds_per_step": seconds,
         f"speed/{log.unit}_per_second": tokens / seconds,
-        "speed/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world),
+        "speed/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world_size),
         "memory/peak_gb": peak_memory_gb(engine.device),
     }
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory in use so far, in GB: allocated on a GPU, else the resident set of this process."""
+    """Return the most memory in use since the last reset, in GB: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_gb` begin anew at what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # some containers forbid it: the peak is then of the whole process
+            Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""float16's loss scale: what DeepSpeed multiplies the loss by, so that small gradients do not become zero.
+"""The loss scale of float16: DeepSpeed multiplies the loss by it, so that small gradients do not become zero.
 
 It starts at 2^16, halves when gradients overflow (not yet the first time), and doubles after 1000 steps without. A step
 that overflows is skipped: that is how the scale is found, and no sign of a bad run.
@@ -24,7 +24,7 @@ class LossScale:
 
     @property
     def value(self) -> float | None:
-        """What the loss is multiplied by; None where nothing adapts it."""
+        """The factor of the loss; None where nothing adapts it."""
         return None if self.scaler is None else float(self.scaler.cur_scale)
 
     @property
@@ -32,11 +32,11 @@ class LossScale:
         """Whether a lower scale is left to try after an overflow."""
         return self.scaler is not None and self.scaler.cur_scale > self.scaler.min_scale
 
-    def state(self) -> dict[str, Any]:
-        """Return what `restore` takes, as plain values; {} where nothing adapts."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, as plain values; {} where nothing adapts."""
         return {} if self.scaler is None else {name: getattr(self.scaler, name) for name in STATE}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the scale did whose state this is; {} (a checkpoint of another precision) leaves it at its start."""
         if self.scaler is not None:
             for name, value in state.items():

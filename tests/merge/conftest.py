@@ -96,7 +96,7 @@ def train(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
         sections = {name: keys.pop(name) for name in ("model", "merge", "data", "training") if name in keys}
         folder = RunFolder(tmp_path_factory.mktemp("run"))
         recipe = make_recipe(folder.path, keys, **sections)
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, world_size=1)
         folder.write("recipe.yaml", recipes.dump(recipe))
         folder.write("base.json", json.dumps(base_identity(plan, CPU)))
         model = inject(

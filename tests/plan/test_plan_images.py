@@ -43,7 +43,7 @@ def test_every_recipe_of_images_dry_runs(name: str, tmp_path: Path, capsys: pyte
     run.train(recipe, dry_run=True)
     text = capsys.readouterr().out
     described, _, memory = text.partition("\nmemory     ")
-    assert described == describe(make_plan(recipe, weights=False), world=1)
+    assert described == describe(make_plan(recipe, weights=False, world_size=1))
     assert "not computed for image classifiers" in memory
     lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
     assert re.fullmatch(rf"{recipe.adapter.method}, \d+\.\d+ M trained \(\d+\.\d+ %\)", lines["adapter"])
@@ -57,7 +57,7 @@ def test_every_recipe_of_images_dry_runs(name: str, tmp_path: Path, capsys: pyte
 def test_vlora_trains_at_most_30_percent_of_the_dense_model(tmp_path: Path) -> None:
     trained = []
     for kind in ("vlora", "dense"):
-        text = describe(make_plan(local(f"vit_cifar10_{kind}", tmp_path)), world=1)
+        text = describe(make_plan(local(f"vit_cifar10_{kind}", tmp_path), world_size=1))
         found = re.search(r"full, (\d+\.\d+) M trained", text)
         assert found
         trained.append(float(found[1]))

@@ -233,7 +233,7 @@ def test_checkpoints_of_nobody_are_not_touched(refused: Outcome, tmp_path: Path)
 def test_a_batch_that_ranks_do_not_divide(refused: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = refused(*overrides(write_rows(tmp_path / "data.jsonl"), tmp_path / "run"))
-    assert "training.global_batch 16 = micro_batch 4 x accumulation x 3 ranks" in message
+    assert "training.global_batch 16 = micro_batch 4 x accumulation x 3 processes" in message
     assert "Use global_batch 12 or 24, or another micro_batch" in message
     assert not (tmp_path / "run").exists()
 
@@ -262,7 +262,8 @@ def test_a_dry_run_trains_and_writes_nothing(trained: Path, tmp_path: Path, caps
         settings: list[Any] = overrides(trained / "data.jsonl", out)
         assert main(["train", "--recipe", "tiny_cpu", "--dry-run", *settings]) == 0
         text = capsys.readouterr().out
-        assert "global batch 16 = micro batch 4 x accumulation 4 x ranks 1; 2 steps" in text and "step 1/" not in text
+        batch = "global batch 16 = micro batch 4 x accumulation 4 x processes 1; 2 steps"
+        assert batch in text and "step 1/" not in text
     assert contents(trained) == before and list(tmp_path.iterdir()) == []
     assert not torch.distributed.is_initialized()
 

@@ -104,5 +104,5 @@ def test_a_new_model_has_the_names_of_the_classes_and_shares_its_layers(plan: Pl
 )
 def test_a_model_that_does_not_fit(more: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        describe(make_plan(recipes.load("vit_cifar10_vlora_tiny", [*ROWS, *more])), 1)
+        describe(make_plan(recipes.load("vit_cifar10_vlora_tiny", [*ROWS, *more]), world_size=1))
     assert said in str(caught.value)

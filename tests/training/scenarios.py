@@ -15,4 +15,4 @@ def train_scenario(recipe_name: str, overrides: list[str], folder: Path, process
     made = RunFolder(folder)
     if processes.is_main_process:
         made.write("recipe.yaml", recipe.dump(checked))
-    run.train_plan(make_plan(checked), made, processes)
+    run.train_plan(make_plan(checked, world_size=processes.world_size), made, processes)

@@ -85,7 +85,9 @@ def noted(self: Supernet, step: int, micro_step: int) -> None:
 def go(folder: Path, overrides: list[str], processes: ranks.Processes) -> None:
     """Do what a launch does in `folder`; leave there what each rank drew."""
     drawn.clear()
-    plan = make_plan(recipe.load("tiny_cpu_search", [*overrides, f"output.dir={folder}"]))
+    plan = make_plan(
+        recipe.load("tiny_cpu_search", [*overrides, f"output.dir={folder}"]), world_size=processes.world_size
+    )
     run.train_plan(plan, RunFolder(folder), processes)
     (folder / f"draws-{processes.process_rank}.json").write_text(json.dumps(drawn))
 

@@ -89,6 +89,14 @@ def test_a_checkpoint_knows_no_stage_and_no_ranks(trained: Path, tmp_path: Path)
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "adamw_8bit"])
+def test_a_checkpoint_takes_three_collectives_a_group(trained: Path, name: str) -> None:
+    """One for the masters and one for each moment of three groups (of learning rates), not three for each of 84."""
+    assert len(load_file(trained / name / "checkpoints/step-3/state.safetensors")) == 3 * 84
+    counts = json.loads((trained / name / "collectives.json").read_text())
+    assert counts == [0 if name == "zero0" else 9] * 3  # at steps 3 and 6, and of the result
+
+
 def test_non_finite_steps_end_the_run_with_the_module_and_keep_what_was_there(trained: Path) -> None:
     message = (trained / "broken" / "error.txt").read_text()
     assert "2 steps in a row" in message and "First bad module: base_model" in message

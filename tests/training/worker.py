@@ -3,15 +3,22 @@
 deepspeed --num_gpus 2 tests/training/worker.py OUT
 """
 
+import json
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch import distributed as dist
 
 from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.training import output_head
+from glora_llm.training.adam_state import AdamState
+from glora_llm.training.optim import Trainable
 from tests.training.scenarios import train_scenario
 
 COMMON = [
@@ -53,11 +60,41 @@ LOGITS_AT_ONCE = output_head.LOGITS_AT_ONCE
 RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora", "bfloat16", "float16")
 
 
+COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "gather")
+gathered: list[int] = []  # collectives of each checkpoint so far, of the scenario that runs
+
+
+def count_collectives() -> None:
+    """Note how many collectives each reading of the optimizer's state takes."""
+    calls: list[str] = []
+
+    def noted(collective: Any) -> Any:
+        def call(*args: Any, **keys: Any) -> Any:
+            calls.append(collective.__name__)
+            return collective(*args, **keys)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, noted(getattr(dist, name)))
+    gather = AdamState.gather
+
+    def counted(self: AdamState, trainables: Sequence[Trainable]) -> Iterator[tuple[str, Tensor]]:
+        before = len(calls)
+        yield from gather(self, trainables)
+        gathered.append(len(calls) - before)
+
+    AdamState.gather = counted  # type: ignore[method-assign]
+
+
 def train(name: str, folder: Path, processes: ranks.Processes) -> None:
     """Train one scenario into `folder`."""
     # Processes cut their targets into different numbers of chunks: they must still gather the head equally often.
     output_head.LOGITS_AT_ONCE = 2**12 if name == "zero3" else LOGITS_AT_ONCE
+    gathered.clear()
     train_scenario("tiny_cpu", [*COMMON, *SCENARIOS[name]], folder, processes)
+    if processes.is_main_process:
+        (folder / "collectives.json").write_text(json.dumps(gathered))
 
 
 def main() -> None:
@@ -65,6 +102,7 @@ def main() -> None:
     quiet_libraries()
     get_accelerator().is_fp16_supported = lambda: True  # any CPU computes in it, few fast enough for DeepSpeed's taste
     out, processes = Path(sys.argv[-1]), ranks.start()
+    count_collectives()
     for name in SCENARIOS:
         try:
             train(name, out / name, processes)

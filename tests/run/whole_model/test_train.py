@@ -101,7 +101,7 @@ def test_weight_decay_is_for_matrices_and_a_base_counts_once(run: Path) -> None:
 
 def test_the_dry_run_counts(tmp_path: Path) -> None:
     recipe = recipes.load("vlora_lm_tiny", overrides(tmp_path / "run"))
-    text = describe(make_plan(recipe), 2)
+    text = describe(make_plan(recipe, world_size=2))
     dense = 4 * (4 * 32 * 32 + 3 * 32 * 48)
     shared = dense // 2 + 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     total = shared + 400 * 32 + 9 * 32
