@@ -12,7 +12,13 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 
-# Slurm itself starts the ranks, so its signals reach them with no launcher between.
+# A folder that all processes of this launch have in common: an error that all of them find is printed once.
+GLORA_LAUNCH="$(mktemp -d "$PWD/.launch-$SLURM_JOB_ID-XXXXXX")"
+export GLORA_LAUNCH
+trap 'rm -rf "$GLORA_LAUNCH"' EXIT
+
+# Slurm itself starts the processes, so its signals reach them with no launcher between. One that fails ends the others;
+# one that was told to end leaves only when the checkpoint is there.
 srun --ntasks=$((SLURM_NNODES * gpus)) --ntasks-per-node="$gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / gpus)) \
   --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     exec python -u train.py "$@"' train "$@"

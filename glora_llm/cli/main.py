@@ -1,17 +1,15 @@
 """The commands `glora-llm ...` and `train.py`. Nothing heavy is imported before it is needed: help answers at once."""
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from glora_llm import __version__
 from glora_llm.cli import evaluate, init, merge, recipes, search, tokenizer, train, vlora, watch
 from glora_llm.errors import CheckFailed, UserError
+from glora_llm.launch.complaint import print_error
 
 FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
-SECONDS_FOR_THE_FIRST_RANK = 10
 COMMANDS = (init, train, watch, merge, search, evaluate, vlora, tokenizer, recipes)  # in the order of the help text
 
 OVERVIEW = """\
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Run `train.py`, one rank of `glora-llm train`, and return its exit code."""
+    """Run `train.py`, one process of a launch, and return its exit code."""
     parser = argparse.ArgumentParser("train.py", description=train.TRAIN, formatter_class=argparse.RawTextHelpFormatter)
     train.add_train_arguments(parser)
     arguments = parsed(parser, argv)
@@ -60,24 +58,14 @@ def guarded(task: Callable[[], int]) -> int:
     try:
         return task()
     except UserError as error:
-        _complain(str(error))
+        print_error(str(error))
         return BAD_INPUT
     except CheckFailed as error:
-        _complain(f"check failed: {error}")
+        print_error(f"check failed: {error}")
         return FAILED_CHECK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _complain(message: str) -> None:
-    """Print an error once: ranks find the same one, so the others give the first time to end the launch."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {message}", file=sys.stderr)
-        return
-    time.sleep(SECONDS_FOR_THE_FIRST_RANK)
-    print(f"error (rank {rank}): {message}", file=sys.stderr)
 
 
 def command_parser() -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME", required=True, help="a recipe's name, or the path of a YAML file")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="changes to the recipe")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, data, targets and batch; train nothing")
-    # DeepSpeed's launcher adds it; the rank itself is read from the environment.
+    # DeepSpeed's launcher adds it; the process's number itself is read from the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 

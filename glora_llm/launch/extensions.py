@@ -44,9 +44,9 @@ def load_extension(builder_name: str) -> None:
 
 
 def leave_out_shared_buffers() -> None:
-    """Keep DeepSpeed from compiling and opening its shared memory between CPU ranks, which only its inference uses.
+    """Keep DeepSpeed from compiling and opening its shared memory between CPU processes, which only its inference uses.
 
-    Nobody removes those buffers, 66 MiB of memory a rank in /dev/shm: each launch with a port of its own would take
+    Nobody removes those buffers, 66 MiB of memory a process in /dev/shm: each launch with a port of its own would take
     that much of the machine until it is booted again (DeepSpeed 0.19, csrc/cpu/comm/shm.cpp: nothing calls
     `shared_close`).
     """

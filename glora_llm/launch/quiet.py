@@ -1,4 +1,4 @@
-"""Keeps the libraries' chatter off the terminal, so that what is printed is ours; warnings that matter stay."""
+"""Set up the libraries before they are imported: memory that grows, and a quiet terminal (real warnings stay)."""
 
 import logging
 import os
@@ -6,7 +6,13 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Call before transformers, bitsandbytes or deepspeed are imported."""
+    """Set what the libraries read when they are imported; call before torch, transformers or deepspeed are.
+
+    Segments of GPU memory that can grow keep a model that is loaded and then divided from leaving holes that nothing
+    fits into. A user's own setting of torch's allocator stays.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,21 +1,22 @@
 """The processes of one launch: the process group, and this process's place in it."""
 
-import contextlib
-import json
+import datetime
 import os
 import socket
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from glora_llm.errors import CheckFailed, UserError
+from glora_llm.errors import UserError
 from glora_llm.launch.cpu_memory import keep_freed_memory
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.extensions import leave_out_shared_buffers
+
+# A process may download a model, or write and verify a large checkpoint, while the others wait for it. A failed
+# process ends the launch much sooner (glora_llm/launch/failure.py).
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def start() -> Processes:
         keep_freed_memory()
         leave_out_shared_buffers()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
@@ -80,6 +81,27 @@ def broadcast(value: Any, device: torch.device) -> Any:
     return values[0]
 
 
+def require_equal(facts: Mapping[str, str], world_size: int) -> None:
+    """Check that all processes found the same inputs: machines may have caches and copies of their own.
+
+    Args:
+        facts: name of an input -> its digest.
+
+    Raises:
+        UserError: on all processes, naming the machines that differ from the main process's.
+    """
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, (socket.gethostname(), dict(facts)))
+    main_machine, expected = found[0]
+    for name, digest in expected.items():
+        machines = sorted({machine for machine, theirs in found if theirs[name] != digest})
+        if machines:
+            raise UserError(
+                f"The {name} of {', '.join(machines)} differs from that of {main_machine}. Give all machines the same "
+                "files: a shared GLORA_CACHE and HF_HOME, or equal copies of data and models."
+            )
+
+
 def stop() -> None:
     """Leave the process group; DeepSpeed's own groups go with it, so that this process may join another."""
     if torch.distributed.is_initialized():
@@ -93,34 +115,3 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def first_failure(folder: Path, rank: int, advice: Callable[[], str]) -> Iterator[None]:
-    """Let only the rank that failed first print its traceback; the launcher then stops the others.
-
-    The first to fail creates `failure.json` in the run folder; a rank that fails after it (its peer is gone) says so
-    in one line.
-
-    Args:
-        advice: what the user can do, asked for when it is needed.
-    """
-    note = folder / "failure.json"
-    try:
-        yield
-    except (UserError, CheckFailed):
-        raise
-    except Exception as error:
-        report = {"rank": rank, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        try:
-            with note.open("x") as file:
-                json.dump(report, file, indent=1)
-        except FileExistsError:
-            raise SystemExit(f"rank {rank} stopped, because another rank failed first (see {note})") from None
-        print(f"rank {rank} failed first. {advice()}", flush=True)
-        raise
-
-
-def forget_failure(folder: Path) -> None:
-    """Remove the note of an earlier launch."""
-    (folder / "failure.json").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glora_llm.atomic import require_new
+from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import fits, load_merged, weight_bytes
@@ -174,21 +174,18 @@ def _checkpoint(folder: RunFolder, step: int) -> Path:
 def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:
     """Replace the merged folder by its nf4 twin; return what that costs against the unmerged model."""
     section = plan.recipe.model.model_copy(update={"quantization": "nf4"})
-    quantised = out.with_name(f".quantised-{out.name}")
-    shutil.rmtree(quantised, ignore_errors=True)
+    with whole_folder(out) as quantised:
 
-    def load() -> Any:
-        where = choose_device()
-        where = where if fits(weight_bytes(section, out, where), where) else torch.device("cpu")
-        model = load_base(section, out, where, zero3=False)
-        model.config.use_cache = True
-        model.save_pretrained(quantised)
-        return model.eval()
+        def load() -> Any:
+            where = choose_device()
+            where = where if fits(weight_bytes(section, out, where), where) else torch.device("cpu")
+            model = load_base(section, out, where, zero3=False)
+            model.config.use_cache = True
+            model.save_pretrained(quantised)
+            return model.eval()
 
-    cost = compare(before, answers(load, plan.task, batches), "the same").as_dict()
-    plan.task.save_preprocessing(quantised)
-    shutil.rmtree(out)
-    quantised.rename(out)
+        cost = compare(before, answers(load, plan.task, batches), "the same").as_dict()
+        plan.task.save_preprocessing(quantised)
     return cost
 
 

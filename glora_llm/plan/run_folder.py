@@ -26,7 +26,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where `step-N` folders are."""
+        """The folder of the `step-N` folders."""
         return self.path / "checkpoints"
 
     @property
@@ -45,7 +45,7 @@ class RunFolder:
 
     @property
     def search(self) -> Path:
-        """What a search wrote: journal, archive, pictures, and the chosen genome as an adapter."""
+        """The results of a search: journal, archive, pictures, and the chosen genome as an adapter."""
         return self.path / "search"
 
     @property

@@ -70,6 +70,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     """
     began, recipe, device = time.time(), plan.recipe, processes.device
     data_digest = plan.task.train.digest()  # reads all training data: once a launch
+    ranks.require_equal({"training data": data_digest, "base model": plan.base.fingerprint}, processes.world_size)
     base = load.load_base(recipe.model, plan.base.folder, device, zero3=plan.deepspeed.stage == 3)
     model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
     items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)

@@ -15,6 +15,7 @@ from glora_llm import recipe as recipes
 from glora_llm.evaluation.scoring import score_split
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
+from glora_llm.launch.failure import first_failure, forget_failure
 from glora_llm.launch.ranks import Processes
 from glora_llm.models import load
 from glora_llm.plan.genome import finetune_recipe
@@ -55,12 +56,12 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     if dry_run:
         return
     processes = ranks.start()
-    folder.require_same_base(base_identity(plan, processes.device))
     if processes.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
-        ranks.forget_failure(folder.path)
+        forget_failure(folder.path)
     dist.barrier()
-    with ranks.first_failure(folder.path, processes.process_rank, lambda: _advice(folder)):
+    with first_failure(folder.path, processes, lambda: _advice(folder)):
+        folder.require_same_base(base_identity(plan, processes.device))
         train_plan(plan, folder, processes)
         if recipe.search and recipe.search.finetune_steps:
             tuned = ranks.broadcast(finetune_recipe(folder) if processes.is_main_process else None, processes.device)

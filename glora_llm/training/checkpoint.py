@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be half written, hold no pickle and know no ranks.
+"""Checkpoints that are complete or absent, hold no pickle and fit any number of processes.
 
 `checkpoints/step-N/` holds state.safetensors (float32 master weights and Adam moments by parameter name), adapter/
 (ready for PEFT; not of a model that is trained as a whole), trainer.json (step, samples, seeds, identity of recipe and

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch import distributed as dist
 
 from glora_llm.errors import CheckFailed
 from glora_llm.training.batch import Batch
@@ -115,6 +116,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             hooks.save(done)
         if stopping:
             log.say(f"told to end (SIGTERM) after step {done} of {schedule.total}; the same command goes on")
+            dist.barrier()  # a job manager may kill all processes when the first one leaves: not before the checkpoint
             raise SystemExit(EXIT_CODE)
     return last_validation
 

@@ -10,7 +10,11 @@ EXIT_CODE = 128 + signal.SIGTERM  # what a shell says of a program that SIGTERM 
 
 
 class StopRequest:
-    """Whether this process got SIGTERM while it listened."""
+    """Notes SIGTERM, so that the training loop can end after its step.
+
+    Attributes:
+        made: True when the signal came while this object was listening.
+    """
 
     def __init__(self) -> None:
         self.made = False

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from glora_llm.cpu_memory import keep_freed_memory
+from glora_llm.launch.cpu_memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for turn in range(3):

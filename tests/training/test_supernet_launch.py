@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (out / f"{PARTITIONED}.json").write_text(json.dumps(config))
-    done = finished(launch("tests/training/supernet_worker.py", str(out)), timeout=420, OMP_NUM_THREADS="1")
+    done = finished(launch("tests/training/supernet_worker.py", str(out)), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out
 
@@ -188,13 +188,12 @@ def test_a_search_that_is_killed_goes_on_and_the_launch_ends_fine_tuned_and_merg
     more = ["search.finetune_steps=2", "merge.after_training=true", f"output.dir={run}"]
     settings = [*searched_as(runs, "additive", "zero3"), *more]
     settings.remove("merge.after_training=false")
-    command = launch("train.py", "--recipe", "tiny_cpu_search", *settings)
     known = journal(whole)
-    killed_after(command, run / "search" / "journal.jsonl", len(known) // 3)
-    left = len(journal_lines(run))
-    assert len(known) // 3 <= left < len(known) and not (run / "genome.json").exists(), "killed too late"
+    worker = ("tests/training/interrupted_worker.py", f"hangs_in_search={len(known) // 3}", "tiny_cpu_search")
+    killed_after(launch(*worker, *settings), run / "search" / "journal.jsonl", len(known) // 3)
+    assert len(journal_lines(run)) == len(known) // 3 and not (run / "genome.json").exists()
     mark(run / "search" / "journal.jsonl")
-    done = finished(command, timeout=300, OMP_NUM_THREADS="1")
+    done = finished(launch("train.py", "--recipe", "tiny_cpu_search", *settings), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     unmark(run / "search" / "journal.jsonl")
     for file in RESULTS:
@@ -220,7 +219,7 @@ def killed_after(command: list[str], file: Path, lines: int) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        limit, family = time.monotonic() + 300, list[psutil.Process]()
+        limit, family = time.monotonic() + 900, list[psutil.Process]()
         while len(family) == 0 or file.read_bytes().count(b"\n") <= lines:
             assert process.poll() is None and time.monotonic() < limit, "the journal did not grow"
             if not family and file.is_file():

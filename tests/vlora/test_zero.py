@@ -18,7 +18,7 @@ EVERY = [f"{form}/zero{stage}/{name}" for form, places in SCENARIOS.items() for 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("vlora") / "found.json"
-    done = finished(launch("tests/vlora/worker.py", str(out)), timeout=400)
+    done = finished(launch("tests/vlora/worker.py", str(out)))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     read: dict[str, Any] = json.loads(out.read_text())
     return read

@@ -27,7 +27,7 @@ def train_on_two(out: Path) -> None:
     stage3 = out.parent / "zero3.json"
     stage3.write_text(json.dumps(config))
     more = [f"training.deepspeed={stage3}", "merge.after_training=true", "merge.dtype=float32"]
-    done = finished(launch("train.py", "--recipe", "vlora_lm_tiny", *overrides(out), *more), timeout=300)
+    done = finished(launch("train.py", "--recipe", "vlora_lm_tiny", *overrides(out), *more))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -1,0 +1,66 @@
+"""Print an error once a launch, whichever of its processes find it."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+PREFIX = "glora_llm-launch"
+
+
+def print_error(message: str) -> None:
+    """Print an error, unless another process of this launch has printed the same one.
+
+    Checks come before the processes meet, so all of them find the same mistake, each by itself; another mistake may
+    be found by one process alone. The one that prints a message says so in a file, and holds the file's lock until
+    the message is out: a process that finds it printed may end, and with it the launch.
+    """
+    folder = launch_folder()
+    text = f"error: {message}"
+    if folder is None:
+        print(text, file=sys.stderr, flush=True)
+        return
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        note = (folder / hashlib.sha256(message.encode()).hexdigest()[:16]).open("a")
+    except OSError:  # nowhere to say it: better twice than never
+        print(text, file=sys.stderr, flush=True)
+        return
+    with note:
+        fcntl.flock(note, fcntl.LOCK_EX)  # released with the file, or with the process
+        if os.fstat(note.fileno()).st_size == 0:
+            print(text, file=sys.stderr, flush=True)
+            note.write("printed\n")
+            note.flush()
+
+
+def launch_folder() -> Path | None:
+    """Return a folder that the processes of this launch have in common and no other launch has; it need not exist.
+
+    `GLORA_LAUNCH` names it (scripts/slurm_train.sh makes one that all machines see, and removes it). Below DeepSpeed's
+    launcher or torchrun it is one in the temporary folder, named after the launcher, and the next launch removes it.
+    None: no launcher started this process.
+    """
+    if "GLORA_LAUNCH" in os.environ:
+        return Path(os.environ["GLORA_LAUNCH"])
+    if not {"LOCAL_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return None
+    here = Path(tempfile.gettempdir())
+    for old in here.glob(f"{PREFIX}-{os.getuid()}-*"):
+        if _started(int(old.name.split("-")[-3])) != old.name.split("-")[-2]:
+            shutil.rmtree(old, ignore_errors=True)
+    launcher, restarts = os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return here / f"{PREFIX}-{os.getuid()}-{launcher}-{_started(launcher)}-{restarts}"
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process was started, or None when there is none: a pid alone is used again."""
+    import psutil
+
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,27 @@
+"""What the libraries read when they are imported."""
+
+import os
+
+import pytest
+
+from glora_llm.launch.quiet import quiet_libraries
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_gpu_memory_grows_unless_the_user_says_how(
+    own: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is undone at the end
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    quiet_libraries()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
