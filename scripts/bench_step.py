@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from glora_llm.data.batch import collate
 from glora_llm.data.store import Row
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.models.attention import packed_arguments
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import resolve
 from glora_llm.report.timing import interleaved, ratio
@@ -87,7 +89,8 @@ def make_step(name: str, quantization: str, arguments: Any) -> Callable[[], None
     section = ModelSection(name_or_path=arguments.model, quantization=quantization)  # type: ignore[arg-type]
     base: Any = load_base(section, resolve(section).folder, choose_device(), zero3=False)
     model = peft_glora(base) if name.startswith("PEFT GLoRA") else inject(base, METHODS[name], seed=0, steps=100)
-    objective = CausalLMObjective(model.get_base_model()).train()
+    inner: Any = model.get_base_model()
+    objective = CausalLMObjective(inner, partial(packed_arguments, inner.config._attn_implementation)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     tokens = np.random.default_rng(0).integers(0, 1000, (arguments.rows, arguments.tokens), dtype=np.int32)
     rows = [Row(row, np.ones(len(row), dtype=np.bool_), [0]) for row in tokens]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
+from glora_llm.models.attention import attention_arguments
 from glora_llm.models.families import Kind, auto_class, body, head, kind_of, layers
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
@@ -14,13 +15,6 @@ from glora_llm.schema import ModelSection
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-
-# attribute of transformers' model classes that says whether the family has a backend; all have eager
-ATTENTION_FLAGS = {
-    "sdpa": "_supports_sdpa",
-    "flash_attention_2": "_supports_flash_attn",
-    "flex_attention": "_supports_flex_attn",
-}
 
 
 def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3: bool) -> "PreTrainedModel":
@@ -75,7 +69,7 @@ def _build_ours(
             "that is not compiled. Set model.compile=false."
         )
     dtype = compute_dtype(section, device)
-    attention = _attention(section, config, device, dtype)
+    attention = attention_arguments(section, config, device, dtype)
     settings: dict[str, Any] = {"dtype": torch.float32, **attention}
     made = build(folder, lambda: auto_class(config.model_type).from_config(config, **settings), dtype)
     return made.eval() if zero3 else made.to(device).eval()
@@ -93,7 +87,7 @@ def _load_pretrained(
         output_loading_info=True,
         local_files_only=True,
         use_safetensors=True,
-        **_attention(section, config, device, dtype),
+        **attention_arguments(section, config, device, dtype),
     )
     _check_complete(report, folder)
     keep_quantized_weights(model)
@@ -179,38 +173,6 @@ def _device_map(section: ModelSection, device: "torch.device", zero3: bool) -> d
     if is_deepspeed_zero3_enabled():  # transformers refuses a map then; bitsandbytes takes the current device
         return None
     return {"": "cpu" if zero3 and section.quantization == "none" else device}
-
-
-def _attention(
-    section: ModelSection, config: "PretrainedConfig", device: "torch.device", dtype: "torch.dtype"
-) -> dict[str, str]:
-    """Return the argument for transformers; auto leaves it the choice, which is sdpa where the family has it.
-
-    Raises:
-        UserError: a backend that the family, the device or the dtype does not have.
-    """
-    import torch
-
-    wanted = section.attention
-    if wanted == "auto":
-        return {}
-    advice = "Set model.attention to auto."
-    family = auto_class(config.model_type)._model_mapping[type(config)]
-    flag = {
-        "sdpa": "_supports_sdpa",
-        "flash_attention_2": "_supports_flash_attn",
-        "flex_attention": "_supports_flex_attn",
-    }
-    if wanted in flag and not getattr(family, flag[wanted], False):
-        raise UserError(f"model.attention is {wanted}, which {family.__name__} does not have. {advice}")
-    if wanted == "flash_attention_2":
-        if device.type != "cuda":
-            raise UserError(f"model.attention is flash_attention_2, which needs a GPU; this is the {device}. {advice}")
-        if find_spec("flash_attn") is None:
-            raise UserError(f"model.attention is flash_attention_2, but flash-attn is not installed. {advice}")
-        if dtype == torch.float32:
-            raise UserError("flash_attention_2 computes in bfloat16 or float16, not in float32: set model.dtype")
-    return {"attn_implementation": wanted}
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:

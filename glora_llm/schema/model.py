@@ -1,8 +1,8 @@
 """The section `model`: the network that is adapted or trained."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from glora_llm.schema.section import Section, key
 
@@ -25,8 +25,13 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "what the frozen weights are computed in; auto: bfloat16 on a GPU that has it, else float32"
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = key(
-        "auto", "attention backend of transformers; auto: sdpa"
+    attention: (
+        Literal["auto", "eager", "sdpa", "segments", "varlen", "flash_attention_2", "flex_attention"]
+        | Annotated[str, Field(pattern=r"^kernels-community/[\w./@:-]+$")]
+    ) = key(
+        "auto",
+        "backend, or kernels-community/NAME of the hub; auto: varlen on a GPU in half precision, segments on a CPU, "
+        "else sdpa",
     )
     kernels: Literal["auto", "liger", "none"] = key("auto", "auto: Liger kernels on a GPU where they are installed")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass (non-reentrant)")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
 from glora_llm.data.store import Row, TokenSet
+from glora_llm.models.attention import fetch_kernel, packed_arguments
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
@@ -87,7 +88,8 @@ class TextTask:
 
     def objective(self, model: nn.Module) -> CausalLMObjective:
         """Return the summed cross entropy of the target tokens."""
-        return CausalLMObjective(model)
+        config: Any = model.config
+        return CausalLMObjective(model, partial(packed_arguments, config._attn_implementation))
 
     def means(self, table: Tensor, split: str) -> dict[str, float]:
         """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy."""
@@ -120,12 +122,13 @@ def text_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, TextTask]:
     """Return the base model of a recipe (a new one has no weights yet) and its task, with the data prepared.
 
     Args:
-        weights: False leaves the weights of a hub model where they are.
+        weights: False leaves the weights of a hub model, and a kernel of the hub, where they are.
 
     Raises:
-        UserError: for a model or data that do not fit the recipe, or each other.
+        UserError: for a model, kernel or data that do not fit the recipe, or each other.
     """
     base = new_text_model(recipe) if recipe.model.config else resolve(recipe.model, weights)
+    fetch_kernel(recipe.model.attention, weights)
     tokenizer = load_tokenizer(base.folder)
     data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
     return base, TextTask(recipe, tokenizer, data)

@@ -159,7 +159,7 @@ def test_dtype_rule(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_backends_agree(attention: str, tiny: ResolvedModel, section: Section) -> None:
     model = load_base(section(attention=attention), tiny.folder, CPU, zero3=False)
     reference = load_base(section(attention="eager"), tiny.folder, CPU, zero3=False)
-    assert model.config._attn_implementation == ("sdpa" if attention == "auto" else attention)
+    assert model.config._attn_implementation == ("segments" if attention == "auto" else attention)
     torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_impossible_requests(
     section: Section,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("glora_llm.models.load.find_spec", lambda name: None)
+    monkeypatch.setattr("glora_llm.models.attention.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         load_base(section(**keys), tiny.folder, torch.device(device), zero3=False)
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from glora_llm.data.batch import collate
 from glora_llm.data.store import Row
 from glora_llm.training import output_head
+from glora_llm.training.batch import to_device
 from glora_llm.training.objectives import CausalLMObjective
 
 VOCABULARY = 48
@@ -53,7 +54,7 @@ def batch_of(seed: int = 0, lengths: tuple[int, ...] = (9, 4, 13)) -> dict[str, 
 def naive(model: Any, batch: dict[str, Any]) -> Tensor:
     """The model's own forward pass over each row, all its logits in float64, and the definition of the loss."""
     width = batch["input_ids"].shape[1]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for place, target in zip(batch["target_index"].tolist(), batch["targets"].tolist(), strict=True):
         row, at = divmod(place, width)
         logits = model(batch["input_ids"][row : row + 1], use_cache=False).logits[0, at].double()
@@ -83,9 +84,10 @@ def test_the_loss_is_the_familys_own(family: str, trained_head: bool, monkeypatc
         torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_frozen_head_in_float64() -> None:
+def test_a_frozen_head_in_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the loss and its gradient of the logits are rounded to float32."""
-    model, batch = build("llama").double(), batch_of()
+    monkeypatch.setattr(output_head, "LOGITS_AT_ONCE", 5 * VOCABULARY)
+    model, batch = build("llama").double().to(device), to_device(batch_of(), device)
     model.lm_head.requires_grad_(False)
     theirs = decoder_gradients(model, naive(model, batch))
     for name, gradient in decoder_gradients(model, CausalLMObjective(model)(**batch)).items():
@@ -146,8 +148,8 @@ def test_the_chunk_follows_the_vocabulary() -> None:
         assert rows * vocabulary * 4 < 0.27e9
 
 
-def test_bfloat16_weights_give_a_float32_loss() -> None:
-    model, batch = build("llama"), batch_of()
+def test_bfloat16_weights_give_a_float32_loss(device: torch.device) -> None:
+    model, batch = build("llama").to(device), to_device(batch_of(), device)
     exact = CausalLMObjective(model)(**batch)
     model.to(torch.bfloat16).lm_head.requires_grad_(False)
     rough = CausalLMObjective(model)(**batch)
