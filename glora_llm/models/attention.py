@@ -268,18 +268,18 @@ def _varlen(
     """Compute query (B, H, T, D) on key and value (B, K, T, D) by flash attention; return (B, T, H, D)."""
     if cu_seq_lens_q is None:
         return _sdpa(module, query, key, value, mask, **others)
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     rows, heads, tokens, _ = query.shape
     before = (others.get("sliding_window") or 0) - 1  # tokens that a token sees before itself; -1: all
     more: dict[str, Any] = {"scale": others.get("scaling"), "window_size": (before, 0)}
     if heads != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
             more["enable_gqa"] = True
         else:  # torch 2.11
             key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    output = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **more)
+    output = varlen.varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **more)
     return output.unflatten(0, (rows, tokens)), None  # type: ignore[union-attr]
 
 

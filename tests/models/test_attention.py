@@ -216,6 +216,23 @@ def test_varlen_gets_the_arguments_of_flash_attention(
     require_separate_samples(build(family, "varlen"), build(family, "eager"), ROWS, 1e-4, 1e-5)
 
 
+def test_a_compiled_layer_holds_varlen_without_a_break(section: Section) -> None:
+    """Traced with tensors without values: the kernel itself needs a GPU."""
+    model, batch = build("llama", "varlen", dtype=torch.bfloat16), collate(ROWS, pad_id=2)
+    told = packed_arguments("varlen", batch["segment_offsets"], batch["segment_lengths"])
+    states = torch.zeros(*batch["input_ids"].shape, 32, dtype=torch.bfloat16)
+    positions = model.model.rotary_emb(states, batch["position_ids"])
+
+    def layer(states: Tensor, offsets: Tensor, longest: int) -> Any:
+        flash = {"cu_seq_lens_q": offsets, "max_length_q": longest, "attention_mask": told["attention_mask"]}
+        return model.model.layers[0](states, position_embeddings=positions, **flash)
+
+    graph = torch._dynamo.export(layer)(states, batch["segment_offsets"], 21).graph_module.graph
+    assert [node.target for node in graph.nodes].count(torch.ops.torch_attn._varlen_attn) == 1
+    config = configuration("llama")
+    assert attention_arguments(section(compile=True), config, CPU, torch.float32) == {}
+
+
 def test_flash_attention_2_is_told_the_segments() -> None:
     """So transformers looks for them in no layer (which would wait for the GPU); its mask stays unused."""
     batch = collate(ROWS, pad_id=2)
