@@ -1,69 +1,19 @@
-"""Packed samples are separate samples, in values and gradients, with every attention backend; which one is taken."""
+"""Packed samples are separate samples, in values and gradients, with every attention backend."""
 
-import re
-import sys
-from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from glora_llm.data.batch import collate, join
 from glora_llm.data.store import Row
-from glora_llm.errors import UserError
-from glora_llm.models import attention
-from glora_llm.models.attention import attention_arguments, fetch_kernel, packed_arguments
-from glora_llm.models.load import load_base
-from glora_llm.models.resolve import ResolvedModel
-from glora_llm.schema import ModelSection
+from glora_llm.models.attention import packed_arguments
 from glora_llm.training.batch import to_device
 from glora_llm.training.objectives import CausalLMObjective
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-WINDOW = 4  # shorter than most samples
-SMALL: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 24, "vocab_size": 48, "num_hidden_layers": 2, "use_cache": False,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-# Families that hand segments to their attention, those with windows among them.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": WINDOW},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {},
-    "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    "phi3": {},
-    "gpt_neox": {},
-    "cohere2": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    "granite": {"attention_multiplier": 0.7},
-    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 32, "dropout": 0.0},
-}
-# Families whose attention is more than that, or which do not hand anything to it.
-OTHERS: dict[str, dict[str, Any]] = {
-    "gemma2": {"attn_logit_softcapping": 30.0},
-    "llama4_text": {"num_local_experts": 2, "attention_chunk_size": 8},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},  # dropout inside of its attention
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "gpt_oss": {"num_local_experts": 2},
-}
-Section = Callable[..., ModelSection]
-
-
-def configuration(family: str) -> PretrainedConfig:
-    return AutoConfig.for_model(family, **SMALL | (FAMILIES | OTHERS)[family])
-
-
-def build(family: str, backend: str, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    attention.register()
-    model = AutoModelForCausalLM.from_config(configuration(family), attn_implementation=backend, dtype=dtype)
-    return model.to(device).eval()
+from tests.models.small_models import FAMILIES, GPU, build
 
 
 def row(*lengths: int, first: int = 5) -> Row:
@@ -132,9 +82,6 @@ def test_packed_samples_are_separate_samples_on_gpu(backend: str, layout: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segments_are_what_each_family_computes(family: str) -> None:
     """Windows, scales of their own and heads in groups included."""
-    assert attention_arguments(ModelSection(name_or_path="x"), configuration(family), CPU, torch.float32) == {
-        "attn_implementation": "segments"
-    }
     require_separate_samples(build(family, "segments"), build(family, "eager"), ROWS, 1e-4, 1e-5)
 
 
@@ -143,14 +90,6 @@ def test_segments_are_what_each_family_computes(family: str) -> None:
 def test_segments_are_what_each_family_computes_on_gpu(family: str) -> None:
     packed = build(family, "varlen", GPU, torch.bfloat16)
     require_separate_samples(packed, build(family, "eager", GPU, torch.bfloat16), ROWS, 0.05, 0.1)
-
-
-@pytest.mark.parametrize("family", OTHERS)
-def test_other_families_keep_transformers_own(family: str, section: Section) -> None:
-    config = configuration(family)
-    assert attention_arguments(section(), config, CPU, torch.float32) == {}
-    with pytest.raises(UserError, match=r"model.attention is segments, (and|which) .*Set model.attention to auto"):
-        attention_arguments(section(attention="segments"), config, CPU, torch.float32)
 
 
 def test_a_leak_would_be_seen() -> None:
@@ -216,7 +155,7 @@ def test_varlen_gets_the_arguments_of_flash_attention(
     require_separate_samples(build(family, "varlen"), build(family, "eager"), ROWS, 1e-4, 1e-5)
 
 
-def test_a_compiled_layer_holds_varlen_without_a_break(section: Section) -> None:
+def test_a_compiled_layer_holds_varlen_without_a_break() -> None:
     """Traced with tensors without values: the kernel itself needs a GPU."""
     model, batch = build("llama", "varlen", dtype=torch.bfloat16), collate(ROWS, pad_id=2)
     told = packed_arguments("varlen", batch["segment_offsets"], batch["segment_lengths"])
@@ -229,88 +168,3 @@ def test_a_compiled_layer_holds_varlen_without_a_break(section: Section) -> None
 
     graph = torch._dynamo.export(layer)(states, batch["segment_offsets"], 21).graph_module.graph
     assert [node.target for node in graph.nodes].count(torch.ops.torch_attn._varlen_attn) == 1
-    config = configuration("llama")
-    assert attention_arguments(section(compile=True), config, CPU, torch.float32) == {}
-
-
-def test_flash_attention_2_is_told_the_segments() -> None:
-    """So transformers looks for them in no layer (which would wait for the GPU); its mask stays unused."""
-    batch = collate(ROWS, pad_id=2)
-    for name in ("flash_attention_2", "kernels-community/flash-attn3"):
-        found = packed_arguments(name, batch["segment_offsets"], batch["segment_lengths"])
-        assert found.keys() == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-        assert found["cu_seq_lens_k"] is batch["segment_offsets"] and found["max_length_q"] == 21
-    for name in ("eager", "sdpa", "flex_attention"):
-        assert packed_arguments(name, batch["segment_offsets"], batch["segment_lengths"]) == {}
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "expected"),
-    [((8, 0), torch.bfloat16, "varlen"), ((8, 6), torch.float16, "varlen"), ((8, 0), torch.float32, None),
-     ((7, 5), torch.float16, None)],
-)  # fmt: skip
-def test_auto_on_a_gpu(
-    capability: tuple[int, int], dtype: torch.dtype, expected: str | None, section: Section,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = attention_arguments(section(), configuration("llama"), GPU, dtype)
-    assert found == ({} if expected is None else {"attn_implementation": expected})
-
-
-def test_auto_leaves_heads_that_flash_attention_lacks(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    config = AutoConfig.for_model("llama", **SMALL | {"head_dim": 12})
-    assert attention_arguments(section(), config, GPU, torch.bfloat16) == {}
-    with pytest.raises(UserError, match="varlen, which has no heads of size 12"):
-        attention_arguments(section(attention="varlen"), config, GPU, torch.bfloat16)
-
-
-def test_auto_leaves_images_alone(section: Section) -> None:
-    config = AutoConfig.for_model("vit", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    assert attention_arguments(section(), config, CPU, torch.float32) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "dtype", "message"),
-    [
-        ("flash_attention_2", CPU, torch.bfloat16, "which needs a GPU; this is the cpu"),
-        ("flash_attention_2", GPU, torch.bfloat16, "but flash-attn is not installed"),
-        ("flash_attention_2", GPU, torch.float32, "which computes in bfloat16 or float16, not in float32: set model"),
-        ("varlen", CPU, torch.bfloat16, "which needs a GPU; this is the cpu"),
-        ("varlen", GPU, torch.float32, "which computes in bfloat16 or float16, not in float32: set model.dtype"),
-        ("varlen", GPU, torch.bfloat16, f"which torch {torch.__version__} does not have"),
-        ("kernels-community/flash-attn3", CPU, torch.bfloat16, "which needs a GPU; this is the cpu"),
-        ("flex_attention", CPU, torch.float32, "which has no backward pass on a CPU"),
-    ],
-)
-def test_backends_that_are_not_there(
-    name: str, device: torch.device, dtype: torch.dtype, message: str, section: Section,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=re.escape(f"model.attention is {name}, {message}")):
-        attention_arguments(section(attention=name), configuration("llama"), device, dtype)
-
-
-def test_kernels_of_the_hub(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "kernels-community/flash-attn3"
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    fetch_kernel("sdpa")
-    with pytest.raises(UserError, match="needs the package kernels: pip install kernels"):
-        fetch_kernel(name, download=False)
-    with pytest.raises(ValueError, match="attention"):
-        section(attention="somebody/flash-attn3")
-    monkeypatch.setattr(attention, "find_spec", lambda name: object())
-    fetch_kernel(name, download=False)  # a dry run leaves it where it is
-    monkeypatch.setitem(sys.modules, "kernels", ModuleType("kernels"))
-    with pytest.raises(UserError, match="cannot be loaded from the hub"):
-        fetch_kernel(name)
-
-
-def test_a_loaded_model_has_it(tiny: ResolvedModel, section: Section) -> None:
-    models = {name: load_base(section(attention=name), tiny.folder, CPU, zero3=False) for name in ("auto", "eager")}
-    assert models["auto"].config._attn_implementation == "segments"
-    assert "segments" not in models["auto"].config.to_json_string(), "a merged model is plain transformers"
-    ids = torch.tensor([[1, 40, 41, 42, 3]])
-    torch.testing.assert_close(models["auto"](ids).logits, models["eager"](ids).logits, rtol=1e-4, atol=1e-5)
