@@ -48,7 +48,7 @@ _Dumper.yaml_implicit_resolvers = {
 
 @dataclasses.dataclass
 class Origins:
-    """Where each key of a recipe was written, for error messages."""
+    """The places where the keys of a recipe were written, for error messages."""
 
     file: str
     lines: dict[Location, int]
@@ -69,7 +69,7 @@ class Origins:
 
 
 def recipe_folders() -> list[Path]:
-    """Return where named recipes are looked for: the working folder's `recipes/`, then the package's own."""
+    """Return the folders of named recipes: the working folder's `recipes/`, then the package's own."""
     return [Path("recipes"), Path(str(resources.files("glora_llm"))) / "recipes", Path(__file__).parents[1] / "recipes"]
 
 

@@ -1,4 +1,4 @@
-"""The recipe's adapter section -> a PEFT model, and what of it is trained at which rate."""
+"""Inject the adapter of a recipe into a base model."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from glora_llm.schema import AdapterSection
 
 
 def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, genome: Genome | None = None) -> Any:
-    """Return the base as a PeftModel whose only trainable parameters are the adapter's; method full: itself, trained.
+    """Return the base as a PeftModel that trains the adapter alone, or for method full the base itself, trained.
 
     Args:
         steps: optimizer steps of the run.

@@ -13,7 +13,7 @@ from glora_llm.training.optim import Trainable
 
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
-    """Return what is trained, by name, with the factor on the learning rate of each."""
+    """Return the trained parameters by name, with the factor on the learning rate of each."""
     factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio)) | _loraplus(model, loraplus_ratio)
     return [
         Trainable(name, parameter, factors.get(id(parameter), 1.0))
@@ -30,7 +30,7 @@ def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
 
 
 def load_start(items: list[Trainable], folder: Path) -> None:
-    """Set what is trained to the weights of an adapter folder of the same slots.
+    """Set the trained parameters to the weights of an adapter folder of the same slots.
 
     Raises:
         UserError: when a weight is missing, left over, or of another shape.

@@ -1,6 +1,6 @@
-"""Rows of text -> tokens and targets -> batches, and the order in which ranks see them. Imports no torch by itself.
+"""Rows of text -> tokens and targets -> batches, and the order in which processes see them. Imports no torch by itself.
 
-`prepare` reads, splits, tokenises and caches; `GlobalSampler` says which rows a step takes; `collate` makes tensors.
+`prepare` reads, splits, tokenises and caches; `GlobalSampler` gives the rows of a step; `collate` makes tensors.
 """
 
 from glora_llm.data.batch import collate, collate_joined

@@ -1,4 +1,4 @@
-"""Images of a training batch, varied at random by kornia: crop, flip, RandAugment, mixup, cutmix. Labels become soft.
+"""Augment training images at random with kornia: crop, flip, RandAugment, mixup, cutmix. Labels become soft.
 
 Every random number comes from torch's default generator on the CPU, which the objective seeds for each micro batch: a
 resumed run draws the same, on any device.
@@ -33,7 +33,7 @@ class Augment(nn.Module):
         self._mixup, self._cutmix = _mixers(settings)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return varied images and their targets.
+        """Return augmented images and their targets.
 
         Args:
             images: (B, 3, S, S), 0 to 1.

@@ -31,14 +31,14 @@ AT_ONCE = 4096  # images that threads decode before the next ones are given out
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """What a run reads.
+    """The prepared images of a run.
 
     Attributes:
-        reports: by role: what was read, kept, and so on.
+        reports: by role, the counts of its images.
         names: of the classes, by number.
         mean, std: of red, green and blue, 0 to 1: the recipe's, or else those of the training images.
         previews: three training images in words.
-        folder: where the arrays lie.
+        folder: of the arrays.
     """
 
     train: ImageSet
@@ -68,7 +68,7 @@ class ImageExample:
 def prepare_images(settings: DataSection, cache: Path, seed: int) -> PreparedImages:
     """Return the image sets of a recipe, from the cache if they were made before.
 
-    Every rank may call this, before torch.distributed starts: one process works, the others wait.
+    Every process may call this, before torch.distributed starts: one process works, the others wait.
 
     Args:
         cache: folder of prepared data; a subfolder is made for each combination of settings and content.

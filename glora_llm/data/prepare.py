@@ -30,7 +30,7 @@ AFTER_TEXT = {"max_tokens", "packing", "bos", "chat_template", "max_test_rows"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run reads.
+    """The prepared token sets of a run.
 
     Attributes:
         reports: by role: what was read, kept, dropped, and so on.
@@ -51,7 +51,7 @@ class Prepared:
 def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: Path, seed: int) -> Prepared:
     """Return the token sets of a recipe, from the cache if they were made before.
 
-    Every rank may call this, before torch.distributed starts: one process works, the others wait.
+    Every process may call this, before torch.distributed starts: one process works, the others wait.
 
     Args:
         tokenizer: a fast tokenizer of transformers.

@@ -1,4 +1,4 @@
-"""What preparation did to one split, in numbers."""
+"""The counts of one split: records read, dropped, kept; rows, tokens."""
 
 from dataclasses import dataclass
 

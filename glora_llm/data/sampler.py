@@ -1,4 +1,4 @@
-"""Which rows an optimizer step sees: a pure function of the step, whatever the number of ranks."""
+"""The rows of an optimizer step: a pure function of the step, whatever the number of processes."""
 
 import math
 from functools import lru_cache
@@ -22,11 +22,11 @@ class GlobalSampler:
     """The endless sequence of epochs, cut into optimizer steps.
 
     Epoch e is the permutation of (seed, e); step s takes positions [s G, (s+1) G) of all epochs one after the other,
-    so a resumed run, on any number of ranks, goes on with the rows that come next.
+    so a resumed run, on any number of processes, goes on with the rows that come next.
 
     Args:
         n_rows: rows of the training set.
-        global_batch: G, rows of one optimizer step over all ranks.
+        global_batch: G, rows of one optimizer step over all processes.
         seed: of the order.
 
     Raises:
@@ -57,12 +57,12 @@ class GlobalSampler:
         return [int(self._epoch(epoch)[place]) for epoch, place in places]
 
     def rank_rows(self, step: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:
-        """Return the micro batches of one rank, one list of rows for each accumulation step.
+        """Return the micro batches of one process, one list of rows for each accumulation step.
 
         Micro batch k of rank r holds rows [(k world + r) micro, (k world + r + 1) micro) of the step.
 
         Raises:
-            UserError: when G is not micro_batch x accumulation x ranks.
+            UserError: when G is not micro_batch x accumulation x processes.
         """
         together = micro_batch * world
         if self.global_batch % together:

@@ -135,10 +135,10 @@ class HubSource:
 
 
 class Source(Protocol):
-    """What rows are read from."""
+    """A place that rows are read from."""
 
     def fingerprint(self) -> str:
-        """Return what changes when the content changes."""
+        """Return a text that changes when the content changes."""
         ...
 
     def read(self) -> Table:
@@ -249,7 +249,7 @@ def names_of(source: str | Sequence[str]) -> list[str]:
 
 
 def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sources:
-    """Return what data.source and data.split name.
+    """Return the sources that data.source and data.split name.
 
     Args:
         locate_one: (name, subset, split) -> source, where it is not one of text.
@@ -264,7 +264,7 @@ def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sourc
 
 
 def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Locate = locate) -> Sources:
-    """Return what data.validation or data.test names: a file or folder, else a split of data.source.
+    """Return the sources that data.validation or data.test names: a file or folder, else a split of data.source.
 
     Args:
         role: `validation` or `test`; also the split that is read of a folder named here.

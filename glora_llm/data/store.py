@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 class RowSet:
-    """What the rows of every split have in common: what they are for, and a seal.
+    """The common base of the rows of a split: their role, and a seal.
 
     Args:
         role: what the rows are for.

@@ -1,4 +1,4 @@
-"""Whether a family of stock transformers can carry a bias on a linear: found by building one layer, not by a list."""
+"""The linears of a transformers family that can carry a bias: found by building one layer, not by a list."""
 
 import copy
 from typing import TYPE_CHECKING, Literal

@@ -1,4 +1,4 @@
-"""What kind of model a model_type is, the class of transformers that loads it, and its parts."""
+"""The kind of a model_type, the class of transformers that loads it, and its parts."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ def class_names(kind: Kind, model_type: str) -> set[str]:
 
 
 def kind_of(model_type: str) -> Kind | None:
-    """Return whether a model_type is a causal language model or an image classifier; None: neither."""
+    """Return the kind of a model_type, a causal language model or an image classifier; None: neither."""
     kinds: tuple[Kind, ...] = ("text", "images")
     return next((kind for kind in kinds if class_names(kind, model_type)), None)
 

@@ -1,4 +1,4 @@
-"""What a base model is, in 64 hex digits: its configuration and the beginning of every tensor."""
+"""The fingerprint of a base model, 64 hex digits of its configuration and the beginning of every tensor."""
 
 import hashlib
 import json

@@ -23,7 +23,7 @@ OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
 
 
 def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | None], out: Path) -> None:
-    """Write a VLoRA folder of a dense model, and print what each rank loses.
+    """Write a VLoRA folder of a dense model, and print the error of each rank.
 
     Args:
         model: what model.name_or_path takes.

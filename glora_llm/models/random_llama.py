@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What LlamaConfig needs. `std` is that of the weights; norms are 1."""
+    """The sizes of a LLaMA. `std` is that of the weights; norms are 1."""
 
     layers: int
     hidden: int

@@ -1,6 +1,6 @@
-"""What a recipe comes to before any weight is loaded: base model, tokenizer, data, targets, batch arithmetic.
+"""Resolve a recipe without loading weights: base model, tokenizer, data, order of the rows, number of steps.
 
-Train, dry run, evaluate and merge all start from a `Plan`. Everything that a user may have got wrong is found here.
+Train, dry run, evaluate and merge all start from a `Plan`. Mistakes of a recipe are found here.
 """
 
 import os

@@ -27,7 +27,7 @@ SMOOTHED = 40  # the training loss is a running mean over this part of the steps
 
 @dataclass(frozen=True)
 class Compared:
-    """What one run came to.
+    """The result of one run.
 
     Args:
         name: of its folder.

@@ -1,4 +1,4 @@
-"""What all figures share: figures of their own (no pyplot, so no backend and no global state), colours, plain axes.
+"""The common base of all figures: no pyplot (so no backend and no global state), colours, plain axes.
 
 The colours are Okabe and Ito's: colour-blind readers tell them apart.
 """

@@ -1,4 +1,4 @@
-"""The search of a run: after training on all ranks, or `glora-llm search RUN` in one process."""
+"""The search of a run: after training on all processes, or `glora-llm search RUN` in one."""
 
 import contextlib
 import hashlib
@@ -40,30 +40,30 @@ from glora_llm.training.engine import Engine
 
 
 class Launch(NamedTuple):
-    """What a search needs of the ranks that run it.
+    """The processes that run a search, as one of them sees them.
 
     Args:
-        first: this rank writes.
-        share: value of the first rank -> the same on all ranks.
-        device: where a slot's cost is measured.
+        is_main_process: this process writes.
+        broadcast: value of the main process -> the same value on all processes.
+        device: the costs of slots are measured on it.
     """
 
-    first: bool
-    share: Callable[[Any], Any]
+    is_main_process: bool
+    broadcast: Callable[[Any], Any]
     device: torch.device
 
 
 def search_after_training(
     plan: Plan, folder: RunFolder, model: Any, engine: Engine, processes: Processes, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Search the supernet that this launch trained, on all of its ranks; return None where that has been done already.
+    """Search the supernet that this launch trained, on all of its processes; return None if that was done already.
 
     Raises:
         UserError: as `run_search`.
     """
     launch = Launch(processes.is_main_process, partial(ranks.broadcast, device=processes.device), processes.device)
     done = processes.is_main_process and folder.genome.is_file() and "search" in folder.summary()
-    if launch.share(done):
+    if launch.broadcast(done):
         say(f"the search had ended already: {folder.genome} (`glora-llm search {folder.path}` starts another)")
         return None
     place = (processes.process_rank, processes.world_size, engine.stage == 3)
@@ -115,8 +115,8 @@ def run_search(
     """Search within every limit of the recipe; write genomes, archive and figures; leave the model on the first genome.
 
     Args:
-        gather: sums a table over ranks.
-        place: rank, world, and whether parameters are sharded.
+        gather: sums a table over processes.
+        place: process_rank, world_size, and True if parameters are sharded.
 
     Returns:
         by limit: parameters, score, forward passes over all rows, seconds: for summary.json.
@@ -131,7 +131,10 @@ def run_search(
     journal = _journal(folder, scorer, launch)
     results, found = {}, {}
     for text, limit in limits(settings).items():
-        with _closed(plan), tqdm(desc=f"search {text}", unit="row", disable=None if launch.first else True) as bar:
+        with (
+            _closed(plan),
+            tqdm(desc=f"search {text}", unit="row", disable=None if launch.is_main_process else True) as bar,
+        ):
 
             def tell(progress: Progress, bar: Any = bar) -> None:
                 bar.set_postfix_str(f"best {progress.best:.4f}, generation {progress.generation}", refresh=False)
@@ -140,7 +143,7 @@ def run_search(
             found[text] = search(space, settings, limit, scorer, journal, tell)
         results[text] = _summary(found[text], len(scorer.numbers))
     set_paths(layers, space.genome(next(iter(found.values())).best.code))
-    if launch.first:
+    if launch.is_main_process:
         _write(folder, space, settings, found)
     return results
 
@@ -158,7 +161,7 @@ def _measured(
     if settings.limit == "parameters":
         return None
     file, table = folder.search / "costs.json", None
-    if launch.first:
+    if launch.is_main_process:
         if file.is_file():
             table = json.loads(file.read_text())
         else:
@@ -167,7 +170,7 @@ def _measured(
             table = cost.measure(space_of(layers, SearchSection()), tokens, dtype, launch.device)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(table, indent=1) + "\n")
-    costs: cost.Costs = launch.share(table)
+    costs: cost.Costs = launch.broadcast(table)
     unit = settings.limit
 
     def value(layer: LayerShape, slot: str, spec: SlotSpec) -> float:
@@ -182,7 +185,7 @@ def _measured(
 def _journal(folder: RunFolder, scorer: RowScorer, launch: Launch) -> Journal:
     file = folder.search / "journal.jsonl"
     told = None
-    if launch.first:
+    if launch.is_main_process:
         adapter = (folder.adapter / "adapter_model.safetensors").read_bytes()
         identity = {
             "supernet": hashlib.sha256(adapter).hexdigest(),
@@ -190,8 +193,8 @@ def _journal(folder: RunFolder, scorer: RowScorer, launch: Launch) -> Journal:
             "metric": scorer.metric,
         }
         told = (identity, Journal.read(file))
-    identity, lines = launch.share(told)
-    return Journal(file if launch.first else None, identity, len(scorer.numbers), lines)
+    identity, lines = launch.broadcast(told)
+    return Journal(file if launch.is_main_process else None, identity, len(scorer.numbers), lines)
 
 
 def _summary(found: Found, rows: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Scores of genomes on validation rows, through a supernet: what a search is guided by."""
+"""Score genomes on validation rows through a supernet, for a search."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,9 @@ COLUMNS = {"exact_match": 3, "label_accuracy": 4}
 
 @dataclass
 class RowScorer:
-    """Scores genomes on rows: whole candidates shared out over ranks, or the rows of each one (ZeRO 3).
+    """Scores genomes on rows: whole candidates shared out over processes, or the rows of each one (ZeRO 3).
 
-    Batches are cut in the same way however many ranks there are, so the scores do not depend on them.
+    Batches are cut in the same way however many processes there are, so the scores do not depend on them.
 
     Args:
         plan: its validation rows are scored.
@@ -35,9 +35,14 @@ class RowScorer:
         numbers: the validation rows that a search counts as 0, 1, ...
         metric: `loss`, `exact_match` or `label_accuracy`.
         passes: the model.
-        gather: sums a float64 table over ranks.
-        rank, world: of this launch.
-        sharded: parameters are partitioned, so all ranks must compute every layer together.
+        gather: sums a float64 table over processes.
+        process_rank, world_size: of this launch.
+        sharded: parameters are partitioned, so all processes must compute every layer together.
+
+    Attributes:
+        rows: the validation rows.
+        mean_targets: targets of a row in the mean.
+        at_once: candidates that are scored side by side.
     """
 
     plan: Plan
@@ -46,9 +51,12 @@ class RowScorer:
     metric: str
     passes: Passes
     gather: Callable[[torch.Tensor], torch.Tensor]
-    rank: int = 0
-    world: int = 1
+    process_rank: int = 0
+    world_size: int = 1
     sharded: bool = False
+    rows: Rows = field(init=False)
+    mean_targets: float = field(init=False)
+    at_once: int = field(init=False)
 
     @classmethod
     def of(cls, plan: Plan, layers: Mapping[str, GLoRALinear], settings: SearchSection, *launch: Any) -> "RowScorer":
@@ -60,15 +68,15 @@ class RowScorer:
     def __post_init__(self) -> None:
         rows = self.plan.rows("validation")
         assert rows is not None and rows.role == "validation"
-        self.rows: Rows = rows
+        self.rows = rows
         self.mean_targets = float(np.mean([self.plan.task.targets(rows, number) for number in self.numbers]))
-        self.at_once = 1 if self.sharded else self.world
+        self.at_once = 1 if self.sharded else self.world_size
 
     def __call__(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
         """Return the scores of each request's rows, higher is better."""
         tables = [torch.zeros(len(rows), 5, dtype=torch.float64) for _, rows in requests]
         for index, (genome, rows) in enumerate(requests):
-            if self.sharded or index % self.world == self.rank:
+            if self.sharded or index % self.world_size == self.process_rank:
                 set_paths(self.layers, genome)
                 tables[index] = self._table([self.numbers[row] for row in rows])
         if not self.sharded:
@@ -76,11 +84,11 @@ class RowScorer:
         return [self._values(table) for table in tables]
 
     def slopes(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
-        """Return, for each request, by how much `loss` would fall for each choice of each slot, to first order."""
+        """Return each request's first-order importance: by how much `loss` would fall for each choice of each slot."""
         own: dict[int, torch.Tensor] = {}
-        for turn in range(math.ceil(len(requests) / self.world)):
-            index = turn * self.world + self.rank
-            # A rank without a request keeps step: sharded layers need all ranks.
+        for turn in range(math.ceil(len(requests) / self.world_size)):
+            index = turn * self.world_size + self.process_rank
+            # A process without a request keeps step: sharded layers need all processes.
             values = own[index] = self._slopes(*requests[min(index, len(requests) - 1)])
         table = torch.stack([own.get(index, torch.zeros_like(values)) for index in range(len(requests))])
         return [row.numpy() for row in self.gather(table)]
@@ -96,20 +104,20 @@ class RowScorer:
 
     def _table(self, chosen: list[int]) -> torch.Tensor:
         if self.sharded:
-            place = (self.gather, self.rank, self.world)
+            place = (self.gather, self.process_rank, self.world_size)
             return score_chosen(self.plan, self.rows, chosen, self.passes.score, *place)
         return score_chosen(self.plan, self.rows, chosen, self.passes.score)
 
     def _values(self, table: torch.Tensor) -> NDArray[np.float64]:
-        """The mean over all rows of `loss` is minus validation/loss: a row counts by its targets."""
+        """Return the scores of a table; the mean over all rows of `loss` is minus validation/loss."""
         column = -table[:, 0] / self.mean_targets if self.metric == "loss" else table[:, COLUMNS[self.metric]]
         values: NDArray[np.float64] = column.numpy()
         return values
 
     def agree(self, text: str) -> bool:
-        """Tell whether all ranks gave the same text."""
-        if self.world == 1:
+        """Tell whether all processes gave the same text."""
+        if self.world_size == 1:
             return True
-        texts: list[Any] = [None] * self.world
+        texts: list[Any] = [None] * self.world_size
         dist.all_gather_object(texts, text)
         return len(set(texts)) == 1

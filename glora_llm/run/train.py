@@ -162,7 +162,7 @@ class Run:
         for number, text in enumerate(self.plan.task.previews, 1):
             self.log.say(f"sample {number}, {text}")
         megabytes, start = self.parts.engine.bytes_per_rank() / 1e6, self.parts.start
-        self.log.say(f"{megabytes:.1f} MB of parameters on each of {self.processes.world_size} ranks")
+        self.log.say(f"{megabytes:.1f} MB of parameters on each of {self.processes.world_size} processes")
         if start:
             file = self.folder.checkpoints / f"step-{start}"
             self.log.say(f"resumed after step {start} of {self.plan.steps} from {file}")

@@ -1,4 +1,4 @@
-"""The section `adapter`: what is trained."""
+"""The section `adapter`: the trained parameters."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,15 +20,17 @@ Slots = dict[Slot, Mode | SlotSetting]
 
 
 class SupernetSection(Section):
-    """What `adapter.paths: sample` draws from: at every micro step each layer draws a path of these."""
+    """The choices of a supernet (`adapter.paths: sample`): at every micro step each layer draws a path of these."""
 
     modes: dict[Slot, list[Mode]] | None = key(None, "modes allowed, by slot; a slot that is not named may be any")
     ranks: list[PositiveInt] = key([8, 4, 2], "ranks of mode lora; smaller ones share the first columns of the largest")
-    draws: Literal["shared", "per_rank"] = key("shared", "whether all ranks draw the same paths")
+    draws: Literal["shared", "per_rank"] = key(
+        "shared", "shared: all processes draw the same paths; per_rank: each its own"
+    )
 
 
 class AdapterSection(Section):
-    """What is trained: GLoRA, one of its presets, any method of PEFT, or the whole model."""
+    """The trained parameters: GLoRA, one of its presets, any method of PEFT, or the whole model."""
 
     method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
     preset: Preset | None = key(None, "a system that GLoRA generalises, as slots (instead of `slots`)")
@@ -55,12 +57,12 @@ class AdapterSection(Section):
 
     @property
     def is_supernet(self) -> bool:
-        """Whether paths are drawn while it trains."""
+        """True if paths are drawn while it trains."""
         return self.paths == "sample"
 
     @property
     def is_full(self) -> bool:
-        """Whether every parameter of the model is trained, and there is no adapter."""
+        """True if every parameter of the model is trained, and there is no adapter."""
         return self.method == "full"
 
     @model_validator(mode="after")

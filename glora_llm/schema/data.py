@@ -1,4 +1,4 @@
-"""The section `data`: where samples come from."""
+"""The section `data`: the samples."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from glora_llm.schema.section import PositiveInt, Section, Share, key
 
 
 class DataSection(Section):
-    """Where samples come from and how they become tokens, or images of one size."""
+    """The samples, and their way to tokens, or to images of one size."""
 
     format: str = key(..., "alpaca, prompt_completion, chat, text, classification or images (docs/data_formats.md)")
     source: str | list[str] = key(

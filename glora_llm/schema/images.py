@@ -1,4 +1,4 @@
-"""The section `data.images`: what happens to images before a model sees them."""
+"""The section `data.images`: size, scale and augmentation."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from glora_llm.schema.section import PositiveInt, Section, key
 
 
 class ImagesSection(Section):
-    """Format images: their size, their scale, and how they are varied in training (never in evaluation)."""
+    """Format images: their size, their scale, and their augmentation in training (never in evaluation)."""
 
     size: PositiveInt | None = key(
         None, "side of the square that every image is resized to; none: they are squares of one size already", "pixels"

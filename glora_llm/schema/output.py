@@ -1,4 +1,4 @@
-"""The sections `merge` and `output`: what a run leaves."""
+"""The sections `merge` and `output`: the results of a run."""
 
 from typing import Annotated, Literal
 

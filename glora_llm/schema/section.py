@@ -1,4 +1,4 @@
-"""What all sections of a recipe are made of. Strict: an unknown key or a value of another type is an error."""
+"""The base of all sections of a recipe. Strict: an unknown key or a value of another type is an error."""
 
 from typing import Annotated, Any
 

@@ -12,7 +12,7 @@ class TrainingSection(Section):
 
     deepspeed: str = key("zero1", "a name in ds_configs/ (zero0 .. zero3, zero2_offload, zero3_offload) or a file")
     global_batch: PositiveInt = key(..., "samples (packed rows, with packing) of one optimizer step", "samples")
-    micro_batch: PositiveInt = key(..., "samples of one forward pass on one rank", "samples")
+    micro_batch: PositiveInt = key(..., "samples of one forward pass on one process", "samples")
     steps: PositiveInt | None = key(None, "optimizer steps (or give epochs)", "steps")
     epochs: Annotated[float, Field(gt=0)] | None = key(None, "passes over the training data (or give steps)", "epochs")
     lr: Annotated[float, Field(gt=0)] = key(..., "peak learning rate", "1/step")
@@ -42,7 +42,7 @@ class TrainingSection(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "
-                "global_batch = micro_batch x accumulation x ranks"
+                "global_batch = micro_batch x accumulation x processes"
             )
         return self
 
@@ -51,7 +51,7 @@ class EvaluationSection(Section):
     """Scores on held-out rows."""
 
     every: PositiveInt | None = key(None, "steps between validations; none: only at the end", "steps")
-    batch: PositiveInt = key(8, "samples of one forward pass on one rank; changes no score", "samples")
+    batch: PositiveInt = key(8, "samples of one forward pass on one process; changes no score", "samples")
     max_rows: PositiveInt | None = key(None, "validate on at most this many rows during training", "rows")
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
 

@@ -1,4 +1,4 @@
-"""Which layers share which base: every k layers of a model become a compound.
+"""Compounds: every k layers of a model share a base.
 
 W_1 = W_base; W_l = W_(l-1) + s B_l A_l for l = 2..k (arXiv 2406.09315). Norms, biases, embeddings and heads stay per
 layer: only the weights of the chosen linears are shared.
@@ -18,7 +18,7 @@ from glora_llm.vlora.partitioned import is_partitioned
 
 @dataclass(frozen=True)
 class CompoundLayout:
-    """What will share what, checked; nothing is changed yet.
+    """The compounds of a model, checked; nothing is changed yet.
 
     Args:
         layers: of the whole model, in order.

@@ -1,4 +1,4 @@
-"""What a VLoRA model is made by: which linears, how many layers share a base, rank, and the two published forms."""
+"""The shape of a VLoRA model: shared linears, layers per base, rank, and the two published forms."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from glora_llm.vlora.partitioned import whole
 
 @dataclass(frozen=True)
 class IncrementFit:
-    """How well an increment of rank r stands for the difference that it was made from.
+    """The error of an increment of rank r against the difference that it approximates.
 
     Args:
         layer: number of the layer, from 0.
@@ -41,7 +41,7 @@ def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfi
     float32 (float64 for a float64 model), on the device of the weights.
 
     Returns:
-        What the rank loses, for each linear of each layer that is not a base.
+        The error of the rank, for each linear of each layer that is not a base.
 
     Raises:
         UserError: as `make_compounds`; nothing is changed then.
@@ -84,7 +84,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     The outputs are the same. What `save_pretrained` then writes is an ordinary checkpoint that loads without this
     package. Layers inside an adapter's wrapper are replaced there, so an adapter can be merged afterwards. Parameters
-    are new ones: make the optimizer anew. Under ZeRO 3 all ranks must call it together, and the model must leave
+    are new ones: make the optimizer anew. Under ZeRO 3 all processes must call it together, and the model must leave
     DeepSpeed.
 
     Returns:
@@ -113,7 +113,7 @@ def m_steps(layers: Sequence[nn.Module]) -> dict[int, float]:
     """Return layer -> sqrt of the sum of |s B A|^2 over its linears, for layers that add increments: cheap, for a log.
 
     Per linear that is r x r products alone. Under ZeRO 3 the increments are gathered at once, the bases are not, and
-    all ranks must call it together.
+    all processes must call it together.
     """
     found = {number: list(vlora_layers(layer).values()) for number, layer in enumerate(layers)}
     found = {number: linears for number, linears in found.items() if linears}
@@ -128,7 +128,7 @@ def m_steps(layers: Sequence[nn.Module]) -> dict[int, float]:
 def increments(model: nn.Module) -> dict[str, Increment]:
     """Return name -> size of every increment of a model, for a log; names are those of `model.named_modules()`.
 
-    Under ZeRO 3 all ranks must call it together.
+    Under ZeRO 3 all processes must call it together.
     """
     found = {}
     for name, layer in vlora_layers(model).items():

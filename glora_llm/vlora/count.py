@@ -1,4 +1,4 @@
-"""How many parameters a VLoRA model has, before it is made."""
+"""Count the parameters of a VLoRA model before it is made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Count:
 
     @property
     def total(self) -> int:
-        """What is allocated."""
+        """The allocated parameters."""
         return self.base + self.increments + self.biases
 
     @property

@@ -118,7 +118,7 @@ class VLoRALinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Composition:
-    """What one weight is made of, by names in the model: W = base + scale * sum_j ups_j downs_j."""
+    """The parts of one weight, by names in the model: W = base + scale * sum_j ups_j downs_j."""
 
     base: str
     ups: list[str]
@@ -127,7 +127,7 @@ class Composition:
 
 
 def compositions(model: nn.Module) -> dict[str, Composition]:
-    """Return name of a composed weight -> what it is made of, for all VLoRA layers of a model."""
+    """Return name of a composed weight -> its parts, for all VLoRA layers of a model."""
     owners = {module: name for name, module in model.named_modules()}
     found = {}
     for name, layer in vlora_layers(model).items():
@@ -142,7 +142,7 @@ def compositions(model: nn.Module) -> dict[str, Composition]:
 
 
 class ComposedWeight(Tensor):
-    """What `VLoRALinear.weight` returns: a tensor whose operations give plain tensors, and which refuses `.data = `.
+    """The result of `VLoRALinear.weight`: a tensor whose operations give plain tensors, and which refuses `.data = `.
 
     PEFT's tuners merge by that assignment; to a computed weight it would be lost without a word.
     """

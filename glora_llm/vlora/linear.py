@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class How(NamedTuple):
-    """What is fixed for one call.
+class CallSettings(NamedTuple):
+    """The settings of one call.
 
     Args:
         base: W_base (O, I), which is read whether or not it gets a gradient from this layer.
         scale: s.
         composed: form W (O, I) rather than two thin products beside x W_base'.
-        dtype: what is computed in; parameters keep theirs.
+        dtype: of the computation; parameters keep theirs.
     """
 
     base: Tensor
@@ -106,57 +106,61 @@ def vlora_linear(
         alone = not (base_gradient and base.requires_grad) and any(factor.requires_grad for factor in (*ups, *downs))
         out_features, in_features = base.shape
         composed = is_composed_cheaper(len(rows), out_features, in_features, alone and torch.is_grad_enabled())
-    how = How(base, scale, composed, x.dtype if torch.is_autocast_enabled(device) else base.dtype)
+    settings = CallSettings(base, scale, composed, x.dtype if torch.is_autocast_enabled(device) else base.dtype)
     with torch.autocast(device, enabled=False):
-        y: Tensor = _Member.apply(how, rows, base if base_gradient else None, bias, *ups, *downs)
+        y: Tensor = _Member.apply(settings, rows, base if base_gradient else None, bias, *ups, *downs)
     return y.reshape(*x.shape[:-1], base.shape[0])
 
 
 class _Member(torch.autograd.Function):
     """Both forms. Kept for backward: x, the parameters themselves, and in the thin form U = x [A_2; ..; A_l]', (T, R).
 
-    The base comes in `how` and, where it gets a gradient, as an argument too: a detached copy of it would keep a
+    The base comes in `settings` and, where it gets a gradient, as an argument too: a detached copy of it would keep a
     gathered weight of ZeRO 3 alive.
     """
 
     @staticmethod
-    def forward(ctx: Any, how: How, x: Tensor, base: Tensor | None, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        own_bias = None if bias is None else bias.to(how.dtype)
+    def forward(
+        ctx: Any, settings: CallSettings, x: Tensor, base: Tensor | None, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        own_bias = None if bias is None else bias.to(settings.dtype)
         thin = None
-        if how.composed:
-            y = torch.nn.functional.linear(x, _weight(how, factors), own_bias)
+        if settings.composed:
+            y = torch.nn.functional.linear(x, _weight(settings, factors), own_bias)
         else:
-            up, down = _stacked(factors, how.dtype)
+            up, down = _stacked(factors, settings.dtype)
             thin = x @ down.t()
-            y = torch.nn.functional.linear(x, how.base.to(how.dtype), own_bias).addmm_(thin, up.t(), alpha=how.scale)
-        ctx.save_for_backward(x, how.base, thin, *factors)
-        ctx.how = how._replace(base=None)  # type: ignore[arg-type] # comes back from the saved tensors, checked
+            y = torch.nn.functional.linear(x, settings.base.to(settings.dtype), own_bias).addmm_(
+                thin, up.t(), alpha=settings.scale
+            )
+        ctx.save_for_backward(x, settings.base, thin, *factors)
+        ctx.settings = settings._replace(base=None)  # type: ignore[arg-type] # comes back from the saved tensors, checked
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, base, thin, *factors = ctx.saved_tensors
-        how = ctx.how._replace(base=base)
+        settings = ctx.settings._replace(base=base)
         _, wants_x, wants_base, wants_bias, *wants_factors = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            through_dw = any(wants_factors) and _through_dw(how, len(x), factors, wants_base)
+            through_dw = any(wants_factors) and _through_dw(settings, len(x), factors, wants_base)
             thin_factors = any(wants_factors) and not through_dw
-            up, down = _stacked(factors, how.dtype)
-            dthin = (dy @ up).mul_(how.scale) if thin_factors or not how.composed else None
+            up, down = _stacked(factors, settings.dtype)
+            dthin = (dy @ up).mul_(settings.scale) if thin_factors or not settings.composed else None
             given: Sequence[Tensor | None] = [None] * len(factors)
             if thin_factors and dthin is not None:
                 thin = x @ down.t() if thin is None else thin
-                given = _cut(factors, (dy.t() @ thin).mul_(how.scale), dthin.t() @ x)
+                given = _cut(factors, (dy.t() @ thin).mul_(settings.scale), dthin.t() @ x)
             dx = None
             if wants_x:
-                dx = dy @ (_weight(how, factors) if how.composed else how.base.to(how.dtype))
-                if dthin is not None and not how.composed:
+                dx = dy @ (_weight(settings, factors) if settings.composed else settings.base.to(settings.dtype))
+                if dthin is not None and not settings.composed:
                     dx.addmm_(dthin, down)
             dbias = dy.sum(0) if wants_bias else None
             dw = dy.t() @ x if wants_base or through_dw else None
             if through_dw and dw is not None:
-                given = _cut(factors, (dw @ down.t()).mul_(how.scale), (up.t() @ dw).mul_(how.scale))
+                given = _cut(factors, (dw @ down.t()).mul_(settings.scale), (up.t() @ dw).mul_(settings.scale))
         dfactors = [d if wanted else None for d, wanted in zip(given, wants_factors, strict=True)]
         return None, dx, dw if wants_base else None, dbias, *dfactors
 
@@ -167,15 +171,15 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.cat(list(factors[:half]), 1).to(dtype), torch.cat(list(factors[half:])).to(dtype)
 
 
-def _weight(how: How, factors: Sequence[Tensor]) -> Tensor:
+def _weight(settings: CallSettings, factors: Sequence[Tensor]) -> Tensor:
     half = len(factors) // 2
-    return compose(how.base, factors[:half], factors[half:], how.scale).to(how.dtype)
+    return compose(settings.base, factors[:half], factors[half:], settings.scale).to(settings.dtype)
 
 
-def _through_dw(how: How, rows: int, factors: Sequence[Tensor], wants_base: bool) -> bool:
+def _through_dw(settings: CallSettings, rows: int, factors: Sequence[Tensor], wants_base: bool) -> bool:
     rank = sum(up.shape[1] for up in factors[: len(factors) // 2])
-    out_features, in_features = how.base.shape
-    return how.composed if wants_base else is_full_gradient_cheaper(rows, out_features, in_features, rank)
+    out_features, in_features = settings.base.shape
+    return settings.composed if wants_base else is_full_gradient_cheaper(rows, out_features, in_features, rank)
 
 
 def _cut(factors: Sequence[Tensor], dup: Tensor, ddown: Tensor) -> list[Tensor]:

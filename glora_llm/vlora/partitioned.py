@@ -30,7 +30,7 @@ def also_reads(module: nn.Module, parameters: Iterable[Tensor]) -> None:
 
 @contextmanager
 def whole(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Make parameters whole on every rank while the context lasts, for reading; all ranks must enter it together."""
+    """Make parameters whole on every process while the context lasts, for reading; all must enter it together."""
     split = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not split:
         yield

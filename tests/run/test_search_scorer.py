@@ -119,7 +119,7 @@ def test_ranks_share_the_work_and_change_no_score(sharded: bool, world: int, tra
     calls: list[int] = []
 
     def counted(rank: int) -> list[NDArray[np.float64]]:
-        one = scorer(trained, rank=rank, world=world, sharded=sharded)
+        one = scorer(trained, process_rank=rank, world_size=world, sharded=sharded)
         assert one.at_once == (1 if sharded else world)
         score, before = one.passes.score, len(calls)
 
@@ -174,7 +174,7 @@ def test_ranks_share_slopes(count: int, world: int, trained: Trained) -> None:
     calls: list[int] = []
 
     def on_rank(rank: int) -> list[NDArray[np.float64]]:
-        one = scorer(trained, rank=rank, world=world)
+        one = scorer(trained, process_rank=rank, world_size=world)
         loss = one.passes.loss
 
         def counted(batch: Any) -> torch.Tensor:
