@@ -56,22 +56,22 @@ class GlobalSampler:
         places = (divmod(position, self.n_rows) for position in range(first, first + self.global_batch))
         return [int(self._epoch(epoch)[place]) for epoch, place in places]
 
-    def rank_rows(self, step: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:
+    def process_rows(self, step: int, process_rank: int, world_size: int, micro_batch: int) -> list[list[int]]:
         """Return the micro batches of one process, one list of rows for each accumulation step.
 
-        Micro batch k of rank r holds rows [(k world + r) micro, (k world + r + 1) micro) of the step.
+        Micro batch k of process p holds rows [(k world_size + p) micro, (k world_size + p + 1) micro) of the step.
 
         Raises:
             UserError: when G is not micro_batch x accumulation x processes.
         """
-        together = micro_batch * world
+        together = micro_batch * world_size
         if self.global_batch % together:
             below = self.global_batch // together * together
             fitting = f"{below} or {below + together}" if below else f"{together}"
             raise UserError(
                 f"training.global_batch {self.global_batch} is not micro_batch {micro_batch} x accumulation x "
-                f"{world} ranks: the nearest that fit are multiples of {together}: {fitting}."
+                f"{world_size} processes: the nearest that fit are multiples of {together}: {fitting}."
             )
         rows = self.step_rows(step)
-        starts = range(rank * micro_batch, self.global_batch, together)
+        starts = range(process_rank * micro_batch, self.global_batch, together)
         return [rows[start : start + micro_batch] for start in starts]

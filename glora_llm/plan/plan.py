@@ -61,11 +61,14 @@ class Plan:
         world_size = batch // (micro * parts)
         return f"global batch {batch} = micro batch {micro} x accumulation {parts} x processes {world_size}"
 
-    def rank_batches(self, step: int, rank: int, world: int) -> list[Batch]:
-        """Return one rank's micro batches of one optimizer step."""
+    def process_batches(self, step: int, process_rank: int, world_size: int) -> list[Batch]:
+        """Return the micro batches of one process in one optimizer step."""
         micro = self.recipe.training.micro_batch
-        parts = self.sampler.rank_rows(step, rank, world, micro)
-        return [self.task.training_batch(rows, step, (n * world + rank) * micro) for n, rows in enumerate(parts)]
+        parts = self.sampler.process_rows(step, process_rank, world_size, micro)
+        return [
+            self.task.training_batch(rows, step, (n * world_size + process_rank) * micro)
+            for n, rows in enumerate(parts)
+        ]
 
     def rows(self, split: str) -> Rows | None:
         """Return the rows of `validation` or `test`, or None where the recipe has none."""
@@ -78,7 +81,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = None) -> Plan:
-    """Resolve everything that needs no weights and no process group; every rank may call this at once.
+    """Resolve everything that needs no weights and no process group; every process may call this at once.
 
     Args:
         weights: False leaves the weights of a hub model where they are (a dry run).

@@ -143,7 +143,9 @@ class Run:
         )
         request = StopRequest()
         hooks = Hooks(
-            batches=lambda step: self.plan.rank_batches(step, self.processes.process_rank, self.processes.world_size),
+            batches=lambda step: self.plan.process_batches(
+                step, self.processes.process_rank, self.processes.world_size
+            ),
             validate=self._validate if self.plan.task.validation is not None else None,
             save=partial(parts.saver.save_checkpoint, parts.engine),
             diagnose=partial(first_bad_module, parts.model, parts.engine.score),

@@ -191,7 +191,7 @@ def test_embedded_data_end_to_end(llama: Any, tmp_path: Path, settings: Settings
     assert (len(data.train), len(data.validation), len(data.test)) == (150, 50, 40)
     assert "\nIntent:«" in data.previews[0]
     sampler = GlobalSampler(len(data.train), 8, seed=0)
-    batch = collate([data.train.row(i) for i in sampler.rank_rows(0, 0, 2, 2)[1]], pad_id=llama.eos_token_id)
+    batch = collate([data.train.row(i) for i in sampler.process_rows(0, 0, 2, 2)[1]], pad_id=llama.eos_token_id)
     assert batch["input_ids"].shape[0] == 2 and len(batch["targets"]) > 0
 
 

@@ -12,7 +12,7 @@ from glora_llm.errors import UserError
 def test_the_union_over_ranks_is_the_step(world: int, micro: int) -> None:
     sampler = GlobalSampler(50, 16, seed=3)
     for step in (0, 2, 3, 40):
-        parts = [sampler.rank_rows(step, rank, world, micro) for rank in range(world)]
+        parts = [sampler.process_rows(step, rank, world, micro) for rank in range(world)]
         assert all(len(batch) == micro for part in parts for batch in part)
         in_order = [n for k in range(16 // (micro * world)) for part in parts for n in part[k]]
         assert in_order == sampler.step_rows(step)
@@ -48,13 +48,13 @@ def test_steps() -> None:
 @pytest.mark.parametrize(
     ("global_batch", "world", "micro", "told"),
     [
-        (10, 4, 2, r"10 is not micro_batch 2 x accumulation x 4 ranks: .* multiples of 8: 8 or 16"),
+        (10, 4, 2, r"10 is not micro_batch 2 x accumulation x 4 processes: .* multiples of 8: 8 or 16"),
         (4, 4, 2, "multiples of 8: 8\\."),
     ],
 )
 def test_batches_that_do_not_divide(global_batch: int, world: int, micro: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        GlobalSampler(100, global_batch, seed=0).rank_rows(0, 0, world, micro)
+        GlobalSampler(100, global_batch, seed=0).process_rows(0, 0, world, micro)
 
 
 def test_no_rows() -> None:

@@ -239,7 +239,9 @@ def test_ranks_share_the_rows_of_a_step(world: int, tmp_path: Path) -> None:
     train = text_of(plan).train
     for step in (0, 2, 3):  # 3: the second epoch begins
         targets = [
-            sorted(batch["targets"].tolist()) for rank in range(world) for batch in plan.rank_batches(step, rank, world)
+            sorted(batch["targets"].tolist())
+            for rank in range(world)
+            for batch in plan.process_batches(step, rank, world)
         ]
         rows = [train.row(index) for index in plan.sampler.step_rows(step)]
         assert len(rows) == 16 and len(targets) == 4

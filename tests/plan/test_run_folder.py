@@ -13,6 +13,7 @@ from glora_llm.schema import Recipe
 FREE = [
     "training.deepspeed=zero3", "training.micro_batch=2", "training.log_every=5", "training.max_bad_steps=2",
     "model.attention=eager", "model.dtype=bfloat16", "model.kernels=none", "model.gradient_checkpointing=true",
+    "model.compile=true",
     "evaluation.every=5", "evaluation.batch=3", "merge.after_training=true", "merge.dtype=bfloat16",
     "output.save_every=3", "output.keep=9", "output.resume=must", "search.passes=3",
     "description=other",

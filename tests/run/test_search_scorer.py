@@ -51,7 +51,7 @@ def trained(tiny: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> Tr
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for step in range(30):
         net.draw(step, 0)
-        for batch in plan.rank_batches(step, 0, 1):
+        for batch in plan.process_batches(step, 0, 1):
             (objective(**batch) / len(batch["targets"])).backward()
         adam.step()
         adam.zero_grad()

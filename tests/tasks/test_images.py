@@ -42,10 +42,10 @@ def test_ranks_share_images_and_seeds_of_a_step(plan: Plan) -> None:
     """Any number of ranks gives the same micro batches with the same seeds, so images are varied in the same way."""
     found = []
     for world in (1, 2, 4):
-        batches = [batch for rank in range(world) for batch in plan.rank_batches(3, rank, world)]
+        batches = [batch for rank in range(world) for batch in plan.process_batches(3, rank, world)]
         found.append({batch["seed"]: batch["labels"].tolist() for batch in batches})
     assert found[0] == found[1] == found[2] and len(found[0]) == 4
-    assert not found[0].keys() & {batch["seed"] for batch in plan.rank_batches(4, 0, 1)}
+    assert not found[0].keys() & {batch["seed"] for batch in plan.process_batches(4, 0, 1)}
 
 
 def test_the_means_of_a_table(plan: Plan) -> None:

@@ -25,7 +25,7 @@ from glora_llm.search.archive import Journal
 from glora_llm.training import checkpoint
 
 Batches = Callable[[Plan, int, int, int], Any]
-batches: Batches = Plan.rank_batches
+batches: Batches = Plan.process_batches
 
 
 def fails(plan: Plan, step: int, process_rank: int, world_size: int) -> Any:
@@ -78,7 +78,7 @@ def main() -> int:
 
         Journal._append = limited  # type: ignore[assignment, method-assign]
     else:
-        Plan.rank_batches = globals()[name]  # type: ignore[method-assign]
+        Plan.process_batches = globals()[name]  # type: ignore[method-assign]
     if name == "is_preempted":
         write = checkpoint.write
         checkpoint.write = lambda root, *rest: write_slowly(write, root, *rest)
