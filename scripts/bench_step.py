@@ -87,7 +87,7 @@ def main() -> int:
 def make_step(name: str, quantization: str, arguments: Any) -> Callable[[], None]:
     """Return a function that does one step (forward, backward, fused AdamW) of a freshly loaded model."""
     section = ModelSection(name_or_path=arguments.model, quantization=quantization)  # type: ignore[arg-type]
-    base: Any = load_base(section, resolve(section).folder, choose_device(), zero3=False)
+    base: Any = load_base(section, resolve(section).folder, choose_device())
     model = peft_glora(base) if name.startswith("PEFT GLoRA") else inject(base, METHODS[name], seed=0, steps=100)
     inner: Any = model.get_base_model()
     objective = CausalLMObjective(inner, partial(packed_arguments, inner.config._attn_implementation)).train()

@@ -18,6 +18,15 @@ from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 
+def reads_base(section: AdapterSection) -> bool:
+    """Tell whether a method may look at the values of the base's weights when it is injected, and not only at shapes.
+
+    Such a base must be whole on every process at that moment. Arguments of PEFT count, for they can switch to another
+    start (init_lora_weights) or method (use_dora).
+    """
+    return section.method not in ("full", "glora", "lora", "rslora") or bool(section.peft)
+
+
 def adapter_config(
     section: AdapterSection,
     seed: int,

@@ -45,7 +45,7 @@ def load_adapted(plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gr
         if streamed is not None:
             return streamed
         where = torch.device("cpu")
-    base = load_base(section, folder, where, zero3=False)
+    base = load_base(section, folder, where)
     if plan.recipe.adapter.is_full:
         return base
     return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).get_base_model().eval()

@@ -179,7 +179,7 @@ def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> d
         def load() -> Any:
             where = choose_device()
             where = where if fits(weight_bytes(section, out, where), where) else torch.device("cpu")
-            model = load_base(section, out, where, zero3=False)
+            model = load_base(section, out, where)
             model.config.use_cache = True
             model.save_pretrained(quantised)
             return model.eval()

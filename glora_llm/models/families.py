@@ -6,7 +6,7 @@ from glora_llm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Kind = Literal["text", "images"]
 KINDS = {"text": "causal language model", "images": "image classifier"}
@@ -35,6 +35,13 @@ def auto_class(model_type: str) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
     return AutoModelForImageClassification if kind_of(model_type) == "images" else AutoModelForCausalLM
+
+
+def model_class(config: "PretrainedConfig") -> Any:
+    """Return the class of transformers that `auto_class` would choose for a model of this configuration."""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    return _get_model_class(config, auto_class(config.model_type)._model_mapping)
 
 
 def body(model: "PreTrainedModel") -> Any:

@@ -8,6 +8,7 @@ Beside config.json and the tokenizer a folder may hold
 A trained folder without vlora.json is a plain Hugging Face checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError, nearest
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers
+from glora_llm.models.sharded_load import Shards, fill, stored_tensors, without_values
 from glora_llm.schema import ModelSection, VLoRASection
 from glora_llm.vlora import VLoRAConfig, make_compounds
 
@@ -139,8 +141,14 @@ def require_weights(folder: Path) -> None:
         raise UserError(f"{folder} holds {SHARING} and no {WEIGHTS}: it was written half-way. Write it again.")
 
 
-def build(folder: Path, empty: "Callable[[], PreTrainedModel]", dtype: "torch.dtype") -> "PreTrainedModel":
-    """Return the model of a folder that is ours, on the CPU.
+def build(
+    folder: Path,
+    empty: "Callable[[], PreTrainedModel]",
+    dtype: "torch.dtype",
+    device: "torch.device",
+    shards: Shards | None = None,
+) -> "PreTrainedModel":
+    """Return the model of a folder that is ours, in eval mode.
 
     Random weights are drawn in float32 on the CPU, so a seed means the same weights everywhere; a dense model and a
     VLoRA one of the same seed begin with the same bases. Then layers share, stored weights are read, and parameters
@@ -148,30 +156,26 @@ def build(folder: Path, empty: "Callable[[], PreTrainedModel]", dtype: "torch.dt
 
     Args:
         empty: makes the dense model in float32.
+        shards: divides each parameter over the processes as it gets its values (ZeRO 3). Stored weights are then read
+            one at a time. Random ones are drawn by the main process alone, whose host memory holds the whole model in
+            float32 until it is divided: a generator's numbers have an order.
 
     Raises:
         UserError: layers that cannot share as vlora.json says, or stored weights that do not fit.
     """
     import torch
-    from transformers.initialization import no_init_weights
 
     require_weights(folder)
     stored = (folder / WEIGHTS).is_file()
     seed = 0 if stored else int(json.loads((folder / START).read_text())["seed"])
-    with torch.random.fork_rng(devices=[]):
+    draws = not stored and (shards is None or shards.is_main_process)
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if draws else without_values():
         torch.manual_seed(seed)
-        if stored:
-            with no_init_weights():
-                model = empty()
-            model.tie_weights()  # which is left out with the initialisation
-        else:
-            model = empty()
+        model = empty()
         share(model, folder, torch.Generator().manual_seed(seed * 1_000_003 + INCREMENTS))
-    if stored:
-        _set_weights(model, folder)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    values = _stored_values(folder, model) if stored else dict(model.named_parameters()) if draws else {}
+    fill(model, values, dtype, device, shards)
+    return model.eval()
 
 
 def share(model: "PreTrainedModel", folder: Path, generator: "torch.Generator | None" = None) -> None:
@@ -181,18 +185,22 @@ def share(model: "PreTrainedModel", folder: Path, generator: "torch.Generator | 
         make_compounds(model, list(layers(model)), sharing, generator)
 
 
-def _set_weights(model: "PreTrainedModel", folder: Path) -> None:
-    from safetensors.torch import load_file
+def _stored_values(folder: Path, model: "PreTrainedModel") -> dict[str, Any]:
+    """Return the stored tensors by name, none of them read yet.
 
-    tensors = load_file(folder / WEIGHTS)
+    Raises:
+        UserError: when they are not those of the model.
+    """
+    tensors = stored_tensors(folder)
     for name, parameter in model.named_parameters():
-        stored = tensors.pop(name, None)
-        if stored is None or stored.shape != parameter.shape:
-            got = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
+        shape = tuple(tensors[name].get_shape()) if name in tensors else None
+        if shape != tuple(parameter.shape):
+            got = "is missing" if shape is None else f"has shape {shape}"
             raise UserError(f"{folder / WEIGHTS}: {name} {got}; expected {tuple(parameter.shape)}. Write it again.")
-        parameter.data = stored
-    if tensors:
-        raise UserError(f"{folder / WEIGHTS} has {next(iter(tensors))}, which {SHARING} does not ask for.")
+    left = tensors.keys() - dict(model.named_parameters())
+    if left:
+        raise UserError(f"{folder / WEIGHTS} has {min(left)}, which {SHARING} does not ask for.")
+    return tensors
 
 
 def write_trained(

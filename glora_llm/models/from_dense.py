@@ -40,7 +40,7 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
         raise UserError(f"{model} is VLoRA already. Make it dense first: glora-llm merge RUN --out DIR.")
     device = choose_device()
     for number, rank in enumerate(ranks):
-        made = load_base(section, folder, device, zero3=False)
+        made = load_base(section, folder, device)
         stack = list(layers(made))
         sharing = replace(config, rank=rank or _smaller_sides(stack[0], config.targets))
         fits = from_dense(made, stack, sharing)

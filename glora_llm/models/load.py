@@ -10,6 +10,7 @@ from glora_llm.models.attention import attention_arguments
 from glora_llm.models.families import Kind, auto_class, body, head, kind_of, layers
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
+from glora_llm.models.sharded_load import Shards, load_divided
 from glora_llm.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
-def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3: bool) -> "PreTrainedModel":
+def load_base(
+    section: ModelSection, folder: Path, device: "torch.device", shards: Shards | None = None
+) -> "PreTrainedModel":
     """Load the weights of `folder` (see `resolve`) frozen, in eval mode, without a cache of keys and values.
 
     Args:
-        device: where the weights go. With `zero3`, unquantised weights stay on the CPU until DeepSpeed shards them
-            (or go straight into its shards while a `transformers.integrations.HfDeepSpeedConfig` is alive).
-        zero3: DeepSpeed's stage 3 will shard the model.
+        device: where the weights go.
+        shards: divides each weight over the processes as it is read (ZeRO 3); None: every process holds all.
 
     Raises:
         UserError: an attention backend, kernel or quantisation that cannot work here, or weights that do not fit
@@ -35,9 +37,9 @@ def load_base(section: ModelSection, folder: Path, device: "torch.device", zero3
     # torch.compile fuses norms, rotary embedding and SwiGLU itself
     liger = not section.compile and uses_liger(section.kernels, config.model_type, device)
     if is_ours(folder):
-        model = _build_ours(section, folder, config, device, zero3)
+        model = _build_ours(section, folder, config, device, shards)
     else:
-        model = _load_pretrained(section, folder, config, device, zero3)
+        model = _load_pretrained(section, folder, config, device, shards)
     _freeze(model)
     if section.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -53,9 +55,9 @@ def compile_layers(model: "PreTrainedModel") -> None:
 
 
 def _build_ours(
-    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", zero3: bool
+    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", shards: Shards | None
 ) -> "PreTrainedModel":
-    """Return a new model, or one whose layers share weights; with `zero3` it stays on the CPU."""
+    """Return a new model, or one whose layers share weights."""
     import torch
 
     if section.quantization != "none":
@@ -71,24 +73,25 @@ def _build_ours(
     dtype = compute_dtype(section, device)
     attention = attention_arguments(section, config, device, dtype)
     settings: dict[str, Any] = {"dtype": torch.float32, **attention}
-    made = build(folder, lambda: auto_class(config.model_type).from_config(config, **settings), dtype)
-    return made.eval() if zero3 else made.to(device).eval()
+    return build(folder, lambda: auto_class(config.model_type).from_config(config, **settings), dtype, device, shards)
 
 
 def _load_pretrained(
-    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", zero3: bool
+    section: ModelSection, folder: Path, config: "PretrainedConfig", device: "torch.device", shards: Shards | None
 ) -> "PreTrainedModel":
     dtype = compute_dtype(section, device)
-    model, report = auto_class(config.model_type).from_pretrained(
-        folder,
-        dtype=dtype,
-        quantization_config=quantization_config(section, dtype, kind_of(config.model_type)),
-        device_map=_device_map(section, device, zero3),
-        output_loading_info=True,
-        local_files_only=True,
-        use_safetensors=True,
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "quantization_config": quantization_config(section, dtype, kind_of(config.model_type)),
+        "device_map": {"": device},
         **attention_arguments(section, config, device, dtype),
-    )
+    }
+    if shards is None:
+        model, report = auto_class(config.model_type).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+        )
+    else:
+        model, report = load_divided(folder, config, shards, settings)
     _check_complete(report, folder)
     keep_quantized_weights(model)
     return model
@@ -164,15 +167,6 @@ def linear_names(model: "PreTrainedModel") -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) in decoder and module is not output
     ]
-
-
-def _device_map(section: ModelSection, device: "torch.device", zero3: bool) -> dict[str, Any] | None:
-    """Return where transformers puts the weights; None leaves it to DeepSpeed's own loading."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():  # transformers refuses a map then; bitsandbytes takes the current device
-        return None
-    return {"": "cpu" if zero3 and section.quantization == "none" else device}
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:

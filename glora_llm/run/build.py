@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from glora_llm.adapters.config import reads_base
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.stateful import load_state, stateful_method
 from glora_llm.adapters.weights import load_start, trainables
@@ -17,13 +18,16 @@ from glora_llm.launch import ranks
 from glora_llm.launch.ranks import Processes
 from glora_llm.models import load
 from glora_llm.models.families import layers
+from glora_llm.models.sharded_load import Shards
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.saving import Clock, Saver
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
+from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.optim import Trainable
+from glora_llm.training.sharding import element_count, set_whole
 from glora_llm.vlora import vlora_layers
 
 
@@ -41,6 +45,7 @@ class TrainingParts:
         saver: writes checkpoints and the final weights.
         clock: of the run.
         start: optimizer steps that are done already.
+        load_peak_gb: the most memory that building all of this took, GB.
     """
 
     model: Any
@@ -52,6 +57,7 @@ class TrainingParts:
     saver: Saver
     clock: Clock
     start: int
+    load_peak_gb: float
 
 
 class Resumed(NamedTuple):
@@ -71,10 +77,10 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     began, recipe, device = time.time(), plan.recipe, processes.device
     data_digest = plan.task.train.digest()  # reads all training data: once a launch
     ranks.require_equal({"training data": data_digest, "base model": plan.base.fingerprint}, processes.world_size)
-    base = load.load_base(recipe.model, plan.base.folder, device, zero3=plan.deepspeed.stage == 3)
+    base = load.load_base(recipe.model, plan.base.folder, device, _shards(plan))
     model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
     items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)
-    trained = sum(item.parameter.numel() for item in items)
+    trained = sum(element_count(item.parameter) for item in items)
     size = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
     checkpoint.require_space(folder.checkpoints, size, recipe.output.keep)
 
@@ -99,9 +105,14 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
             load_state(method, resumed.folder / "adapter")
     saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock)
     vlora_stack = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
-    return TrainingParts(
-        model, trained, engine, cost, _supernet(plan, model, processes), vlora_stack, saver, clock, start
-    )
+    supernet, load_peak_gb = _supernet(plan, model, processes), peak_memory_gb(device)
+    return TrainingParts(model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, load_peak_gb)
+
+
+def _shards(plan: Plan) -> Shards | None:
+    """Return what divides the base as it is read; None where every process holds all of it, at first or always."""
+    divides = plan.deepspeed.stage == 3 and not reads_base(plan.recipe.adapter)
+    return Shards(plan.deepspeed.values) if divides else None
 
 
 def _read_checkpoint(
@@ -127,7 +138,7 @@ def _set_weights(items: Sequence[Trainable], resumed: Resumed | None, adapter: s
     """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start."""
     if resumed is not None:
         for item in items:
-            item.parameter.data.copy_(resumed.tensors[f"master/{item.name}"])
+            set_whole(item.parameter, resumed.tensors[f"master/{item.name}"])
     elif adapter is not None:
         load_start(list(items), Path(adapter))
 

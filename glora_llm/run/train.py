@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from glora_llm import recipe as recipes
+from glora_llm.adapters.config import reads_base
 from glora_llm.evaluation.scoring import score_split
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
@@ -30,6 +31,7 @@ from glora_llm.training import checkpoint
 from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
+from glora_llm.training.sharding import undivided
 from glora_llm.training.stop import StopRequest
 from glora_llm.vlora import m_steps
 
@@ -163,12 +165,24 @@ class Run:
         """Log some samples, the memory of the parameters, and the step that the run goes on from."""
         for number, text in enumerate(self.plan.task.previews, 1):
             self.log.say(f"sample {number}, {text}")
-        megabytes, start = self.parts.engine.bytes_per_rank() / 1e6, self.parts.start
-        self.log.say(f"{megabytes:.1f} MB of parameters on each of {self.processes.world_size} processes")
+        self._say_memory()
+        start = self.parts.start
         if start:
             file = self.folder.checkpoints / f"step-{start}"
             self.log.say(f"resumed after step {start} of {self.plan.steps} from {file}")
         self.log.text("recipe", recipes.dump(self.plan.recipe))
+
+    def _say_memory(self) -> None:
+        """Log what each process holds, and warn where ZeRO 3 leaves or left the model whole."""
+        parts, adapter, world_size = self.parts, self.plan.recipe.adapter, self.processes.world_size
+        held = parts.engine.held()
+        scales = f", {held.scales / 1e6:.1f} MB of them scales of quantised weights" if held.scales else ""
+        self.log.say(f"{held.bytes / 1e6:.1f} MB of parameters on each of {world_size} processes{scales}")
+        self.log.say(f"peak of memory while loading: {parts.load_peak_gb:.2f} GB")
+        if parts.engine.stage == 3 and reads_base(adapter):
+            self.log.say(f"every process held the whole base at first: adapter.method {adapter.method} may read it")
+        if parts.engine.stage == 3 and (warning := undivided(held, world_size)):
+            self.log.say(f"warning: {warning}")
 
     def _observe(self, step: int) -> dict[str, float]:
         """Return the size of each layer's increment: the M step of the VLoRA paper."""
@@ -210,7 +224,8 @@ class Run:
                 "trained_parameters": parts.trained,
                 "seconds": parts.clock.seconds(),
                 "peak_memory_gb": peak_memory_gb(self.processes.device),
-                "bytes_per_rank": parts.engine.bytes_per_rank(),
+                "load_peak_gb": parts.load_peak_gb,
+                "bytes_per_rank": parts.engine.held().bytes,
                 "skipped_steps": total - parts.engine.applied,
             }
         )

@@ -17,6 +17,7 @@ from glora_llm.training.batch import Batch, to_device
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
+from glora_llm.training.sharding import Held, held, is_divided, prepare_rest
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Engine:
         self.stage = config.stage
         groups = parameter_groups(self.trainables, settings.weight_decay)
         optimizer = make_optimizer(settings, groups, config.offloads)
+        if any(is_divided(parameter) for parameter in objective.parameters()):
+            prepare_rest(objective, config.values, device)
         dtypes = {name: buffer.dtype for name, buffer in objective.named_buffers()}
         self.ds, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=config.values, dist_init_required=False
@@ -199,20 +202,15 @@ class Engine:
         self.ds.destroy()
         torch.backends.cuda.matmul.allow_tf32 = self.tf32_before
 
-    def bytes_per_rank(self) -> int:
-        """Return the bytes of parameters that this process holds at rest (under ZeRO 3: its partitions)."""
-        return sum(_held(p).numel() * _held(p).element_size() for p in self.ds.module.parameters())
+    def held(self) -> Held:
+        """Return the bytes of the model that this process holds at rest (under ZeRO 3: its parts)."""
+        return held(self.ds.module)
 
     def gather_rows(self, values: Tensor) -> Tensor:
         """Sum a float64 table over processes: each fills its own rows, the others are zero."""
         table = values.to(self.device)
         dist.all_reduce(table)
         return table.cpu()
-
-
-def _held(parameter: Any) -> Tensor:
-    partition = getattr(parameter, "ds_tensor", None)
-    return parameter.data if partition is None else partition
 
 
 def _require_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

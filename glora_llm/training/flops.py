@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from glora_llm.training.sharding import element_count
+
 # Dense bfloat16 peak with float32 accumulation in FLOP/s, by words that the device's name must all have; the first row
 # that fits counts. From the vendors' data sheets, halved where they count sparsity: NVIDIA B200, GB200, H200, H100,
 # GH200, A100, L40S, L40, L4, A40, A30, A10, A10G, AMD MI300X; the GA102, AD102 and GB202 architecture papers (RTX).
@@ -84,7 +86,7 @@ def measure_cost(
     for module in model.modules():
         if module is head or isinstance(module, nn.Embedding):
             continue
-        own = sum(_elements(p) for p in module.parameters(recurse=False) if p.requires_grad)
+        own = sum(element_count(p) for p in module.parameters(recurse=False) if p.requires_grad)
         if not isinstance(module, nn.Linear):
             trained += own
         elif own:
@@ -121,7 +123,3 @@ def bf16_peak(name: str) -> float | None:
     if words & PARTS:
         return None
     return next((peak for known, peak in BF16_PEAKS if set(known.split()) <= words), None)
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

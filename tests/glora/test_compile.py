@@ -29,7 +29,7 @@ def fresh() -> Iterator[None]:
 def outputs_and_gradients(
     section: ModelSection, adapter: AdapterSection, tiny: ResolvedModel, compiled: bool
 ) -> dict[str, Tensor]:
-    base: Any = load_base(section, tiny.folder, torch.device("cpu"), zero3=False)
+    base: Any = load_base(section, tiny.folder, torch.device("cpu"))
     model = inject(base, adapter, seed=0, steps=10).train()
     generator = torch.Generator().manual_seed(0)
     for value in model.parameters():

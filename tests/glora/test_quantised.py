@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 def quantised_and_twin(quantization: Any, tiny: ResolvedModel) -> tuple[Any, Any]:
     """The quantised base, and plain linears that hold what it unpacks to."""
-    base = load_base(ModelSection(name_or_path="x", quantization=quantization), tiny.folder, CPU, zero3=False)
-    twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU, zero3=False)
+    base = load_base(ModelSection(name_or_path="x", quantization=quantization), tiny.folder, CPU)
+    twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU)
     for name in linear_names(base):
         twin.get_submodule(name).weight.data = dense_weight(base.get_submodule(name)).float().clone()
     return base, twin
@@ -90,7 +90,7 @@ def test_an_adapter_of_a_quantised_base_reloads(tiny: ResolvedModel, fill: Fill,
 
 def int8_model(dtype: Any, tiny: ResolvedModel, fill: Fill) -> Any:
     section = ModelSection(name_or_path="x", quantization="int8", dtype=dtype)
-    model = glora(load_base(section, tiny.folder, CPU, zero3=False), slots=ALL_MODES)
+    model = glora(load_base(section, tiny.folder, CPU), slots=ALL_MODES)
     fill(model)
     return model
 

@@ -142,7 +142,7 @@ def test_a_quantised_supernet_is_the_plain_layer_bit_for_bit(
     quantization: Any, composition: str, tiny: ResolvedModel, fill: Fill
 ) -> None:
     section = ModelSection(name_or_path="x", quantization=quantization)
-    base = load_base(section, tiny.folder, torch.device("cpu"), zero3=False)
+    base = load_base(section, tiny.folder, torch.device("cpu"))
     net = supernet_layer(base.get_submodule("model.layers.0.mlp.down_proj"), composition, fill)
     assert type(net.get_base_layer()).__name__ in ("Linear4bit", "Linear8bitLt")
     for path in [*all_paths(4, SCALE, has_bias=False)[::24], *(draw_path(CHOICES, False, n) for n in range(10))]:

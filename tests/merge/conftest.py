@@ -99,9 +99,7 @@ def train(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
         plan = make_plan(recipe, world_size=1)
         folder.write("recipe.yaml", recipes.dump(recipe))
         folder.write("base.json", json.dumps(base_identity(plan, CPU)))
-        model = inject(
-            load_base(recipe.model, plan.base.folder, CPU, zero3=False), recipe.adapter, seed=0, steps=plan.steps
-        )
+        model = inject(load_base(recipe.model, plan.base.folder, CPU), recipe.adapter, seed=0, steps=plan.steps)
         state = _seeded(model, std)
         save_adapter(model, state, folder.adapter, str(plan.base.folder))
         return Trained(folder, plan, state)

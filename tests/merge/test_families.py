@@ -103,7 +103,7 @@ def test_export_with_a_frozen_bias(quantization: str, folders: Folders, train: T
     base = {"name_or_path": folders["qwen2"], "quantization": quantization}
     trained = train(model=base, slots=WITH_D, targets=["q_proj", "v_proj"])
     write_lora(trained.plan, trained.folder.adapter, tmp_path / "lora", trained.dtype)
-    again = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU, zero3=False)
+    again = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU)
     found = logits(PeftModel.from_pretrained(again, str(tmp_path / "lora")).eval())
     torch.testing.assert_close(found, trained.logits(), rtol=1e-4, atol=2e-4)
 
@@ -130,7 +130,7 @@ def test_exporting_an_adapter_on_the_head(quantization: str, train: Train, tmp_p
     targets = ["lm_head", "q_proj"]
     trained = train(slots={"A": "lora", "B": "lora"}, targets=targets, model={"quantization": quantization})
     write_lora(trained.plan, trained.folder.adapter, tmp_path / "lora", trained.dtype)
-    again = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU, zero3=False)
+    again = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU)
     found = logits(PeftModel.from_pretrained(again, str(tmp_path / "lora")).eval())
     torch.testing.assert_close(found, trained.logits(), rtol=1e-4, atol=2e-4)
 

@@ -21,7 +21,7 @@ KINDS = [("none", True), ("int8", True), *((kind, double) for kind in ("nf4", "f
 @pytest.mark.parametrize(("quantization", "double"), KINDS)
 def test_it_is_the_loaded_weight_bit_for_bit(quantization: str, double: bool, dtype: str, tiny: ResolvedModel) -> None:
     section = ModelSection(name_or_path="x", quantization=quantization, double_quantization=double, dtype=dtype)  # type: ignore[arg-type]
-    model, stored = load_base(section, tiny.folder, CPU, zero3=False), StoredTensors(tiny.folder)
+    model, stored = load_base(section, tiny.folder, CPU), StoredTensors(tiny.folder)
     names = linear_names(model)
     assert len(names) == 14
     for name in names:

@@ -52,7 +52,7 @@ def export(trained: Trained, out: Path) -> Path:
 
 
 def through_peft(trained: Trained, lora: Path) -> Tensor:
-    base = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU, zero3=False)
+    base = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU)
     return logits(PeftModel.from_pretrained(base, str(lora)).eval())
 
 
@@ -82,7 +82,7 @@ def test_peft_reads_what_was_exported(adapter: dict[str, Any], quantization: str
     expected = trained.logits()
     found = through_peft(trained, export(trained, tmp_path / "lora"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
-    base = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU, zero3=False)
+    base = load_base(trained.plan.recipe.model, trained.plan.base.folder, CPU)
     assert (expected - logits(base)).abs().max() > 0.02
 
 

@@ -111,7 +111,7 @@ def test_kernels_of_the_hub(section: Section, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_loaded_model_has_it(tiny: ResolvedModel, section: Section) -> None:
-    models = {name: load_base(section(attention=name), tiny.folder, CPU, zero3=False) for name in ("auto", "eager")}
+    models = {name: load_base(section(attention=name), tiny.folder, CPU) for name in ("auto", "eager")}
     assert models["auto"].config._attn_implementation == "segments"
     assert "segments" not in models["auto"].config.to_json_string(), "a merged model is plain transformers"
     ids = torch.tensor([[1, 40, 41, 42, 3]])

@@ -44,7 +44,7 @@ def shared(folder: Path) -> ResolvedModel:
 
 
 def load(base: ResolvedModel) -> Any:
-    return load_base(ModelSection(name_or_path="x"), base.folder, torch.device("cpu"), zero3=False)
+    return load_base(ModelSection(name_or_path="x"), base.folder, torch.device("cpu"))
 
 
 def stored_names(base: ResolvedModel) -> set[str]:

@@ -31,7 +31,7 @@ def section(**config: Any) -> ModelSection:
 def new(vlora: VLoRASection | None = None, seed: int = 0, **config: Any) -> tuple[Any, Path]:
     """A new model and its folder."""
     folder, _ = new_folder(new_config(section(**config), "text", {}), vlora, seed, "nothing", lambda _: None)
-    return load_base(section(**config), folder, CPU, zero3=False), folder
+    return load_base(section(**config), folder, CPU), folder
 
 
 def parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def test_a_dense_model_and_a_vlora_one_begin_alike() -> None:
 def test_rounding_spares_what_is_not_trained() -> None:
     """bfloat16 parameters, but rotary frequencies as transformers computes them."""
     exact, folder = new()
-    rounded = load_base(section().model_copy(update={"dtype": "bfloat16"}), folder, CPU, zero3=False)
+    rounded = load_base(section().model_copy(update={"dtype": "bfloat16"}), folder, CPU)
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
     assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
 
@@ -89,7 +89,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 def test_a_written_model_is_read_again(trained: Path) -> None:
-    read = load_base(ModelSection(name_or_path="x", dtype="float32"), trained, CPU, zero3=False)
+    read = load_base(ModelSection(name_or_path="x", dtype="float32"), trained, CPU)
     stored = load_file(trained / WEIGHTS)
     assert parameters(read).keys() == stored.keys()
     for name, parameter in parameters(read).items():
@@ -126,7 +126,7 @@ def test_how_weights_are_shared_is_part_of_the_identity(trained: Path) -> None:
 def test_a_damaged_folder_is_refused(trained: Path, damage: Any, said: str) -> None:
     damage(trained)
     with pytest.raises(UserError, match=re.escape(said)):
-        load_base(ModelSection(name_or_path="x", dtype="float32"), trained, CPU, zero3=False)
+        load_base(ModelSection(name_or_path="x", dtype="float32"), trained, CPU)
 
 
 def rewrite(folder: Path, drop: str = "", more: str = "") -> None:
@@ -137,7 +137,7 @@ def rewrite(folder: Path, drop: str = "", more: str = "") -> None:
 
 def test_shared_weights_are_not_quantised(trained: Path) -> None:
     with pytest.raises(UserError, match="bases and increments must be dense"):
-        load_base(ModelSection(name_or_path="x", quantization="nf4"), trained, CPU, zero3=False)
+        load_base(ModelSection(name_or_path="x", quantization="nf4"), trained, CPU)
 
 
 @pytest.mark.parametrize(

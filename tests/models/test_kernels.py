@@ -46,7 +46,7 @@ def liger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def model(tiny: ResolvedModel, section: Callable[..., ModelSection]) -> PreTrainedModel:
-    return load_base(section(kernels="none"), tiny.folder, torch.device("cpu"), zero3=False)
+    return load_base(section(kernels="none"), tiny.folder, torch.device("cpu"))
 
 
 def test_patches_the_instance_and_not_the_head(liger: None, model: PreTrainedModel) -> None:

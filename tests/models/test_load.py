@@ -32,7 +32,7 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
 
 def dense_twin(model: PreTrainedModel, tiny: ResolvedModel) -> PreTrainedModel:
     """The same model with plain linears that hold the dequantised weights."""
-    twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU, zero3=False)
+    twin = load_base(ModelSection(name_or_path="x"), tiny.folder, CPU)
     for name in linear_names(model):
         twin.get_submodule(name).weight.data = dense_weight(model.get_submodule(name))
     return twin
@@ -45,7 +45,7 @@ def stored_bytes(model: PreTrainedModel) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_loads_frozen_on_the_cpu(quantization: str, tiny: ResolvedModel, section: Section) -> None:
-    model = load_base(section(quantization=quantization), tiny.folder, CPU, zero3=False)
+    model = load_base(section(quantization=quantization), tiny.folder, CPU)
     names = linear_names(model)
     assert len(names) == 2 * 7 and "lm_head" not in names
     assert {type(model.get_submodule(name)) for name in names} == {KINDS[quantization]}
@@ -63,7 +63,7 @@ def test_quantised_weights_are_bitsandbytes_own(
     quantization: str, double: bool, tiny: ResolvedModel, section: Section
 ) -> None:
     keys = section(quantization=quantization, double_quantization=double)
-    model = load_base(keys, tiny.folder, CPU, zero3=False)
+    model = load_base(keys, tiny.folder, CPU)
     weights = load_file(tiny.folder / "model.safetensors")
     for name in linear_names(model):
         original = weights[f"{name}.weight"]
@@ -81,7 +81,7 @@ def test_quantised_weights_are_bitsandbytes_own(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_4bit_is_stored_in_the_compute_dtype(dtype: str, tiny: ResolvedModel, section: Section) -> None:
-    model = load_base(section(quantization="nf4", dtype=dtype), tiny.folder, CPU, zero3=True)
+    model = load_base(section(quantization="nf4", dtype=dtype), tiny.folder, CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert model.get_submodule(linear_names(model)[0]).compute_dtype == getattr(torch, dtype)
 
@@ -90,7 +90,7 @@ def test_4bit_is_stored_in_the_compute_dtype(dtype: str, tiny: ResolvedModel, se
 def test_an_evaluation_changes_neither_weights_nor_gradients(
     quantization: str, tiny: ResolvedModel, section: Section
 ) -> None:
-    model = load_base(section(quantization=quantization), tiny.folder, CPU, zero3=False)
+    model = load_base(section(quantization=quantization), tiny.folder, CPU)
     before = stored_bytes(model)
     with torch.no_grad():
         evaluated = model(IDS).logits
@@ -107,14 +107,14 @@ def test_an_evaluation_changes_neither_weights_nor_gradients(
 
 
 def test_the_switch_that_stops_repacking_is_still_there(tiny: ResolvedModel, section: Section) -> None:
-    model = load_base(section(quantization="nf4"), tiny.folder, CPU, zero3=False)
+    model = load_base(section(quantization="nf4"), tiny.folder, CPU)
     assert {model.get_submodule(name).support_avx512bf16_for_cpu for name in linear_names(model)} == {False}
 
 
 def test_int8_says_nothing_at_every_layer(
     tiny: ResolvedModel, section: Section, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = load_base(section(quantization="int8"), tiny.folder, CPU, zero3=False)
+    model = load_base(section(quantization="int8"), tiny.folder, CPU)
     with caplog.at_level(logging.WARNING):
         model(IDS)
     assert not [record for record in caplog.records if "MatMul8bitLt" in record.getMessage()]
@@ -125,7 +125,7 @@ def test_checkpointing_gives_the_same_gradient(quantization: str, tiny: Resolved
     gradients = []
     for checkpointing in (False, True):
         keys = section(quantization=quantization, gradient_checkpointing=checkpointing)
-        model = load_base(keys, tiny.folder, CPU, zero3=False).train()
+        model = load_base(keys, tiny.folder, CPU).train()
         assert model.is_activation_checkpointing is checkpointing
         bias = nn.Parameter(torch.zeros(128))  # trainable inside, while the embeddings need no gradient
         layer = model.model.layers[0].mlp.up_proj
@@ -138,7 +138,7 @@ def test_checkpointing_gives_the_same_gradient(quantization: str, tiny: Resolved
 
 
 def test_meta_model_is_the_real_one_without_weights(tiny: ResolvedModel, section: Section) -> None:
-    real = load_base(section(), tiny.folder, CPU, zero3=False)
+    real = load_base(section(), tiny.folder, CPU)
     meta = meta_model(section(quantization="nf4"), tiny.folder)
     shapes = [{name: value.shape for name, value in model.named_parameters()} for model in (real, meta)]
     assert shapes[0] == shapes[1] and linear_names(real) == linear_names(meta)
@@ -157,8 +157,8 @@ def test_dtype_rule(section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "auto"])
 def test_attention_backends_agree(attention: str, tiny: ResolvedModel, section: Section) -> None:
-    model = load_base(section(attention=attention), tiny.folder, CPU, zero3=False)
-    reference = load_base(section(attention="eager"), tiny.folder, CPU, zero3=False)
+    model = load_base(section(attention=attention), tiny.folder, CPU)
+    reference = load_base(section(attention="eager"), tiny.folder, CPU)
     assert model.config._attn_implementation == ("segments" if attention == "auto" else attention)
     torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-5)
 
@@ -181,13 +181,13 @@ def test_impossible_requests(
 ) -> None:
     monkeypatch.setattr("glora_llm.models.attention.find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
-        load_base(section(**keys), tiny.folder, torch.device(device), zero3=False)
+        load_base(section(**keys), tiny.folder, torch.device(device))
 
 
 def test_no_bitsandbytes(tiny: ResolvedModel, section: Section, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glora_llm.models.load.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        load_base(section(quantization="nf4"), tiny.folder, CPU, zero3=False)
+        load_base(section(quantization="nf4"), tiny.folder, CPU)
 
 
 def test_a_missing_tensor_is_not_made_up(tiny_copy: Any, section: Section) -> None:
@@ -195,21 +195,11 @@ def test_a_missing_tensor_is_not_made_up(tiny_copy: Any, section: Section) -> No
     del weights["lm_head.weight"]
     save_file(weights, tiny_copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors .* lm_head\.weight"):
-        load_base(section(), tiny_copy, CPU, zero3=False)
-
-
-def test_zero3_leaves_the_placement_to_deepspeed(tiny: ResolvedModel, section: Section) -> None:
-    from transformers.integrations import HfDeepSpeedConfig
-
-    alive = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
-    model = load_base(section(quantization="nf4"), tiny.folder, CPU, zero3=True)
-    del alive
-    assert {value.device.type for value in model.parameters()} == {"cpu"}
-    assert torch.isfinite(model(IDS).logits).all()
+        load_base(section(), tiny_copy, CPU)
 
 
 def test_compile_layers_compiles_each_decoder_layer(tiny: ResolvedModel, section: Section) -> None:
-    model = load_base(section(compile=True), tiny.folder, CPU, zero3=False)
+    model = load_base(section(compile=True), tiny.folder, CPU)
     assert not any(module._compiled_call_impl for module in model.modules())  # scoring and merging run as they are
     compile_layers(model)
     compiled = [name for name, module in model.named_modules() if module._compiled_call_impl]
@@ -223,5 +213,5 @@ def test_compile_leaves_fused_kernels_to_the_compiler(
     monkeypatch.setattr("glora_llm.models.load.uses_liger", lambda *_: True)
     monkeypatch.setattr("glora_llm.models.load.apply_liger", applied.append)
     for compiled in (True, False):
-        load_base(section(compile=compiled), tiny.folder, CPU, zero3=False)
+        load_base(section(compile=compiled), tiny.folder, CPU)
         assert bool(applied) is not compiled

@@ -52,7 +52,7 @@ def smollm2(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ResolvedMo
 
 @pytest.fixture(scope="module")
 def model(smollm2: ResolvedModel) -> PreTrainedModel:
-    return load_base(ModelSection(name_or_path=NAME), smollm2.folder, torch.device("cpu"), zero3=False)
+    return load_base(ModelSection(name_or_path=NAME), smollm2.folder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

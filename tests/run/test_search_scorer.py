@@ -44,7 +44,7 @@ def trained(tiny: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> Tr
     source = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
     more = [f"data.source={source}", "data.test=16", "data.validation=24", "evaluation.batch=5", "adapter.slots=null"]
     plan = make_plan(recipes.load("tiny_cpu", [*more, "adapter.paths=sample", "adapter.supernet={ranks: [4, 2]}"]))
-    base = load_base(plan.recipe.model, plan.base.folder, torch.device("cpu"), zero3=False)
+    base = load_base(plan.recipe.model, plan.base.folder, torch.device("cpu"))
     model = inject(base, plan.recipe.adapter, seed=0, steps=1).get_base_model()
     layers = adapted_layers(model)
     net, objective = Supernet(layers, seed=0), plan.task.objective(model)

@@ -24,8 +24,9 @@ SCENARIOS: dict[str, list[str]] = {
     "zero3": ["training.deepspeed=zero3", "data.images=null"],
     "varied": ["training.deepspeed=zero2", VARIED],
     "bfloat16": ["training.deepspeed=zero2", "model.dtype=bfloat16", VARIED],
+    "zero3_bfloat16": ["training.deepspeed=zero3", "model.dtype=bfloat16", "data.images=null"],
 }
-RESUMED = ("zero3", "varied", "bfloat16")
+RESUMED = ("zero3", "varied", "bfloat16", "zero3_bfloat16")
 
 
 def train(name: str, folder: Path, processes: ranks.Processes) -> None:

@@ -59,7 +59,7 @@ class CopyReads(TorchFunctionMode):
 
 def objective_of(tiny: ResolvedModel, device: torch.device, **keys: Any) -> CausalLMObjective:
     section = ModelSection(name_or_path="embedded:tiny-llama", quantization="nf4", gradient_checkpointing=True, **keys)
-    base = load_base(section, tiny.folder, device, zero3=False)
+    base = load_base(section, tiny.folder, device)
     slots: Any = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
     model = without_adapter(inject(base, AdapterSection(rank=4, slots=slots), 0, 10))
     return CausalLMObjective(model, partial(packed_arguments, model.config._attn_implementation)).train()

@@ -54,7 +54,7 @@ def test_images_are_varied_in_these_runs(images: Path) -> None:
     assert plain != pytest.approx(varied, abs=5e-3)
 
 
-@pytest.mark.parametrize("name", ["zero3", "varied", "bfloat16"])
+@pytest.mark.parametrize("name", ["zero3", "varied", "bfloat16", "zero3_bfloat16"])
 def test_a_resumed_run_is_the_uninterrupted_one(images: Path, name: str) -> None:
     """Bit for bit, crops, mixtures and all."""
     for key in EXACT:

@@ -115,7 +115,7 @@ def test_evaluate_scores_the_genome(searched: Path, capsys: pytest.CaptureFixtur
 def test_a_genome_of_low_rank_slots_is_a_plain_lora(searched: Path, written: Write, tmp_path: Path) -> None:
     file, plan = written(LORA), make_plan(RunFolder(searched).recipe())
     assert merge(searched, tmp_path / "out", "--to", "lora", "--genome", file) == 0
-    base = load_base(plan.recipe.model, plan.base.folder, torch.device("cpu"), zero3=False)
+    base = load_base(plan.recipe.model, plan.base.folder, torch.device("cpu"))
     found = logits(PeftModel.from_pretrained(base, str(tmp_path / "out")).eval())
     assert_close(found, supernet_logits(searched, file))
     assert (found - supernet_logits(searched, written({LAYER: LORA[LAYER]}))).abs().max() > 1e-3

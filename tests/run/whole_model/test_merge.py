@@ -164,7 +164,7 @@ def test_a_vlora_model_is_trained_further(run: Path, tmp_path: Path) -> None:
 def test_a_folder_reads_as_the_dense_model_it_computes(run: Path, dtype: torch.dtype) -> None:
     section = ModelSection(name_or_path="x", dtype="float32" if dtype == torch.float32 else "bfloat16")
     stored = stored_tensors(run / "model", section, dtype)
-    dense = dict(to_dense(load_base(section, run / "model", torch.device("cpu"), zero3=False)).named_parameters())
+    dense = dict(to_dense(load_base(section, run / "model", torch.device("cpu"))).named_parameters())
     assert set(stored.names()) == set(dense) and "model.layers.1.mlp.up_proj.increment_a" not in stored
     for name, weight in dense.items():
         assert name in stored and torch.equal(stored.get(name).to(dtype), weight), name
@@ -177,7 +177,7 @@ def test_from_dense_at_full_rank_answers_alike(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert "rank full" in printed and "rank 4" in printed and "self_attn.q_proj" in printed
     section = ModelSection(name_or_path=str(tmp_path / "full"), dtype="float32")
-    made = load_base(section, tmp_path / "full", torch.device("cpu"), zero3=False)
+    made = load_base(section, tmp_path / "full", torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
     from glora_llm.models.embedded import embedded_folder
 
@@ -185,7 +185,7 @@ def test_from_dense_at_full_rank_answers_alike(tmp_path: Path, capsys: pytest.Ca
     assert len(vlora_layers(made)) == 7
     torch.testing.assert_close(logits(made, tokenizer), logits(dense, tokenizer), rtol=1e-4, atol=1e-4)
     assert main([*command, str(tmp_path / "four"), "--rank", "4"]) == 0
-    truncated = load_base(section, tmp_path / "four", torch.device("cpu"), zero3=False)
+    truncated = load_base(section, tmp_path / "four", torch.device("cpu"))
     assert (logits(truncated, tokenizer) - logits(dense, tokenizer)).abs().max() > 1e-3
 
 
