@@ -7,12 +7,12 @@ from typing import Any
 from glora_llm.plan.run_folder import RunFolder
 
 EVALUATE = """\
-Score a run on held-out rows: of the adapter on its base model, or of the merged model.
+Score a run on held-out records: of the adapter on its base model, or of the merged model.
 
 examples:
-  glora-llm evaluate runs/quickstart                                 the test rows
+  glora-llm evaluate runs/quickstart                                 the test records
   glora-llm evaluate runs/quickstart --split validation
-  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same rows"""
+  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same records"""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -20,7 +20,7 @@ def add_command(commands: Any, style: Any) -> None:
     command = commands.add_parser("evaluate", help="score a run", description=EVALUATE, formatter_class=style)
     command.add_argument("run", metavar="RUN", type=Path, help="the run folder (output.dir of the recipe)")
     command.add_argument(
-        "--split", default="test", choices=("test", "validation"), help="rows to score (default: test)"
+        "--split", default="test", choices=("test", "validation"), help="records to score (default: test)"
     )
     command.add_argument("--merged", metavar="DIR", type=Path, help="score this merged model instead of the adapter")
     command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm import recipe
+from glora_llm.atomic import require_new
 from glora_llm.errors import UserError
 
 INIT = """\
@@ -38,8 +39,7 @@ def init(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path(f"{Path(arguments.data).stem}.yaml")
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out is {out}; a recipe's name ends in .yaml.")
-    if out.exists():
-        raise UserError(f"{out} exists already; name another file by --out, or delete it.")
+    require_new(out)
     from glora_llm.plan import new_recipe
 
     gpu_bytes = _gpu_bytes()

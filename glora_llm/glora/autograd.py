@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What the backward pass of `OnePass` needs of the forward pass."""
+    """Tensors that the forward pass of `OnePass` saves for its backward pass."""
 
     x: Tensor  # (T, I)
     dropped: Tensor | None  # (T, I)

@@ -27,7 +27,7 @@ GLORA_LLM = _add_peft_type("GLORA_LLM")
 
 @dataclass
 class GLoRAConfig(PeftConfig):
-    """What `get_peft_model` needs to inject GLoRA.
+    """Configuration of a GLoRA adapter, as `get_peft_model` takes it.
 
     Args:
         target_modules: names, one regular expression, or `all-linear`.
@@ -72,7 +72,7 @@ class GLoRAConfig(PeftConfig):
 
     @property
     def choices(self) -> SlotChoices | None:
-        """What each slot may be in a supernet; None where the paths are fixed."""
+        """Modes and ranks that each slot may take in a supernet; None where the paths are fixed."""
         if self.supernet is None:
             return None
         return slot_choices(self.supernet.get("modes"), self.supernet.get("ranks") or [self.rank], self.alpha)

@@ -1,4 +1,4 @@
-"""How a slot is parameterised: one class a mode. Every mode is zero at the start, so the model's output is unchanged.
+"""The parameterisations of a slot, one class a mode. Each is zero at the start: the model's output is unchanged.
 
 Letters: O out_features, I in_features, r rank.
 """

@@ -1,4 +1,4 @@
-"""What each choice of each slot of a supernet is worth, to first order: all choices by one backward pass.
+"""First-order (Taylor) importance of each choice of each slot of a supernet, all by one backward pass.
 
 Let x (T, I) enter a layer and g (T, O) be the gradient at its output, whatever path the layer computes. A choice that
 adds dW to the weight and db to the bias then adds <g' x, dW> + <sum of g, db> to the loss. Every layer answers while

@@ -1,4 +1,4 @@
-"""How exact a merge was: the merged model against the unmerged one, on real text, both loaded from disk."""
+"""Compare a merged model with the unmerged one on real text, both loaded from disk."""
 
 import gc
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from glora_llm.training.batch import Batch, to_device
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the comparison's text: logits (N, V) float32 of all tokens, and the mean target loss."""
+    """Answers of a model to the comparison's text: logits (N, V) float32 of all tokens, and the mean target loss."""
 
     logits: Tensor
     loss: float

@@ -284,7 +284,7 @@ def _varlen(
 
 
 def _sdpa(*states: Any, **others: Any) -> tuple["Tensor", None]:
-    """Where the caller has named no segments (generation, a plain call of the model): transformers' own sdpa."""
+    """Use transformers' own sdpa: the caller has named no segments (generation, a plain call of the model)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(*states, **others)

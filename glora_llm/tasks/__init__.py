@@ -1,1 +1,1 @@
-"""What is learnt: rows, batches, objective and scores. The rest of a run is the same for every task."""
+"""Tasks: rows, batches, objective and scores. The rest of a run is the same for every task."""

@@ -53,7 +53,7 @@ class ImageTask:
 
     @property
     def reports(self) -> dict[str, ImageReport]:
-        """What preparation did to each split."""
+        """Counts of the preparation of each split."""
         return self.data.reports
 
     @property

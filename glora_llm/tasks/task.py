@@ -1,4 +1,4 @@
-"""What a run, an evaluation and a merge ask of the data and of the model's answers, whatever is learnt."""
+"""The interface of a task: what training, evaluation and merge ask of the data and of the model's answers."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -32,14 +32,14 @@ class Rows(Protocol):
 
 
 class Described(Protocol):
-    """What preparation did to a split."""
+    """Counts of the preparation of a split."""
 
     def describe(self) -> str:
         """Return it as one line."""
 
 
 class Task(Protocol):
-    """What is learnt.
+    """A task: the data, the objective and the scores of a run.
 
     Attributes:
         unit: what a row is made of, and speed is counted in: `tokens`, or `patches`.

@@ -55,7 +55,7 @@ class TextTask:
 
     @property
     def reports(self) -> dict[str, Report]:
-        """What preparation did to each split."""
+        """Counts of the preparation of each split."""
         return self.data.reports
 
     @property
@@ -71,7 +71,7 @@ class TextTask:
 
     @property
     def has_answers(self) -> bool:
-        """Whether the samples are answers, so that exact match means something."""
+        """True where the samples are answers, so that exact match means something."""
         return self.recipe.data.format in ANSWER_FORMATS
 
     def batch(self, rows: TokenSet, indices: list[int]) -> Batch:

@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from."""
+"""Find the first module whose output is not finite."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is minimised for images: the summed cross entropy of each image's class, soft targets included.
+"""The loss of images: the summed cross entropy of each image's class, soft targets included.
 
 Letters: B images, C classes, S side in pixels.
 """

@@ -29,7 +29,7 @@ class LossScale:
 
     @property
     def can_fall(self) -> bool:
-        """Whether a lower scale is left to try after an overflow."""
+        """True while a lower scale is left to try after an overflow."""
         return self.scaler is not None and self.scaler.cur_scale > self.scaler.min_scale
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and a progress bar or plain lines. One process writes."""
+"""Write metrics to metrics.jsonl, TensorBoard and the terminal. One process writes."""
 
 import json
 import math

@@ -18,7 +18,7 @@ PackedArguments = Callable[[Tensor, tuple[int, ...]], dict[str, Any]]
 
 
 class Objective(Protocol):
-    """What the engine and the loop ask of a model wrapped for training, beside its forward pass.
+    """The interface of a model wrapped for training, beside its forward pass.
 
     Calling it with a batch gives the summed loss of the batch's targets, a float32 scalar; with `score=True` it gives
     `TokenScores`.
