@@ -6,6 +6,7 @@ PYTHON ?= python3
 RECIPE ?= quickstart
 ARGS   ?=
 RANKS  ?= 2
+DEVICE ?= cuda
 TESTS  ?= tests
 WORKERS ?= 2
 
@@ -16,10 +17,10 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-gpu lint bench docs clean
+.PHONY: help install quickstart test test-fast test-gpu gpu-check lint bench docs clean
 
 help:  ## show this list
-	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) TESTS=$(TESTS) PYTHON=$(PYTHON))'
+	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) DEVICE=$(DEVICE) TESTS=$(TESTS) PYTHON=$(PYTHON))'
 	@sed -n 's/^\([a-z-]*\):.*## /  \1: /p' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv with the pinned versions of constraints.txt, once
@@ -52,6 +53,9 @@ test-gpu: $(STAMP)  ## the tests marked gpu, each of which has a twin that `make
 	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \
 	if [ "$$gpus" -eq 0 ]; then echo "make test-gpu needs a GPU that torch can use, and there is none here"; exit 2; fi; \
 	$(IN_VENV) python -m pytest -q -m gpu $(TESTS)
+
+gpu-check: $(STAMP)  ## check all that depends on GPUs, in ten minutes, on every GPU; DEVICE=cpu rehearses it
+	@$(IN_VENV) python scripts/gpu_check.py --device $(DEVICE)
 
 lint: $(STAMP)  ## ruff, its formatter and mypy
 	@$(IN_VENV) ruff check .

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "glora_llm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [*MODULES, *sorted((ROOT / "scripts").glob("*.py")), ROOT / "train.py"]
+SOURCES = [*MODULES, *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]
 
 # Unit (a folder or a root module of the package) -> the units that it may import, from the ground floor up.
 BASE = {"atomic", "errors", "registry", "schema"}

@@ -72,12 +72,16 @@ class Sharding:
     world: int
     zero: dict[str, Any]
     optimizer_on_cpu: bool
+    gradients_in_float32: bool
 
     @classmethod
     def of(cls, name: str, world: int) -> "Sharding":
         """Read a DeepSpeed configuration by name or path."""
         config = read_deepspeed_config(name)
-        return cls(zero_stage(config), world, config.get("zero_optimization", {}), offloads(config))
+        summed_in = config.get("data_types", {}).get("grad_accum_dtype")
+        return cls(
+            zero_stage(config), world, config.get("zero_optimization", {}), offloads(config), summed_in == "fp32"
+        )
 
     def held(self, sizes: Iterable[int]) -> int:
         """Return how much of these parameters stands on one GPU at rest: small ones whole, also under ZeRO 3."""
@@ -91,9 +95,14 @@ class Sharding:
         """Return the part of one process."""
         return -(-size // self.world)
 
-    def gradients(self, trained: int) -> int:
-        """Return how much of the gradients one GPU keeps."""
-        return self.share(trained) if self.stage >= 2 else trained
+    def gradient_bytes(self, trained: int, width: int) -> int:
+        """Return the bytes of gradients that one GPU keeps.
+
+        Args:
+            width: bytes of an element of a trained weight.
+        """
+        kept = self.share(trained) if self.stage >= 2 else trained
+        return kept * (FLOAT32 if self.gradients_in_float32 else width)
 
     def optimizer_bytes(self, trained: int, name: str) -> int:
         """Return the bytes of masters and moments on one GPU; stage 0 has no masters beside the weights."""
@@ -153,7 +162,7 @@ def at_rest(recipe: Recipe, sizes: ModelSizes, world: int, dtype: torch.dtype, s
     return Memory(
         base=base,
         adapter=sharding.held(sizes.trained) * width,
-        gradients=sharding.gradients(trained) * width,
+        gradients=sharding.gradient_bytes(trained, width),
         optimizer=sharding.optimizer_bytes(trained, recipe.training.optimizer),
         buffers=sharding.buffers(sum(sizes.frozen) + trained, trained) * width,
         step=step,

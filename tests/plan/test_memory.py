@@ -104,20 +104,23 @@ def test_weights_at_rest_are_those_of_a_loaded_model(tiny: ResolvedModel) -> Non
 @pytest.mark.parametrize(
     ("stage", "adapter", "gradients", "optimizer", "buffers"),
     [
-        ("zero0", 1e6, 1e6, 8e6, 1e6),
-        ("zero1", 1e6, 1e6, 3e6, 1e8),
-        ("zero2", 1e6, 0.25e6, 3e6, 1e8),
-        ("zero3", 0.25e6, 0.25e6, 3e6, 5e7 + 1e9),
-        ("zero2_offload", 1e6, 0.25e6, 0, 1e8),
+        ("zero0", 1e6, 2e6, 8e6, 1e6),
+        ("zero1", 1e6, 2e6, 3e6, 1e8),
+        ("zero2", 1e6, 1e6, 3e6, 1e8),
+        ("zero3", 0.25e6, 1e6, 3e6, 5e7 + 1e9),
+        ("zero2_offload", 1e6, 1e6, 0, 1e8),
     ],
 )
 def test_what_each_stage_divides_by_four(
     stage: str, adapter: float, gradients: float, optimizer: float, buffers: float
 ) -> None:
-    """A million trained elements: masters and moments are 12 bytes each, 8 where there are no masters (ZeRO 0)."""
+    """A million trained elements: masters and moments are 12 bytes each, 8 where there are no masters (ZeRO 0).
+
+    Gradients are summed in float32 from stage 2 on, else in the weights' own two bytes.
+    """
     sharding = Sharding.of(stage, 4)
     assert sharding.held([1_000_000]) == adapter
-    assert sharding.gradients(1_000_000) == gradients
+    assert sharding.gradient_bytes(1_000_000, width=2) == gradients
     assert sharding.optimizer_bytes(1_000_000, "adamw") == optimizer
     assert sharding.buffers(10**12, 1_000_000) == buffers
     assert sharding.held([999, 10]) == 1009, "small parameters stay whole"
