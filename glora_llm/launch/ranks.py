@@ -55,8 +55,6 @@ def start() -> Processes:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     device = choose_device()
     if device.type == "cuda":
-        if "PYTORCH_ALLOC_CONF" not in os.environ:  # parts of a divided model would lie scattered in fixed segments
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
         _share_the_cores()
