@@ -90,7 +90,7 @@ def count_collectives() -> None:
 def train(name: str, folder: Path, processes: ranks.Processes) -> None:
     """Train one scenario into `folder`."""
     # Processes cut their targets into different numbers of chunks: they must still gather the head equally often.
-    output_head.LOGITS_AT_ONCE = 2**12 if name == "zero3" else LOGITS_AT_ONCE
+    output_head.LOGITS_AT_ONCE = 2**12 if name == "zero3_checkpointing" else LOGITS_AT_ONCE
     gathered.clear()
     train_scenario("tiny_cpu", [*COMMON, *SCENARIOS[name]], folder, processes)
     if processes.is_main_process:
