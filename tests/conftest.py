@@ -22,8 +22,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is no CUDA device."""
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no CUDA device; keep a list of all tests, whatever is left out."""
+    config.stash[COLLECTED] = list(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -50,6 +55,12 @@ def tiny(cache: Path) -> "ResolvedModel":
     from glora_llm.schema import ModelSection
 
     return resolve(ModelSection(name_or_path="embedded:tiny-llama"))
+
+
+@pytest.fixture
+def collected(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """All tests that were found, those too that -k or -m leave out."""
+    return request.config.stash[COLLECTED]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -18,15 +18,13 @@ def identity(item: Any, device: str) -> tuple[Any, ...]:
     return item.path, item.originalname, tuple(sorted((name, repr(value)) for name, value in parameters.items()))
 
 
-def test_gpu_tests_have_twins(request: pytest.FixtureRequest) -> None:
+def test_gpu_tests_have_twins(collected: list[Any]) -> None:
     """By the fixture `device`; or `test_NAME_on_gpu` beside `test_NAME` in the same file."""
-    items: list[Any] = request.session.items
-    collected = {item.path for item in items}
-    if collected < set(ROOT.rglob("test_*.py")):
+    if {item.path for item in collected} < set(ROOT.rglob("test_*.py")):
         pytest.skip("only the whole suite has all twins")
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    others = {identity(item, "cpu") for item in items if not item.get_closest_marker("gpu")}
-    names = {(item.path, item.originalname) for item in items if not item.get_closest_marker("gpu")}
+    marked = [item for item in collected if item.get_closest_marker("gpu")]
+    others = {identity(item, "cpu") for item in collected if not item.get_closest_marker("gpu")}
+    names = {(item.path, item.originalname) for item in collected if not item.get_closest_marker("gpu")}
     alone = [
         item.nodeid
         for item in marked
