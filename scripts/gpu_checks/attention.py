@@ -53,7 +53,7 @@ def _trainable(context: Context, backend: str) -> tuple[Any, list[TokenRow]]:
         "data.max_rows=64", "data.max_tokens=192",
     ]  # fmt: skip
     plan = make_plan(recipes.load("tiny_cpu", overrides))
-    base = load_base(plan.recipe.model, plan.base.folder, context.device, zero3=False)
+    base = load_base(plan.recipe.model, plan.base.folder, context.device)
     model = inject(base, plan.recipe.adapter, seed=0, steps=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

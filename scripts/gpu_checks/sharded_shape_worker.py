@@ -57,7 +57,7 @@ def main() -> None:
         began = time.perf_counter()
         engine.train_step(plan.process_batches(step, processes.process_rank, processes.world_size), 1e-4)
         seconds.append(time.perf_counter() - began)
-    held = torch.tensor([engine.bytes_per_rank(), loading], dtype=torch.float64, device=processes.device)
+    held = torch.tensor([engine.held().bytes, loading], dtype=torch.float64, device=processes.device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     if processes.is_main_process:
         dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -13,6 +13,7 @@ from scripts.gpu_checks.scenarios import CHECKPOINT, SCENARIOS, Scenario, train
 LIKE_REFERENCE = 0.02  # relative difference of a loss; a device adds in another order
 RESUMED = {"cpu": 1e-5, "cuda": 0.01}  # the CPU repeats a run, but for the scales of 8-bit moments
 GATHERED = 1.1  # bytes of all processes over those of the model
+SCALES = {"nf4": 0.04, "none": 0.0}  # and of what is not divided, for each further process
 
 
 def check(context: Context) -> Iterator[Row]:
@@ -44,16 +45,15 @@ def check_processes(context: Context) -> Iterator[Row]:
     for storage in ("nf4", "none"):
         held, whole = (summary(out / f"{stage}-{storage}")["bytes_per_rank"] for stage in ("zero3", "zero0"))
         share = held * world / whole
-        wanted = f"at most {GATHERED} x the model"
-        yield compared(
-            f"ZeRO 3, {storage}: bytes of all {world}", wanted, f"{share:.2f} x", share <= GATHERED, share=share
-        )
+        item, bound = f"ZeRO 3, {storage}: bytes of all {world}", GATHERED + SCALES[storage] * (world - 1)
+        yield compared(item, f"at most {bound:.2f} x the model", f"{share:.2f} x", share <= bound, share=share)
     gathered = json.loads((out / "gathered.json").read_text())
     text = f"{gathered['whole']} of {gathered['divided']} parameters"
     yield compared("ZeRO 3: left whole after a step and a score", "none", text, gathered["whole"] == 0, **gathered)
     for storage in ("nf4", "none"):
-        facts = {key: value for key, value in summary(out / f"zero3-{storage}").items() if key.endswith("peak_gb")}
-        yield information(f"ZeRO 3, {storage}: peaks", ", ".join(f"{key} {value:.2f}" for key, value in facts.items()))
+        facts = summary(out / f"zero3-{storage}")
+        text = f"{facts['load_peak_gb']:.2f} GB while loading, {facts['peak_memory_gb']:.2f} GB in training"
+        yield information(f"ZeRO 3, {storage}: peak of the first process", text)
 
 
 def _like_reference(context: Context, scenario: Scenario) -> Row:
