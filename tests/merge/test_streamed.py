@@ -162,9 +162,9 @@ def test_weights_of_a_gpu_s_size_are_streamed(plain: Trained, tmp_path: Path, mo
     chosen: list[str] = []
     stream, merged = stream_adapted, stream_merged
 
-    def load_on_cpu(section: Any, folder: Path, where: torch.device, zero3: bool) -> Any:
+    def load_on_cpu(section: Any, folder: Path, where: torch.device) -> Any:
         chosen.append(f"whole on {where.type}")
-        return load_base(section, folder, CPU, zero3)
+        return load_base(section, folder, CPU)
 
     def stream_on_cpu(load: Any, first: Any, *rest: Any) -> Any:
         chosen.append("by layers")
