@@ -14,6 +14,9 @@ from glora_llm.training.deepspeed_config import read_deepspeed_config, zero_stag
 
 WORLDS = (1, 2, 4, 8)  # that a dry run on a machine without GPU computes for
 NOTHING = "no micro_batch, checkpointing, quantization or ZeRO stage; use more GPUs, or larger ones"
+# A family may read values or count its layers, and a recipe may adapt layers that the few measured ones are not among:
+# then nothing is computed, and the launch goes on.
+NO_TRACE = (AttributeError, KeyError, RuntimeError, TypeError, UserError, ValueError)
 Changes = dict[str, dict[str, Any]]  # section -> key -> value
 
 
@@ -33,7 +36,12 @@ def describe_memory(recipe: Recipe, folder: Path, world: int) -> str:
     if reason:
         return reason
     dtype = _dtype(recipe)
-    sizes, step = model_sizes(recipe, folder, dtype), step_bytes(recipe, folder, dtype)
+    sizes = model_sizes(recipe, folder, dtype)
+    try:
+        step = step_bytes(recipe, folder, dtype)
+    except NO_TRACE as error:
+        why = " ".join(str(error).split())[:120]
+        return f"not computed: a step of this model cannot be followed without values ({why})"
     memory = at_rest(recipe, sizes, world, dtype, step)
     if choose_device().type == "cuda":
         require_memory(recipe, folder, world, memory)

@@ -94,6 +94,16 @@ def test_a_refused_launch_ends_with_code_2_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_cannot_be_measured_is_not_refused(tmp_path: Path, gpu: Callable[[int], None]) -> None:
+    """The last layer alone is adapted, and the few that are measured are not among them."""
+    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4).save_pretrained(
+        tmp_path
+    )
+    gpu(1)
+    recipe = recipes.load("tiny_cpu", ["adapter.targets=.*layers\\.4.*up_proj"])
+    assert describe_memory(recipe, tmp_path, 1).startswith("not computed: a step of this model cannot be followed")
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"), [(["adapter.method=vera", "adapter.slots=null"], "not computed for adapter.method vera")]
 )
