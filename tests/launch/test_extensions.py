@@ -10,7 +10,7 @@ import pytest
 
 from glora_llm.launch.extensions import LOCK, NOTE, abandoned, extensions_root
 
-LOAD = "from glora_llm.extensions import load_extension; load_extension('CPUAdamBuilder'); print('loaded')"
+LOAD = "from glora_llm.launch.extensions import load_extension; load_extension('CPUAdamBuilder'); print('loaded')"
 
 
 def locks(root: Path, *extensions: str) -> list[Path]:
