@@ -17,7 +17,7 @@ from glora_llm.training.batch import Batch, to_device
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
-from glora_llm.training.sharding import Held, held, is_divided, prepare_rest
+from glora_llm.training.sharding import Held, forget_models, held, is_divided, prepare_rest
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,13 @@ class Engine:
         self.loss_scale.load_state_dict(loss_scale)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks away: under ZeRO 1 and 2 they would keep the model alive beside the next one."""
+        """Take away what DeepSpeed holds of the model, which would otherwise stay in memory beside the next one.
+
+        Under ZeRO 1 and 2 these are hooks, under ZeRO 3 also what the library keeps of every model for good.
+        """
         self.ds.destroy()
+        if self.stage == 3:
+            forget_models()
         torch.backends.cuda.matmul.allow_tf32 = self.tf32_before
 
     def held(self) -> Held:

@@ -29,6 +29,21 @@ def set_whole(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.copy_(values)
 
 
+def forget_models() -> None:
+    """Empty the two places in which DeepSpeed's ZeRO 3 keeps every model of the process, after its engine has ended.
+
+    They are a list of the modules whose forward pass is under way, which begins with the model itself, and the cache
+    of a method, whose keys are modules.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(parameter_offload.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache lies below a decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
 def prepare_rest(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Move and cast what is not divided, such as adapters.
 

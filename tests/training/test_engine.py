@@ -1,6 +1,8 @@
 """One process under every ZeRO stage: a resumed run is the whole one, and no micro batch waits for the device."""
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +216,18 @@ def test_tensor_float_32_is_set_while_an_engine_lives(wanted: bool, joined: rank
     assert torch.backends.cuda.matmul.allow_tf32 is wanted
     engine.close()
     assert torch.backends.cuda.matmul.allow_tf32 is before is False
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_model_leaves_memory_with_its_engine(stage: str, joined: ranks.Processes) -> None:
+    module = Tokens()
+    gone = weakref.ref(module)
+    engine = made(stage, joined.device, module)
+    trained(engine, 0, 2)
+    engine.close()
+    del module, engine
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("rounds", [False, True])

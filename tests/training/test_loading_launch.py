@@ -32,6 +32,7 @@ def runs(model: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "stage3_max_live_parameters": 2_000_000,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 1_000_000,
+        "reduce_bucket_size": 1_000_000,  # its buffer is made with the engine, whatever the size of the model
         "stage3_param_persistence_threshold": 10_000,
     }
     divided = folder / "divided.json"
