@@ -12,18 +12,16 @@ import torch
 
 from glora_llm import recipe as recipes
 from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.models.random_llama import LLAMA2_7B, LLAMA2_70B, LLAMA3_8B, LlamaShape, llama_config
 from glora_llm.plan.memory import GB, ModelSizes, at_rest, model_sizes, step_bytes
 from glora_llm.schema import Recipe
 
-# Shape -> (recipe with its adapter, sizes): LLaMA-2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "LLaMA-2-7B": ("llama2_glora", {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000, "num_hidden_layers": 32}),
-    "Llama-3-8B": ("llama3_glora", {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "vocab_size": 128256, "num_hidden_layers": 32}),
-    "LLaMA-2-70B": ("llama2_70b_glora", {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
-                    "num_key_value_heads": 8, "vocab_size": 32000, "num_hidden_layers": 80}),
-}  # fmt: skip
+# Shape -> (recipe with its adapter, sizes).
+SHAPES: dict[str, tuple[str, LlamaShape]] = {
+    "LLaMA-2-7B": ("llama2_glora", LLAMA2_7B),
+    "Llama-3-8B": ("llama3_glora", LLAMA3_8B),
+    "LLaMA-2-70B": ("llama2_70b_glora", LLAMA2_70B),
+}
 STORAGES = {"nf4": "nf4", "none": "bf16"}
 ROWS = (1, 4)  # of 1,024 tokens in a micro batch
 WORLDS = (1, 2, 4, 8)
@@ -83,9 +81,7 @@ def recipe_of(shape: str, quantization: str, rows: int, more: list[str] | None =
 
 def write_config(shape: str, root: Path) -> Path:
     """Write config.json of a shape; return its folder."""
-    from transformers import LlamaConfig
-
-    LlamaConfig(**SHAPES[shape][1], max_position_embeddings=8192).save_pretrained(root / shape)
+    llama_config(SHAPES[shape][1]).save_pretrained(root / shape)
     return root / shape
 
 

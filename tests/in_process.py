@@ -28,6 +28,15 @@ def train_in_process(recipe: str, *overrides: str) -> int:
         forget_launch()
 
 
+@pytest.fixture(scope="module")
+def group(alone: None) -> Iterator[None]:
+    """A process group of one."""
+    ranks.start()
+    yield
+    ranks.stop()
+    forget_launch()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Sums are cut in the same way however many cores there are."""

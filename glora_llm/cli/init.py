@@ -57,7 +57,10 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def _gpu_bytes() -> float | None:
-    """Return the memory of the first GPU in bytes, or None where torch sees no GPU."""
+    """Return the memory of the GPU that a run would take, in bytes, or None where it would take the CPU."""
     import torch
 
-    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    from glora_llm.launch.device import choose_device
+
+    device = choose_device()
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None

@@ -71,7 +71,7 @@ def score_rows(
 def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
     columns = (scores.row, scores.loss, torch.ones_like(scores.loss), scores.correct, scores.among_labels)
     values = torch.stack([column.double() for column in columns]).cpu()  # one read from the device
-    sums = torch.zeros(4, len(rows), dtype=torch.float64).index_add_(1, values[0].long(), values[1:])
+    sums = values.new_zeros(4, len(rows)).index_add_(1, values[0].long(), values[1:])
     loss, targets, correct, among_labels = sums
     table[rows] = torch.stack([loss, targets, correct, correct == targets, among_labels == targets], dim=1)
 

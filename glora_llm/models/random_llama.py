@@ -36,7 +36,10 @@ class LlamaShape:
 # std 0.1 rather than 0.02: at width 64 the logits would otherwise be so flat that tests could not tell them apart
 TINY = LlamaShape(2, 64, 128, 4, 2, 256 + len(SPECIALS), 512, "float32", 0.1)
 SMALL = replace(TINY, layers=8)
-LLAMA2_7B = LlamaShape(32, 4096, 11008, 32, 32, 32000, 4096, "bfloat16", 0.02)  # arXiv 2307.09288, untied head
+# The published sizes, with an untied head: LLaMA-2 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783).
+LLAMA2_7B = LlamaShape(32, 4096, 11008, 32, 32, 32000, 4096, "bfloat16", 0.02)
+LLAMA2_70B = replace(LLAMA2_7B, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8)
+LLAMA3_8B = replace(LLAMA2_7B, intermediate=14336, kv_heads=8, vocabulary=128256, positions=8192)
 
 
 def write_random_llama(folder: Path, shape: LlamaShape, seed: int, shard_bytes: int = 2 * 10**9) -> None:
@@ -51,7 +54,7 @@ def write_random_llama(folder: Path, shape: LlamaShape, seed: int, shard_bytes: 
     """
     from transformers import GenerationConfig
 
-    config = _config(shape)
+    config = llama_config(shape)
     config.save_pretrained(folder)
     _write_weights(folder, config, shape, seed, shard_bytes)
     tokenizer = byte_tokenizer(shape.positions)
@@ -85,7 +88,8 @@ def byte_tokenizer(max_tokens: int) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _config(shape: LlamaShape) -> "LlamaConfig":
+def llama_config(shape: LlamaShape) -> "LlamaConfig":
+    """Return the configuration of a shape, as transformers takes it."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -20,14 +20,14 @@ NO_TRACE = (AttributeError, KeyError, RuntimeError, TypeError, UserError, ValueE
 Changes = dict[str, dict[str, Any]]  # section -> key -> value
 
 
-def describe_memory(recipe: Recipe, folder: Path, world: int) -> str:
+def describe_memory(recipe: Recipe, folder: Path, world_size: int) -> str:
     """Return the memory of one GPU in words, after comparing it with the GPUs of this machine.
 
     Without a GPU here it is that of GPUs that compute in bfloat16, for several numbers of them.
 
     Args:
         folder: of the base model.
-        world: processes of this launch.
+        world_size: processes of this launch.
 
     Raises:
         UserError: when a GPU of this machine has less memory than one process needs.
@@ -42,19 +42,19 @@ def describe_memory(recipe: Recipe, folder: Path, world: int) -> str:
     except NO_TRACE as error:
         why = " ".join(str(error).split())[:120]
         return f"not computed: a step of this model cannot be followed without values ({why})"
-    memory = at_rest(recipe, sizes, world, dtype, step)
+    memory = at_rest(recipe, sizes, world_size, dtype, step)
     if choose_device().type == "cuda":
-        require_memory(recipe, folder, world, memory)
+        require_memory(recipe, folder, world_size, memory)
         several = f"{memory.peak / GB:.1f} GB a GPU"
     else:
         unit = recipe.training.micro_batch
         worlds = [count for count in WORLDS if recipe.training.global_batch % (unit * count) == 0]
         peaks = {count: at_rest(recipe, sizes, count, dtype, step).peak / GB for count in worlds}
         several = "; ".join(f"{peak:.1f} GB a GPU on {count}" for count, peak in peaks.items())
-    return f"{several} (computed, not measured); GB in training on {world}: {memory.parts()}"
+    return f"{several} (computed, not measured); GB in training on {world_size}: {memory.parts()}"
 
 
-def require_memory(recipe: Recipe, folder: Path, world: int, memory: Memory) -> None:
+def require_memory(recipe: Recipe, folder: Path, world_size: int, memory: Memory) -> None:
     """Check that every GPU of this machine has the memory that one process needs.
 
     Raises:
@@ -66,7 +66,7 @@ def require_memory(recipe: Recipe, folder: Path, world: int, memory: Memory) -> 
         return
     fitting = [
         f"{_in_words(changes)} ({peak / GB:.1f} GB)"
-        for changes, peak in _fitting(recipe, folder, world, smallest.total_memory)
+        for changes, peak in _fitting(recipe, folder, world_size, smallest.total_memory)
     ]
     raise UserError(
         f"One process of this run needs {memory.peak / GB:.1f} GB (computed; {memory.parts()}; "
@@ -84,16 +84,16 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if named == "auto" else getattr(torch, named)
 
 
-def _fitting(recipe: Recipe, folder: Path, world: int, available: int) -> list[tuple[Changes, int]]:
+def _fitting(recipe: Recipe, folder: Path, world_size: int, available: int) -> list[tuple[Changes, int]]:
     """Return changes of settings under which one process fits, with the bytes that it needs then.
 
     First each setting alone; several together only where none alone is enough.
     """
     found = []
-    for kinds in (_single_changes(recipe, world), _combined_changes(recipe, world)):
+    for kinds in (_single_changes(recipe, world_size), _combined_changes(recipe, world_size)):
         for alternatives in kinds:
             for changes in alternatives:  # from the mildest: the first that fits is enough
-                peak = _peak_within(_changed(recipe, changes), folder, world, available)
+                peak = _peak_within(_changed(recipe, changes), folder, world_size, available)
                 if peak:
                     found.append((changes, peak))
                     break
@@ -102,33 +102,33 @@ def _fitting(recipe: Recipe, folder: Path, world: int, available: int) -> list[t
     return found
 
 
-def _peak_within(recipe: Recipe, folder: Path, world: int, available: int) -> int | None:
+def _peak_within(recipe: Recipe, folder: Path, world_size: int, available: int) -> int | None:
     """Return the peak of a recipe if it fits; a step is looked at only where the rest does."""
     dtype = _dtype(recipe)
     sizes = model_sizes(recipe, folder, dtype)
-    if at_rest(recipe, sizes, world, dtype, step=0).peak > available:
+    if at_rest(recipe, sizes, world_size, dtype, step=0).peak > available:
         return None
-    peak = at_rest(recipe, sizes, world, dtype, step_bytes(recipe, folder, dtype)).peak
+    peak = at_rest(recipe, sizes, world_size, dtype, step_bytes(recipe, folder, dtype)).peak
     return peak if peak <= available else None
 
 
-def _single_changes(recipe: Recipe, world: int) -> list[list[Changes]]:
+def _single_changes(recipe: Recipe, world_size: int) -> list[list[Changes]]:
     model, training = recipe.model, recipe.training
-    kinds: list[list[Changes]] = [[{"training": {"micro_batch": count}} for count in _smaller(recipe, world)]]
+    kinds: list[list[Changes]] = [[{"training": {"micro_batch": count}} for count in _smaller(recipe, world_size)]]
     if not model.gradient_checkpointing:
         kinds.append([{"model": {"gradient_checkpointing": True}}])
-    if world > 1 and model.quantization != "int8" and zero_stage(read_deepspeed_config(training.deepspeed)) < 3:
+    if world_size > 1 and model.quantization != "int8" and zero_stage(read_deepspeed_config(training.deepspeed)) < 3:
         kinds.append([{"training": {"deepspeed": "zero3"}}])
     if model.quantization == "none" and not recipe.adapter.is_full:
         kinds.append([{"model": {"quantization": "nf4"}}])
     return kinds
 
 
-def _combined_changes(recipe: Recipe, world: int) -> list[list[Changes]]:
+def _combined_changes(recipe: Recipe, world_size: int) -> list[list[Changes]]:
     """Checkpointing and a smaller batch; then the same with what makes the weights smaller."""
-    batches: list[Changes] = [{}, *({"training": {"micro_batch": count}} for count in _smaller(recipe, world))]
+    batches: list[Changes] = [{}, *({"training": {"micro_batch": count}} for count in _smaller(recipe, world_size))]
     smallest = [_joined({"model": {"gradient_checkpointing": True}}, batch) for batch in batches]
-    fewer_weights = [kind[0] for kind in _single_changes(recipe, world) if kind and _divides_weights(kind[0])]
+    fewer_weights = [kind[0] for kind in _single_changes(recipe, world_size) if kind and _divides_weights(kind[0])]
     return [smallest, *[[_joined(change, batch) for batch in smallest] for change in fewer_weights]]
 
 
@@ -136,11 +136,11 @@ def _divides_weights(changes: Changes) -> bool:
     return "deepspeed" in changes.get("training", {}) or "quantization" in changes.get("model", {})
 
 
-def _smaller(recipe: Recipe, world: int) -> list[int]:
+def _smaller(recipe: Recipe, world_size: int) -> list[int]:
     """Return smaller micro batches that divide the global batch, the largest first."""
     training = recipe.training
     halves = [training.micro_batch // 2**power for power in range(1, training.micro_batch.bit_length())]
-    return [count for count in halves if training.global_batch % (count * world) == 0]
+    return [count for count in halves if training.global_batch % (count * world_size) == 0]
 
 
 def _joined(*parts: Changes) -> Changes:

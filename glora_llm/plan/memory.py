@@ -66,21 +66,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a DeepSpeed configuration divides between `world` processes. Sizes are numbers of elements."""
+    """The division of a model over `world_size` processes by a DeepSpeed configuration, in numbers of elements."""
 
     stage: int
-    world: int
+    world_size: int
     zero: dict[str, Any]
     optimizer_on_cpu: bool
     gradients_in_float32: bool
 
     @classmethod
-    def of(cls, name: str, world: int) -> "Sharding":
+    def of(cls, name: str, world_size: int) -> "Sharding":
         """Read a DeepSpeed configuration by name or path."""
         config = read_deepspeed_config(name)
         summed_in = config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
-            zero_stage(config), world, config.get("zero_optimization", {}), offloads(config), summed_in == "fp32"
+            zero_stage(config), world_size, config.get("zero_optimization", {}), offloads(config), summed_in == "fp32"
         )
 
     def held(self, sizes: Iterable[int]) -> int:
@@ -93,7 +93,7 @@ class Sharding:
 
     def share(self, size: int) -> int:
         """Return the part of one process."""
-        return -(-size // self.world)
+        return -(-size // self.world_size)
 
     def gradient_bytes(self, trained: int, width: int) -> int:
         """Return the bytes of gradients that one GPU keeps.
@@ -119,7 +119,7 @@ class Sharding:
             whole: all parameters of the model.
         """
         if self.stage == 0:
-            return trained if self.world > 1 else 0  # gradients, flattened for one all_reduce
+            return trained if self.world_size > 1 else 0  # gradients, flattened for one all_reduce
         bucket = int(self.zero.get("reduce_bucket_size", 5e8))
         if self.stage < 3:
             return bucket * (2 if self.zero.get("overlap_comm") else 1)
@@ -143,20 +143,20 @@ class ModelSizes:
     largest: int
 
 
-def compute_memory(recipe: Recipe, folder: Path, world: int, dtype: torch.dtype) -> Memory:
+def compute_memory(recipe: Recipe, folder: Path, world_size: int, dtype: torch.dtype) -> Memory:
     """Return what one GPU of a launch needs.
 
     Args:
         folder: of the base model; its config.json alone is read.
-        world: processes of the launch, with a GPU each.
+        world_size: processes of the launch, with a GPU each.
         dtype: in which the model computes.
     """
-    return at_rest(recipe, model_sizes(recipe, folder, dtype), world, dtype, step_bytes(recipe, folder, dtype))
+    return at_rest(recipe, model_sizes(recipe, folder, dtype), world_size, dtype, step_bytes(recipe, folder, dtype))
 
 
-def at_rest(recipe: Recipe, sizes: ModelSizes, world: int, dtype: torch.dtype, step: int) -> Memory:
-    """Return the memory of one of `world` GPUs, of which a step needs `step` bytes beside all that stays."""
-    sharding = Sharding.of(recipe.training.deepspeed, world)
+def at_rest(recipe: Recipe, sizes: ModelSizes, world_size: int, dtype: torch.dtype, step: int) -> Memory:
+    """Return the memory of one of `world_size` GPUs, of which a step needs `step` bytes beside all that stays."""
+    sharding = Sharding.of(recipe.training.deepspeed, world_size)
     trained, width = sum(sizes.trained), _adapter_dtype(recipe, dtype).itemsize
     base = sharding.held(sizes.frozen) * dtype.itemsize + sizes.state_bytes
     return Memory(

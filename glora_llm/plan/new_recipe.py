@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glora_llm.data.detect import Detected, detect, examples
 from glora_llm.data.formats import Example
-from glora_llm.data.sources import locate
+from glora_llm.data.sources import find_path, locate
 from glora_llm.errors import UserError
 from glora_llm.models.embedded import embedded_folder
 
@@ -75,7 +75,8 @@ def look_at(source: str, base: str, task: str | None) -> Records:
 
 def _held_out(source: str, records: int) -> str | int | None:
     """Return the validation split of a folder that has one, else a twentieth of the records, from 1 to 200."""
-    if Path(source).is_dir():
+    path = find_path(source)
+    if path is not None and path.is_dir():
         for split in ("validation", "test"):
             try:
                 locate(source, None, split)

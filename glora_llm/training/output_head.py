@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
+from glora_llm.training.sharding import is_divided
+
 LOGITS_AT_ONCE = 2**26  # numbers: 512 tokens of a vocabulary of 128k, 0.27 GB in float32
 
 
@@ -59,7 +61,7 @@ class OutputHead:
     def chunks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Cut tensors (N, ...) alike into parts of which the logits may exist at once."""
         rows = max(1, LOGITS_AT_ONCE // self.vocabulary)
-        if any(self.head.children()) and any(hasattr(p, "ds_id") for p in self.head.parameters()):
+        if any(self.head.children()) and any(map(is_divided, self.head.parameters())):
             rows = max(1, len(tensors[0]))  # ZeRO 3 gathers what the head consists of at every chunk: see `run`
         yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 

@@ -6,20 +6,21 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SHAPES: dict[str, dict[str, int]] = {
-    "LLaMA-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000, "num_hidden_layers": 32},
-    "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "vocab_size": 128256, "num_hidden_layers": 32},
-    "rehearsal": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4,
-                  "num_key_value_heads": 2, "vocab_size": 512, "num_hidden_layers": 2},
-}  # fmt: skip
+from glora_llm.models.random_llama import LLAMA2_7B, LLAMA3_8B, LlamaShape, llama_config
+
+SHAPES = {
+    "LLaMA-2-7B": LLAMA2_7B,
+    "Llama-3-8B": LLAMA3_8B,
+    "rehearsal": LlamaShape(2, 64, 176, 4, 2, 512, 8192, "float32", 0.02),
+}
 SPREAD = 0.02  # standard deviation of every weight
 
 
 def config_of(shape: str) -> LlamaConfig:
     """Return the configuration of a shape."""
-    return LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, use_cache=False)
+    config = llama_config(SHAPES[shape])
+    config.use_cache = False
+    return config
 
 
 def random_nf4_model(shape: str, device: torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa") -> Any:

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from glora_llm import recipe as recipes
 from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
-from glora_llm.models.random_llama import LLAMA2_7B, TINY, write_random_llama
+from glora_llm.models.random_llama import LLAMA2_70B, TINY, write_random_llama
 from glora_llm.plan.memory import model_sizes
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -23,7 +23,7 @@ from glora_llm.run.build import build
 
 LAYERS = {"70B": 4, "rehearsal": 4}
 SHAPES = {
-    "70B": replace(LLAMA2_7B, layers=LAYERS["70B"], hidden=8192, intermediate=28672, heads=64, kv_heads=8),
+    "70B": replace(LLAMA2_70B, layers=LAYERS["70B"]),
     "rehearsal": replace(TINY, layers=LAYERS["rehearsal"], hidden=512, intermediate=1408, heads=8, kv_heads=4),
 }
 

@@ -1,7 +1,6 @@
 """Loading under ZeRO 3, on a process group of one: the same weights, each divided before the next one is read."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glora_llm.errors import UserError
-from glora_llm.launch import ranks
 from glora_llm.models import sharded_load
 from glora_llm.models.folder import new_config, new_folder
 from glora_llm.models.load import linear_names, load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.models.sharded_load import Shards
 from glora_llm.schema import ModelSection, VLoRASection
-from tests.in_process import alone, forget_launch
+from tests.in_process import alone, group
 
-__all__ = ["alone"]
+__all__ = ["alone", "group"]
+pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")
 ZERO3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 CONFIG = {
@@ -45,14 +44,6 @@ class Watched(Shards):
             self.divided.append(parameter)
             self.events.append("divided")
         super().divide(parameter)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(alone: None) -> Iterator[None]:
-    ranks.start()
-    yield
-    ranks.stop()
-    forget_launch()
 
 
 def values(model: PreTrainedModel) -> dict[str, bytes]:

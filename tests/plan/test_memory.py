@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig
 
 from glora_llm import recipe as recipes
 from glora_llm.models.load import load_base
+from glora_llm.models.random_llama import LLAMA2_7B, LLAMA2_70B, LLAMA3_8B, LlamaShape, llama_config
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.memory import Sharding, at_rest, compute_memory, model_sizes
 from glora_llm.plan.quantized_shape import QuantizedShape
@@ -18,23 +18,19 @@ from glora_llm.plan.step_memory import LiveStorages, StepShape, measured_peak, s
 from glora_llm.schema import AdapterSection, ModelSection
 
 BF16 = torch.bfloat16
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "vocab_size": 1024, "num_hidden_layers": 8},
-    "LLaMA-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000, "num_hidden_layers": 32},
-    "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "vocab_size": 128256, "num_hidden_layers": 32},
-    "LLaMA-2-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
-                    "num_key_value_heads": 8, "vocab_size": 32000, "num_hidden_layers": 80},
-}  # fmt: skip
+SHAPES = {
+    "small": LlamaShape(8, 256, 704, 4, 2, 1024, 8192, "float32", 0.02),
+    "LLaMA-2-7B": LLAMA2_7B,
+    "Llama-3-8B": LLAMA3_8B,
+    "LLaMA-2-70B": LLAMA2_70B,
+}
 LORA = AdapterSection(method="lora", rank=16, alpha=32.0)
 
 
 @pytest.fixture
 def folder_of(tmp_path: Path) -> Any:
     def write(name: str) -> Path:
-        LlamaConfig(**SHAPES[name], max_position_embeddings=8192).save_pretrained(tmp_path / name)
+        llama_config(SHAPES[name]).save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return write

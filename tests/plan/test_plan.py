@@ -176,16 +176,21 @@ def test_there_are_recipes() -> None:
     assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "text"}
 
 
+def dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
+    """Run a recipe dry; return what it printed, whole and line by line, once that is the overview and the memory."""
+    run.train(recipe, dry_run=True)
+    text = capsys.readouterr().out
+    described, _, memory = text.partition("\nmemory     ")
+    assert memory and described == describe(make_plan(recipe, weights=False, world_size=1))
+    return text, dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = local(name, tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
-    run.train(recipe, dry_run=True)
-    text = capsys.readouterr().out
-    described, _, memory = text.partition("\nmemory     ")
-    assert described == describe(make_plan(recipe, weights=False, world_size=1))
-    assert "(computed, not measured)" in memory
-    lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
+    text, lines = dry_run(recipe, capsys)
+    assert "(computed, not measured)" in lines["memory"]
     model = "a new llama" if recipe.model.config else "embedded:tiny-llama"
     assert lines["model"].startswith(f"{model}, {recipe.model.quantization}, ")
     assert ("vlora" in lines) == name.startswith("vlora")

@@ -11,10 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from glora_llm import recipe as recipes
 from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import make_plan
-from glora_llm.run import train as run
 from glora_llm.schema import Recipe
 from tests.in_process import alone
-from tests.plan.test_plan import EVERY
+from tests.plan.test_plan import EVERY, dry_run
 
 __all__ = ["alone"]
 NAMES = [name for name in EVERY if recipes.load(name).data.format == "images"]
@@ -40,12 +39,8 @@ def test_there_are_recipes_of_images() -> None:
 def test_every_recipe_of_images_dry_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = local(name, tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
-    run.train(recipe, dry_run=True)
-    text = capsys.readouterr().out
-    described, _, memory = text.partition("\nmemory     ")
-    assert described == describe(make_plan(recipe, weights=False, world_size=1))
-    assert "not computed for image classifiers" in memory
-    lines = dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
+    text, lines = dry_run(recipe, capsys)
+    assert "not computed for image classifiers" in lines["memory"]
     assert re.fullmatch(rf"{recipe.adapter.method}, \d+\.\d+ M trained \(\d+\.\d+ %\)", lines["adapter"])
     assert ("vlora" in lines) == (recipe.vlora is not None)
     assert lines["merge"] == "possible into a plain transformers model"

@@ -1,6 +1,5 @@
 """ZeRO 3 on a process group of one: a divided base goes through the engine as it is, and what is held is counted."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from torch import nn
 
 from glora_llm.adapters.inject import inject, without_adapter
 from glora_llm.adapters.weights import trainables
-from glora_llm.launch import ranks
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.models.sharded_load import Shards
@@ -18,20 +16,13 @@ from glora_llm.training.deepspeed_config import resolve_deepspeed_config
 from glora_llm.training.engine import Engine
 from glora_llm.training.objectives import CausalLMObjective
 from glora_llm.training.sharding import Held, element_count, held, is_divided, set_whole, undivided
-from tests.in_process import alone, forget_launch
+from tests.in_process import alone, group
 
-__all__ = ["alone"]
+__all__ = ["alone", "group"]
+pytestmark = pytest.mark.usefixtures("group")
 CPU = torch.device("cpu")
 KEYS: dict[str, Any] = {"deepspeed": "zero3", "global_batch": 2, "micro_batch": 2, "steps": 10, "lr": 1e-3}
 SETTINGS = TrainingSection(**KEYS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(alone: None) -> Iterator[None]:
-    ranks.start()
-    yield
-    ranks.stop()
-    forget_launch()
 
 
 def shards(dtype: torch.dtype) -> Shards:
