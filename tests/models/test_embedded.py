@@ -11,7 +11,7 @@ from glora_llm.errors import UserError
 from glora_llm.models import embedded
 from glora_llm.models.fingerprint import fingerprint, weight_files
 from glora_llm.models.load import meta_model
-from glora_llm.models.random_llama import LLAMA2_7B, TINY, LlamaShape, _config, write_random_llama
+from glora_llm.models.random_llama import LLAMA2_7B, TINY, LlamaShape, llama_config, write_random_llama
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
 
@@ -54,7 +54,7 @@ def test_tiny_is_small_and_untied(tiny: ResolvedModel) -> None:
 
 
 def test_seven_billion_has_the_parameters_of_llama2_7b(tmp_path: Path) -> None:
-    _config(LLAMA2_7B).save_pretrained(tmp_path)
+    llama_config(LLAMA2_7B).save_pretrained(tmp_path)
     model = meta_model(ModelSection(name_or_path="x"), tmp_path)
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
     assert sum(weight.numel() for weight in model.parameters()) == 32 * layer + 2 * 32000 * 4096 + 4096 == 6738415616
