@@ -140,6 +140,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def value_text(value: Any) -> str:
+    """Return a plain value as it is written behind `section.key=` on a command line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Return dotted key -> plain value, of the sections that are there."""
     values = recipe.model_dump(mode="json", exclude={"description"})

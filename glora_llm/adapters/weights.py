@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from glora_llm.errors import UserError
 from glora_llm.glora.learning_rates import lr_factors
 from glora_llm.schema import AdapterSection
+from glora_llm.training import checkpoint
 from glora_llm.training.optim import Trainable
+from glora_llm.training.sharding import set_whole, whole_shape
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT names it
 
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
@@ -29,25 +33,46 @@ def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
     return {id(p): ratio for layer in layers for p in layer.lora_B.parameters()}
 
 
-def load_start(items: list[Trainable], folder: Path) -> None:
-    """Set the trained parameters to the weights of an adapter folder of the same slots.
+def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
+    """Set the trained parameters to the weights of an adapter folder of the same slots; all processes call it together.
+
+    Args:
+        model: the PEFT model that `inject` returned.
 
     Raises:
-        UserError: when a weight is missing, left over, or of another shape.
+        UserError: when the folder is damaged, or a weight is missing, left over, or of another shape.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise UserError(f"adapter.weights: {folder} holds no adapter_model.safetensors.")
-    weights = load_file(file)
+        raise UserError(f"adapter.weights: {folder} holds no {ADAPTER_WEIGHTS}.")
+    problem = adapter_fault(folder)
+    if problem:
+        raise UserError(f"adapter.weights: {folder} is damaged: {problem}.")
+    weights, names = load_file(file), _saved_names(model, items)
     for item in items:
-        name = item.name.replace(".modules_to_save.default", "").replace(".default", "")  # as PEFT saves it
+        name, shape = names[item.name], whole_shape(item.parameter)
         weight = weights.pop(name, None)
-        if weight is None or weight.shape != item.parameter.shape:
+        if weight is None or weight.shape != shape:
             got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
-            raise UserError(f"adapter.weights: {name} {got} in {folder}; expected {tuple(item.parameter.shape)}.")
-        item.parameter.data.copy_(weight)
+            raise UserError(f"adapter.weights: {name} {got} in {folder}; expected {shape}.")
+        set_whole(item.parameter, weight)
     if weights:
         raise UserError(f"adapter.weights: {folder} has {next(iter(weights))}, which this adapter has not.")
+
+
+def _saved_names(model: Any, items: list[Trainable]) -> dict[str, str]:
+    """Return by the name of each trained parameter the one under which PEFT saves it; each method has its own rule."""
+    from peft import get_peft_model_state_dict
+
+    state = {item.name: item.parameter for item in items}
+    saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    name_of = {id(parameter): name for name, parameter in saved.items()}
+    return {item.name: name_of.get(id(item.parameter), item.name) for item in items}
+
+
+def adapter_fault(folder: Path) -> str | None:
+    """Return what is wrong with the files of an adapter folder; None: nothing, or no manifest of them was written."""
+    return checkpoint.fault(folder, {ADAPTER_WEIGHTS}) if (folder / checkpoint.MANIFEST).is_file() else None
 
 
 def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name: str) -> None:

@@ -12,6 +12,7 @@ Score a run on held-out records: of the adapter on its base model, or of the mer
 examples:
   glora-llm evaluate runs/quickstart                                 the test records
   glora-llm evaluate runs/quickstart --split validation
+  glora-llm evaluate runs/quickstart --step 200                      a kept checkpoint instead of the end
   glora-llm evaluate runs/quickstart --merged merged                 the merged model, same records"""
 
 
@@ -23,6 +24,9 @@ def add_command(commands: Any, style: Any) -> None:
         "--split", default="test", choices=("test", "validation"), help="records to score (default: test)"
     )
     command.add_argument("--merged", metavar="DIR", type=Path, help="score this merged model instead of the adapter")
+    command.add_argument(
+        "--step", metavar="N", type=int, help="score the checkpoint of this step (default: the end of the run)"
+    )
     command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     command.set_defaults(command=evaluate)
 
@@ -35,5 +39,5 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from glora_llm.evaluation.scoring import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.merged, arguments.genome)
+    evaluate_run(arguments.run, arguments.split, arguments.merged, arguments.genome, arguments.step)
     return 0

@@ -6,6 +6,7 @@ table in row order.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glora_llm.errors import UserError
-from glora_llm.evaluation.trained import load_adapted, load_merged
+from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.report.summary import print_scores
 from glora_llm.tasks.task import Rows
 from glora_llm.training.batch import Batch, to_device
@@ -155,15 +157,29 @@ def passes_of(plan: Plan, model: Any) -> Passes:
     return Passes(score, lambda batch: objective(**to_device(batch, model.device)))
 
 
-def evaluate_run(run: Path, split: str, merged: Path | None, genome: Path | None = None) -> None:
-    """Score a run's adapter, or its merged model, on one split, and print the scores.
+def evaluate_run(
+    run: Path, split: str, merged: Path | None, genome: Path | None = None, step: int | None = None
+) -> None:
+    """Score what a run trained, or its merged model, on one split, and print the scores.
+
+    Args:
+        merged: score the model of this folder instead.
+        genome: of a supernet; None: RUN/genome.json.
+        step: score this kept checkpoint; None: the end of the run.
 
     Raises:
-        UserError: when the folder is no run, or the recipe has no such rows.
+        UserError: when the folder is no run, what it trained is gone or damaged, or the recipe has no such rows.
     """
     folder = RunFolder(run)
-    recipe = folder.recipe()
-    recipe, trained = (recipe, None) if merged else deployed(folder, folder.trained(recipe), genome)
+    if merged:
+        if step is not None:
+            raise UserError(f"--merged scores {merged}, and --step a checkpoint of {run}: give one of them.")
+        plan = make_plan(folder.recipe())
+        print_scores(score_model(plan, load_merged(merged), split))
+        return
+    weights, checkpoint = trained_weights(folder, step)
+    recipe, adapter = deployed(folder, weights, genome)
     plan = make_plan(recipe)
-    model = load_adapted(plan, trained) if trained else load_merged(merged or run)
-    print_scores(score_model(plan, model, split))
+    whole = whole_model(plan, folder.model, checkpoint) if recipe.adapter.is_full else nullcontext(adapter)
+    with whole as trained:
+        print_scores(score_model(plan, load_adapted(plan, trained), split))

@@ -4,6 +4,10 @@ A model whose weights would take more than 0.8 of a GPU's free memory is not loa
 one as they are called (`evaluation.streamed`), or, where that cannot be done, it computes on the CPU.
 """
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,11 @@ from glora_llm.errors import UserError
 from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.launch.device import choose_device
 from glora_llm.models.families import auto_class
-from glora_llm.models.fingerprint import weight_files
+from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained_config
 from glora_llm.models.load import compute_dtype, linear_names, load_base, meta_model
 from glora_llm.models.quantised import quantised_linear
+from glora_llm.models.stored import copy_tensors
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import ModelSection
 
@@ -49,6 +55,36 @@ def load_adapted(plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gr
     if plan.recipe.adapter.is_full:
         return base
     return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).get_base_model().eval()
+
+
+@contextlib.contextmanager
+def whole_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Path]:
+    """Give the folder of a model that was trained as a whole: the run's own, or one of a checkpoint, removed again.
+
+    Args:
+        model: RUN/model.
+        checkpoint: a whole checkpoint of the run; None: the end of the run.
+
+    Raises:
+        UserError: when the run has not ended, or its model is damaged.
+    """
+    from transformers import AutoConfig
+
+    if checkpoint is None:
+        if not (model / "config.json").is_file():
+            raise UserError(f"{model} {NOT_ENDED}")
+        fingerprint(model)  # reads the table of the weights: a file that was cut off is refused
+        yield model
+        return
+    place = Path(tempfile.mkdtemp(prefix=".merge-", dir=model.parent))
+    try:
+        config = AutoConfig.from_pretrained(plan.base.folder, local_files_only=True)
+        write_trained_config(place, config, read_sharing(plan.base.folder), torch.float32)
+        copy_tensors(checkpoint / "state.safetensors", place / WEIGHTS, "master/")
+        plan.task.save_preprocessing(place)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def stream_adapted(

@@ -14,7 +14,7 @@ import torch
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
-from glora_llm.evaluation.trained import fits, load_merged, weight_bytes
+from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_model
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
@@ -27,12 +27,12 @@ from glora_llm.merge.verify import (
     merged_model,
     require_within,
 )
-from glora_llm.merge.whole_model import trained_model, write_dense
+from glora_llm.merge.whole_model import write_dense
 from glora_llm.models.load import load_base
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
-from glora_llm.training import checkpoint
+from glora_llm.plan.trained_weights import trained_weights
 
 REPORT = "merge_report.json"
 
@@ -62,9 +62,9 @@ def merge_run(
         CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
     """
     folder = RunFolder(run)
-    found = None if step is None else _checkpoint(folder, step)
+    weights, checkpoint = trained_weights(folder, step)
     is_full = folder.recipe().adapter.is_full
-    recipe, adapter = deployed(folder, found / "adapter" if found else folder.trained(folder.recipe()), genome)
+    recipe, adapter = deployed(folder, weights, genome)
     if is_full and to == "lora":
         raise UserError(f"--to lora exports GLoRA adapters, and {run} trained a whole model. Use --to model.")
     plan = make_plan(recipe)
@@ -74,7 +74,7 @@ def merge_run(
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
     require_new(out)
     wanted = dtype or plan.recipe.merge.dtype
-    with exact_float32(), trained_model(plan, folder.model, found) if is_full else nullcontext(adapter) as trained:
+    with exact_float32(), whole_model(plan, folder.model, checkpoint) if is_full else nullcontext(adapter) as trained:
         with published(out) as working:
             if is_full:
                 write_dense(plan, trained, working, wanted)
@@ -158,17 +158,6 @@ def exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _checkpoint(folder: RunFolder, step: int) -> Path:
-    found = folder.checkpoints / f"step-{step}"
-    if not found.is_dir():
-        kept = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.checkpoints))
-        raise UserError(f"{folder.path} has no checkpoint of step {step}; kept: {kept or 'none'}.")
-    problem = checkpoint.fault(found)
-    if problem:
-        raise UserError(f"{found} is broken: {problem}.")
-    return found
 
 
 def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:

@@ -1,56 +1,21 @@
 """A model that was trained as a whole -> a plain dense Hugging Face folder, shard by shard."""
 
-import contextlib
 import copy
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
-from glora_llm.evaluation.trained import NOT_ENDED
 from glora_llm.merge.folder_writer import folder_writer
-from glora_llm.models.fingerprint import fingerprint
-from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained, write_trained_config
+from glora_llm.models.folder import read_sharing, write_trained
 from glora_llm.models.load import meta_model
-from glora_llm.models.stored import copy_tensors, is_increment, stored_tensors
+from glora_llm.models.stored import is_increment, stored_tensors
 from glora_llm.plan.plan import Plan
 from glora_llm.vlora import compositions
-
-
-@contextlib.contextmanager
-def trained_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Path]:
-    """Give the model folder to merge: the run's own, or one that is made of a checkpoint and removed again.
-
-    Args:
-        model: RUN/model.
-        checkpoint: a whole checkpoint of the run; None: the end of the run.
-
-    Raises:
-        UserError: when the run has not ended, or its model is damaged.
-    """
-    if checkpoint is None:
-        if not (model / "config.json").is_file():
-            raise UserError(f"{model} {NOT_ENDED}")
-        fingerprint(model)  # reads the table of the weights: a file that was cut off is refused
-        yield model
-        return
-    place = Path(tempfile.mkdtemp(prefix=".merge-", dir=model.parent))
-    try:
-        config = AutoConfig.from_pretrained(plan.base.folder, local_files_only=True)
-        write_trained_config(place, config, read_sharing(plan.base.folder), torch.float32)
-        copy_tensors(checkpoint / "state.safetensors", place / WEIGHTS, "master/")
-        plan.task.save_preprocessing(place)
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def write_dense(plan: Plan, model: Path, out: Path, dtype: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: whose it is, where things are, and what a later command needs to know."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,16 @@ class RunFolder:
         """Add values to summary.json."""
         self.write("summary.json", json.dumps(self.summary() | values, indent=1) + "\n")
 
+    @property
+    def has_ended(self) -> bool:
+        """True when all steps were trained and the final weights were written."""
+        return "steps" in self.summary()
+
     def require_same_run(self, recipe: Recipe) -> None:
         """Check that the folder is new or belongs to this recipe.
 
         Raises:
-            UserError: naming the keys that differ.
+            UserError: naming the keys that differ, and the command that trains on in another folder where one can.
         """
         if not (self.path / "recipe.yaml").is_file():
             if self.checkpoints.is_dir():
@@ -102,7 +108,35 @@ class RunFolder:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])
             raise UserError(
                 f"{self.path} holds a run of another recipe ({shown}). Choose another output.dir, or delete it."
+                f"{self._going_on(there, here, differing)}"
             )
+
+    def _going_on(self, there: dict[str, Any], here: dict[str, Any], differing: list[str]) -> str:
+        """Return the command that trains an ended run's weights on with other data or settings, in a new folder."""
+        if not self.has_ended or not all(key.startswith(("training.", "data.")) for key in differing):
+            return ""
+        if there["adapter.method"] == "adalora":  # it prunes ranks; what is left is no start for the full ranks
+            return ""
+        changed, more = {key: here.get(key) for key in differing}, ""
+        before, after = there.get("training.steps"), here.get("training.steps")
+        if before and after and after > before:
+            changed["training.steps"], more = after - before, f", {after - before} steps more"
+        if there["adapter.method"] == "full":
+            begun = ("model.config", "model.tokenizer", "model.revision")
+            changed |= {"model.name_or_path": str(self.model)} | {key: None for key in begun if there.get(key)}
+            changed |= {"vlora": None} if any(key.startswith("vlora.") for key in there) else {}
+        else:
+            changed["adapter.weights"] = str(self.adapter)
+        changed["output.dir"] = self._free_name()
+        settings = " ".join(shlex.quote(f"{key}={recipes.value_text(value)}") for key, value in changed.items())
+        command = f"glora-llm train --recipe {shlex.quote(str(self.path / 'recipe.yaml'))} {settings}"
+        return f" To train on from what it trained{more}, with a schedule of its own: {command}"
+
+    def _free_name(self) -> str:
+        number = 2
+        while self.path.with_name(f"{self.path.name}-{number}").exists():
+            number += 1
+        return str(self.path.with_name(f"{self.path.name}-{number}"))
 
     def base(self) -> dict[str, Any]:
         """Return base.json: which base the run is trained on, computed in which dtype; nothing where it never began."""

@@ -87,7 +87,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     dtype, bare = load.compute_dtype(recipe.model, device), without_adapter(model)
     cost = measure_cost(bare, base.config, dtype, device, plan.task.causal)
     resumed = _read_checkpoint(plan, folder, processes, [item.name for item in items], data_digest)
-    _set_weights(items, resumed, recipe.adapter.weights)
+    _set_weights(model, items, resumed, recipe.adapter.weights)
 
     method = stateful_method(model, recipe.adapter)
     penalty = method.penalty if method else None
@@ -134,13 +134,13 @@ def _read_checkpoint(
     return Resumed(found, tensors, trainer)
 
 
-def _set_weights(items: Sequence[Trainable], resumed: Resumed | None, adapter: str | None) -> None:
+def _set_weights(model: nn.Module, items: Sequence[Trainable], resumed: Resumed | None, adapter: str | None) -> None:
     """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start."""
     if resumed is not None:
         for item in items:
             set_whole(item.parameter, resumed.tensors[f"master/{item.name}"])
     elif adapter is not None:
-        load_start(list(items), Path(adapter))
+        load_start(model, list(items), Path(adapter))
 
 
 def _supernet(plan: Plan, model: nn.Module, processes: Processes) -> Supernet:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from glora_llm.adapters.stateful import StatefulMethod, save_state
 from glora_llm.adapters.weights import save_adapter
+from glora_llm.atomic import whole_folder
 from glora_llm.merge.whole_model import write_model
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.trained_weights import final_fault
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
 
@@ -94,15 +96,17 @@ class Saver:
 
     @property
     def is_written(self) -> bool:
-        """Tell whether the final weights are in the run folder already."""
-        return self.folder.trained(self.plan.recipe).is_dir()
+        """Tell whether the final weights are in the run folder already, and whole."""
+        return final_fault(self.folder, self.plan.recipe) is None
 
     def save_result(self, tensors: dict[str, Tensor]) -> None:
         """Write the final weights: RUN/adapter, or RUN/model of a model that was trained as a whole."""
         if self.plan.recipe.adapter.is_full:
             write_model(self.plan, self.model.config, tensors, self.folder.model)
         else:
-            self._write_adapter(tensors, self.folder.adapter)
+            with whole_folder(self.folder.adapter) as place:
+                self._write_adapter(tensors, place)
+                checkpoint.write_manifest(place)
 
     def _write_adapter(self, tensors: dict[str, Tensor], path: Path) -> None:
         base = self.plan.base

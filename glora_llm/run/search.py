@@ -27,6 +27,7 @@ from glora_llm.models.load import compute_dtype
 from glora_llm.plan.checks import check_search
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.report import search_figures
 from glora_llm.report.summary import print_scores
 from glora_llm.run.search_scorer import RowScorer
@@ -85,7 +86,7 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     check_search(recipe)
     plan = make_plan(recipe)
     require_same_base(folder, plan)
-    model = load_adapted(plan, folder.adapter, gradients=True)
+    model = load_adapted(plan, trained_weights(folder).weights, gradients=True)
     launch = Launch(True, lambda value: value, choose_device())
     results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch)
     scores = {} if plan.task.test is None else score_model(plan, model, "test")

@@ -24,6 +24,7 @@ from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.build import TrainingParts, build
 from glora_llm.run.search import search_after_training
 from glora_llm.schema import Recipe
@@ -99,6 +100,11 @@ def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 def train_plan(plan: Plan, folder: RunFolder, processes: Processes) -> None:
     """Build a run, train it from its newest checkpoint or from the start, score it and save it."""
+    finished = processes.is_main_process and is_finished(folder, plan.recipe, plan.steps)
+    if ranks.broadcast(finished, processes.device):
+        if processes.is_main_process:
+            print(f"training had ended already, after step {plan.steps}: {folder.trained(plan.recipe)}", flush=True)
+        return
     parts = build(plan, folder, processes)
     if processes.is_main_process:
         claim(plan, folder, processes.device)

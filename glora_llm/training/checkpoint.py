@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from glora_llm.errors import UserError
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+NEEDED = frozenset({"state.safetensors", "trainer.json"})
 
 
 def step_of(folder: Path) -> int:
@@ -60,12 +61,17 @@ def write(
     with whole_folder(final) as folder:
         _save_tensors(tensors, save_adapter, folder)
         (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        manifest = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        write_manifest(folder)
     return final
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and SHA-256 of every file of a folder that is not published yet, by which `fault` judges it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None] | None, folder: Path) -> None:
@@ -78,16 +84,20 @@ def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], Non
         raise OSError(f"{folder}: {error}") from error
 
 
-def fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None when it is whole."""
+def fault(folder: Path, needed: Set[str] = NEEDED) -> str | None:
+    """Return what is wrong with a folder that has a manifest, or None when it is whole.
+
+    Args:
+        needed: the files without which the manifest is none of such a folder; a checkpoint's by default.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    if not _is_manifest(manifest):
-        return f"{MANIFEST} does not list the files of a checkpoint"
+    if not _is_manifest(manifest, needed):
+        return f"{MANIFEST} does not list {' and '.join(sorted(needed))}"
     for name, wanted in manifest.items():
         path = folder / name
         if not path.is_file():
@@ -99,9 +109,9 @@ def fault(folder: Path) -> str | None:
     return None
 
 
-def _is_manifest(manifest: Any) -> bool:
-    """Tell whether this is what `write` wrote, by its shape."""
-    if not isinstance(manifest, dict) or not {"state.safetensors", "trainer.json"} <= manifest.keys():
+def _is_manifest(manifest: Any, needed: Set[str]) -> bool:
+    """Tell whether this is what `write_manifest` wrote, by its shape."""
+    if not isinstance(manifest, dict) or not needed <= manifest.keys():
         return False
     return all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.values())
 

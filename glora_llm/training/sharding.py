@@ -17,6 +17,11 @@ def element_count(parameter: Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, divided or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 @torch.no_grad()
 def set_whole(parameter: nn.Parameter, values: Tensor) -> None:
     """Set a parameter, divided or not, to the values of the main process; all processes must call it together."""

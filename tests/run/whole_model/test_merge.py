@@ -115,7 +115,7 @@ def never_began(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "more", "said"),
     [
-        (no_model, [], "holds no model: the run has not ended. Train on, or name a checkpoint by --step."),
+        (no_model, [], "config.json is missing. To get it back, start the same training command again"),
         (cut_off, [], "is damaged or cut off"),
         (no_weights, [], "holds no weights"),
         (never_began, [], "has no base.json: its training never started"),

@@ -1,0 +1,104 @@
+"""Find and verify what a run trained: the final weights, or those of a kept checkpoint."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS, adapter_fault
+from glora_llm.errors import UserError
+from glora_llm.plan.run_folder import RunFolder
+from glora_llm.schema import Recipe
+from glora_llm.training import checkpoint
+
+
+class TrainedWeights(NamedTuple):
+    """The folder of an adapter, or of a model that was trained as a whole, and the checkpoint that it is part of.
+
+    A checkpoint of a whole model has no such folder: the weights are in its `state.safetensors`.
+    """
+
+    weights: Path
+    checkpoint: Path | None
+
+
+def trained_weights(folder: RunFolder, step: int | None = None) -> TrainedWeights:
+    """Return what a run trained, with its checksums verified.
+
+    Args:
+        step: of a kept checkpoint; None: the end of the run.
+
+    Raises:
+        UserError: when it is not there or damaged, with how to get it back.
+    """
+    if step is not None:
+        found = _checkpoint(folder, step)
+        return TrainedWeights(found / "adapter", found)
+    recipe = folder.recipe()
+    weights = folder.trained(recipe)
+    problem = final_fault(folder, recipe)
+    if problem is not None and (folder.has_ended or (weights / checkpoint.MANIFEST).is_file()):
+        raise UserError(f"{weights}: {problem}. {_how_to_get_back(folder)}")
+    return TrainedWeights(weights, None)
+
+
+def final_fault(folder: RunFolder, recipe: Recipe) -> str | None:
+    """Return what is wrong with the final weights of a run, or None when they are there and as they were written."""
+    weights = folder.trained(recipe)
+    name = "config.json" if recipe.adapter.is_full else ADAPTER_WEIGHTS
+    problem = None if recipe.adapter.is_full else adapter_fault(weights)
+    return problem or (None if (weights / name).is_file() else f"{name} is missing")
+
+
+def is_finished(folder: RunFolder, recipe: Recipe, steps: int) -> bool:
+    """Tell whether a run has ended and its final weights say so alone: its last checkpoint was deleted, or is damaged.
+
+    Args:
+        steps: optimizer steps of the run.
+
+    Raises:
+        UserError: when the run had ended, and neither its weights nor a checkpoint are left; or a search is still to
+            do, which goes on from a checkpoint.
+    """
+    if folder.summary().get("steps") != steps:
+        return False
+    last = folder.checkpoints / f"step-{steps}"
+    if last.is_dir() and checkpoint.fault(last) is None:
+        return False
+    problem = final_fault(folder, recipe)
+    if problem is not None:
+        if checkpoint.newest(folder.checkpoints) is None:
+            raise UserError(f"{folder.path} had ended after step {steps}, and {_nothing_left(folder)}")
+        return False
+    if recipe.search is not None and "search" not in folder.summary():
+        raise UserError(
+            f"{folder.path} had ended after step {steps}, and no checkpoint is left from which its search could go on. "
+            f"`glora-llm search {folder.path}` searches the trained supernet."
+        )
+    return True
+
+
+def _checkpoint(folder: RunFolder, step: int) -> Path:
+    found = folder.checkpoints / f"step-{step}"
+    if not found.is_dir():
+        kept = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.checkpoints(folder.checkpoints))
+        raise UserError(f"{folder.path} has no checkpoint of step {step}; kept: {kept or 'none'}.")
+    problem = checkpoint.fault(found)
+    if problem:
+        raise UserError(f"{found} is broken: {problem}.")
+    return found
+
+
+def _how_to_get_back(folder: RunFolder) -> str:
+    newest = checkpoint.newest(folder.checkpoints)
+    if newest is None:
+        return f"To get it back: {_nothing_left(folder)}"
+    return (
+        "To get it back, start the same training command again: it writes the folder anew from the checkpoint of step "
+        f"{checkpoint.step_of(newest)}; or name that checkpoint by --step {checkpoint.step_of(newest)}."
+    )
+
+
+def _nothing_left(folder: RunFolder) -> str:
+    return (
+        f"no whole checkpoint is left in {folder.checkpoints} to write the final weights from. Put a copy of them "
+        f"back, or train again from the start: delete {folder.path}, and give the same command."
+    )
