@@ -1,8 +1,10 @@
 """Columns of a row by the role they play in a format, and templates over columns."""
 
+import math
 import string
 from typing import Any
 
+from glora_llm.data.bad_rows import RowError
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
@@ -13,33 +15,64 @@ def value(row: Row, role: str, settings: DataSection) -> Any:
     """Return the column of `row` that plays `role`: the one that data.columns names, else the one of that name.
 
     Raises:
-        UserError: when the row has no such column; the message lists those that it has.
+        RowError: when the row has no such column; the message lists those that it has.
     """
     name = (settings.columns or {}).get(role, role)
     if name in row:
         return row[name]
     wanted = f"'{name}'" if name == role else f"'{name}' (data.columns names it for '{role}')"
-    raise UserError(
+    raise RowError(
+        f"no column '{name}'",
         f"There is no column {wanted}; the columns are: {', '.join(map(str, row)) or 'none'}."
-        f"{nearest(name, map(str, row))} Name the right one with data.columns: {{{role}: COLUMN}}."
+        f"{nearest(name, map(str, row))} Name the right one with data.columns: {{{role}: COLUMN}}.",
     )
 
 
 def text(row: Row, role: str, settings: DataSection) -> str:
-    """Return the column that plays `role` as text; a missing value (null) is an empty text.
+    """Return the column that plays `role` as text.
 
     Raises:
-        UserError: when there is no such column, or it holds neither a text nor a number.
+        RowError: when there is no such column, or it holds neither a text nor a finite number.
     """
     content = value(row, role, settings)
+    name = (settings.columns or {}).get(role, role)
+    if isinstance(content, float) and not math.isfinite(content):
+        raise RowError(f"{content} in column '{name}'", f"Column '{name}' should hold a text and holds {content}")
     if content is None:
-        return ""
+        raise RowError(f"null in column '{name}'", f"Column '{name}' should hold a text and holds null")
     if not isinstance(content, str | int | float):
-        raise UserError(
-            f"Column '{(settings.columns or {}).get(role, role)}' should hold a text and holds a "
-            f"{type(content).__name__}: {str(content)[:80]}"
+        kind = type(content).__name__
+        raise RowError(
+            f"a {kind} in column '{name}'",
+            f"Column '{name}' should hold a text and holds a {kind}: {str(content)[:80]}",
         )
-    return str(content)
+    return whole(str(content))
+
+
+def answer(row: Row, role: str, settings: DataSection) -> str:
+    """Return the column that plays `role`, and is learnt, as text; null is a blank answer.
+
+    Raises:
+        RowError: as `text`.
+    """
+    return "" if value(row, role, settings) is None else text(row, role, settings)
+
+
+def whole(content: str) -> str:
+    """Return the text, after checking that it can be written as UTF-8.
+
+    Raises:
+        RowError: for half of a surrogate pair, as a cut-off emoji in JSON leaves it.
+    """
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "half of a surrogate pair",
+            f"character {error.start + 1} is half of a surrogate pair, which is no character: "
+            f"{content[max(0, error.start - 30) : error.start + 10]!a}",
+        ) from error
+    return content
 
 
 def template_fields(template: str) -> list[str]:

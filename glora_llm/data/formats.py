@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from glora_llm.data.columns import Row, fill, template_fields, text, value
+from glora_llm.data.bad_rows import RowError
+from glora_llm.data.columns import Row, answer, fill, template_fields, text, value, whole
 from glora_llm.errors import UserError, nearest
 from glora_llm.registry import Registry
 from glora_llm.schema import DataSection
@@ -129,9 +130,9 @@ def prompt_and_answer(prompt: str, answer: str) -> Example:
 @data_format("alpaca", roles=("instruction", "input", "output"))
 def alpaca(row: Row, settings: DataSection) -> Example:
     """Stanford Alpaca (Taori et al. 2023): the two published prompts, with and without an input; learns `output`."""
-    given = {role: text(row, role, settings) for role in ("instruction", "output")}
+    given = {"instruction": text(row, "instruction", settings), "output": answer(row, "output", settings)}
     optional = (settings.columns or {}).get("input", "input")  # many files leave the column out
-    given["input"] = text(row, "input", settings) if optional in row else ""
+    given["input"] = answer(row, "input", settings) if optional in row else ""
     template = ALPACA_WITH_INPUT if given["input"] else ALPACA_WITHOUT_INPUT
     return prompt_and_answer(template.format(**given), given["output"])
 
@@ -140,13 +141,13 @@ def alpaca(row: Row, settings: DataSection) -> Example:
 def prompt_completion(row: Row, settings: DataSection) -> Example:
     """The column `prompt`, or data.prompt filled, directly followed by `completion`, which is learnt."""
     prompt = fill(settings.prompt, row, settings) if settings.prompt else text(row, "prompt", settings)
-    return prompt_and_answer(prompt, text(row, "completion", settings))
+    return prompt_and_answer(prompt, answer(row, "completion", settings))
 
 
 @data_format("text", roles=("text",))
 def plain_text(row: Row, settings: DataSection) -> Example:
     """The column `text`; every token is learnt."""
-    return Example(segments=(Segment(text(row, "text", settings), True),))
+    return Example(segments=(Segment(answer(row, "text", settings), True),))
 
 
 @data_format("classification", roles=("text", "label"), template=CLASSIFICATION_PROMPT, takes_template=True)
@@ -164,25 +165,48 @@ def chat(row: Row, settings: DataSection) -> Example:
     present = [role for role in ("messages", "conversations") if role in row]
     turns = value(row, (named or present or ["messages"])[0], settings)
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"A conversation should be a list of turns, and is: {str(turns)[:120]}")
-    return Example(messages=tuple(_message(turn) for turn in turns))
+        raise RowError("no list of turns", f"A conversation should be a list of turns, and is: {str(turns)[:120]}")
+    messages = tuple(_message(turn) for turn in turns)
+    if not any(message.is_target for message in messages):
+        roles = ", ".join(message.role for message in messages)
+        raise RowError(
+            "no turn of the assistant to learn",
+            f"No turn of the assistant is to be learnt ({roles}): {str(turns)[:120]}",
+        )
+    return Example(messages=messages)
 
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict) or not ({"role", "content"} <= set(turn) or {"from", "value"} <= set(turn)):
-        raise UserError(
-            f"A turn should be {{role, content}} (OpenAI) or {{from, value}} (ShareGPT), and is: {str(turn)[:120]}"
+        raise RowError(
+            "a turn of another form",
+            f"A turn should be {{role, content}} (OpenAI) or {{from, value}} (ShareGPT), and is: {str(turn)[:120]}",
         )
     is_openai = {"role", "content"} <= set(turn)
     name, content = (turn["role"], turn["content"]) if is_openai else (turn["from"], turn["value"])
+    if not isinstance(name, str) or name not in ROLES:
+        raise RowError(
+            "an unknown role",
+            f"Unknown role {str(name)[:80]!r} in a turn; there is: {', '.join(ROLES)}.{nearest(str(name), ROLES)}",
+        )
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
-    if name not in ROLES:
-        raise UserError(f"Unknown role '{name}' in a turn; there is: {', '.join(ROLES)}.{nearest(str(name), ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"The content of a turn should be text, and the {name}'s is: {str(content)[:120]}")
+        reason = _why_no_text(turn, content)
+        raise RowError(
+            reason, f"The content of a turn should be text, and the {name}'s is ({reason}): {str(content)[:120]}"
+        )
     role = ROLES[name]
-    return Message(role, content, is_target=role == "assistant" and turn.get("weight") != 0)
+    return Message(role, whole(content), is_target=role == "assistant" and turn.get("weight") != 0)
+
+
+def _why_no_text(turn: dict[str, Any], content: Any) -> str:
+    """Return what is there in place of the text of a turn, in few words."""
+    if content is None:
+        return "a turn that only calls tools" if turn.get("tool_calls") or turn.get("function_call") else "null"
+    if isinstance(content, list):
+        return "parts that are no text, such as images"
+    return f"a {type(content).__name__}"
 
 
 def readable(name: str) -> str:
@@ -191,31 +215,39 @@ def readable(name: str) -> str:
 
 
 def label_word(label: Any, words: list[str] | None) -> str:
-    """Return what stands for `label` in the text.
+    """Return the word that stands for `label` in the text.
 
     Args:
         label: a class number, a number in digits, or a name.
         words: the word of each class number; none: only names can be read.
 
     Raises:
-        UserError: for a number without a word, a number outside `words`, and a name that is not among them.
+        RowError: for a number without a word, a number outside `words`, and a name that is not among them.
     """
-    is_digits = isinstance(label, str) and label.lstrip("-").isdigit()
+    is_digits = isinstance(label, str) and label.removeprefix("-").isdecimal()
     if isinstance(label, str) and label.strip() and (words is None or not is_digits or label in words):
-        known = [w for w in (label, readable(label)) if words is None or w in words]
+        known = [w for w in (whole(label), readable(label)) if words is None or w in words]
         if known:
             return known[-1] if words is None else known[0]
-        raise UserError(
-            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{nearest(label, words or [])}"
+        raise RowError(
+            "a label that is not among the labels",
+            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{nearest(label, words or [])}",
         )
-    if not is_digits and (not isinstance(label, int | float) or label != int(label)):
-        raise UserError(f"A label should be a class number or a word, and is {label!r}")
+    is_whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+    if not is_digits and not is_whole:
+        raise RowError("no label", f"A label should be a class number or a word, and is {label!r}")
     if words is None:
-        raise UserError(f"Label {label!r} is a number without a word; list the words by number: data.labels=[no,yes]")
+        raise RowError(
+            "a class number without a word",
+            f"Label {label!r} is a number without a word; list the words by number: data.labels=[no,yes]",
+        )
     number = int(label)
     if not 0 <= number < len(words):
         hint = " -1 marks rows whose labels are withheld: score on another split." if number == -1 else ""
-        raise UserError(f"Class number {number} has no word: data.labels has numbers 0 to {len(words) - 1}.{hint}")
+        raise RowError(
+            "a class number without a word",
+            f"Class number {number} has no word: data.labels has numbers 0 to {len(words) - 1}.{hint}",
+        )
     return words[number]
 
 

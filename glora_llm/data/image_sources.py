@@ -4,9 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from glora_llm.data.readers import Table
+from glora_llm.data.bad_rows import BadRows
 from glora_llm.data.shapes import ROWS, TASKS, GeneratedSource
 from glora_llm.data.sources import SAME_SPLIT, Source, find_path, locate
+from glora_llm.data.table import Table
 from glora_llm.errors import UserError, nearest
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -40,7 +41,7 @@ class ImageFolder:
             digest.update(f"{file.relative_to(self.folder)}\0{content}\0".encode())
         return digest.hexdigest()
 
-    def read(self) -> Table:
+    def read(self, bad: BadRows | None = None) -> Table:
         """Return columns `image` (the file's path) and `label`; nothing is decoded yet."""
         rows = [{"image": {"bytes": None, "path": str(file)}, "label": number} for file, number in self.files()]
         return Table(rows, {"label": self.classes()})

@@ -16,15 +16,15 @@ from glora_llm.data.columns import Row, value
 from glora_llm.data.image_decode import decode
 from glora_llm.data.image_sources import locate_images
 from glora_llm.data.image_store import ImageSet, write_rows
-from glora_llm.data.readers import Table
 from glora_llm.data.report import ImageReport
 from glora_llm.data.sources import Role, Sources, locate_roles
 from glora_llm.data.splits import Split, make_splits
+from glora_llm.data.table import Table
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection, ImagesSection
 
 ROLES = {"image": ("image", "img"), "label": ("label", "labels")}  # the columns of hub data sets, in this order
-TEXT_ONLY = ("prompt", "system", "chat_template", "bos", "max_tokens", "overlong", "packing")
+TEXT_ONLY = ("prompt", "system", "chat_template", "bos", "max_tokens", "overlong", "packing", "bad_rows")
 PREVIEWS = 3
 AT_ONCE = 4096  # images that threads decode before the next ones are given out
 

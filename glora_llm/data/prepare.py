@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.cache import cached, key_of
+from glora_llm.data.columns import Row
 from glora_llm.data.formats import Example, check_settings, readable
 from glora_llm.data.pack import pack
 from glora_llm.data.report import Report
@@ -18,6 +20,7 @@ from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
+from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
 if TYPE_CHECKING:
@@ -112,12 +115,9 @@ def _build(
     sources: dict[Role, Sources],
     seed: int,
 ) -> None:
-    splits = _read_splits(settings, sources, seed)
     reports, labels = {}, set()
     previews: list[str] = []
-    for split in splits:
-        report = _report(split)
-        whole = tokenize(split.examples, tokenizer, settings, report)
+    for split, report, whole in _tokenized(settings, tokenizer, sources, seed):
         labels |= {tuple(sample.tokens[sample.targets].tolist()) for sample in whole}
         is_packed = settings.packing and split.role == "train"
         samples, rows = _rows(whole, settings, ends_of(tokenizer, settings).bos, is_packed, report)
@@ -136,6 +136,31 @@ def _build(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _tokenized(
+    settings: DataSection, tokenizer: "PreTrainedTokenizerBase", sources: dict[Role, Sources], seed: int
+) -> list[tuple[Split[Example], Report, list[Sample]]]:
+    """Return the splits with their samples, training first; all that makes a record bad is known then."""
+    own = _read(settings, sources)
+    bad = [split.bad for split in own.values()]
+    if settings.bad_rows == "error" and any(one.count for one in bad):
+        splits = list(own.values())  # nothing is drawn: tokenising only finds what else is bad
+    else:
+        require_usable(bad, settings)
+        splits = make_splits(settings, seed, own.__getitem__)
+    reports = [_report(split) for split in splits]
+    samples = [
+        tokenize(split.examples, tokenizer, settings, report, split.bad)
+        for split, report in zip(splits, reports, strict=True)
+    ]
+    require_usable(bad, settings)
+    for split, report, whole in zip(splits, reports, samples, strict=True):
+        if not whole:
+            raise UserError(f"No {split.role} record is left: {'; '.join(split.bad.first.values())}")
+        if split.role in own:
+            report.bad, report.first_bad = split.bad.reasons, split.bad.first
+    return list(zip(splits, reports, samples, strict=True))
+
+
 def _rows(
     whole: list[Sample], settings: DataSection, bos: int | None, is_packed: bool, report: Report
 ) -> tuple[list[Sample], list[list[int]]]:
@@ -152,13 +177,27 @@ def _locate(settings: DataSection) -> dict[Role, Sources]:
     return locate_roles(settings, partial(locate, documents=settings.overlong == "split"))
 
 
-def _read_splits(settings: DataSection, sources: dict[Role, Sources], seed: int) -> list[Split[Example]]:
-    tables = {role: source.read() for role, source in sources.items()}
+def _read(settings: DataSection, sources: dict[Role, Sources]) -> dict[Role, Split[Example]]:
+    """Return the examples of every role that has a source of its own, with their bad records."""
+    bad = {role: BadRows() for role in sources}
+    tables = {role: source.read(bad[role]) for role, source in sources.items()}
+    _check_columns(tables["train"].rows, settings)
     if settings.format == "classification" and settings.labels is None:
         column = (settings.columns or {}).get("label", "label")
         names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
         settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
-    return make_splits(settings, seed, lambda role: to_split(role, tables[role].rows, settings))
+    return {role: to_split(role, table, settings, bad[role]) for role, table in tables.items()}
+
+
+def _check_columns(rows: list[Row], settings: DataSection) -> None:
+    """Check that every column that data.columns names is there in some row: `input` of alpaca may be left out."""
+    for role, column in (settings.columns or {}).items():
+        if rows and not any(column in row for row in rows):
+            there = list(dict.fromkeys(str(name) for row in rows[:1000] for name in row))
+            raise UserError(
+                f"data.columns names the column '{column}' for '{role}', and no training row has it; the columns are: "
+                f"{', '.join(there)}.{nearest(column, there)}"
+            )
 
 
 def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], Iterator[str]]]:
@@ -179,7 +218,13 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
         "chosen_by": None if settings.max_rows is None else seed,
     }
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return identity, lambda: (example.text() for example in _read_splits(settings, sources, seed)[0].examples)
+
+    def read() -> Iterator[str]:
+        own = _read(settings, sources)
+        require_usable((split.bad for split in own.values()), settings)
+        return (example.text() for example in make_splits(settings, seed, own.__getitem__)[0].examples)
+
+    return identity, read
 
 
 def _report(split: Split[Example]) -> Report:

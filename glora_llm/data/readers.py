@@ -3,157 +3,152 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from importlib.resources.abc import Traversable
-from typing import IO
+from typing import IO, Any
 
+from glora_llm.data.bad_rows import BadRows, RowError
 from glora_llm.data.columns import Row
+from glora_llm.data.json_rows import LATIN, read_json, read_jsonl
+from glora_llm.data.table import Table
 from glora_llm.errors import UserError
 
 DOCUMENT_CHARS = 16_384
+# First bytes of files that are no UTF-8 text -> how to make them so.
+DISGUISED = {
+    b"\x1f\x8b": "compressed by gzip; unpack it: gunzip -c FILE > NEW",
+    b"PK\x03\x04": "a zip archive; unpack it: unzip FILE",
+    b"\xff\xfe": "UTF-16 text; convert it: iconv -f utf-16 -t utf-8 FILE > NEW",
+    b"\xfe\xff": "UTF-16 text; convert it: iconv -f utf-16 -t utf-8 FILE > NEW",
+}
 
 
-@dataclass
-class Table:
-    """Rows, and the names of class numbers by column, where the file or data set states them."""
-
-    rows: list[Row]
-    label_names: dict[str, list[str]] = field(default_factory=dict)
+def _numbered(rows: list[Row], name: str) -> list[str]:
+    return [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
 
 
-def read_json(stream: IO[bytes], name: str) -> Table:
-    """Read a list of objects, an object whose `data` is such a list, or one object a line (JSON lines).
-
-    Raises:
-        UserError: for anything else; bad JSON is named with its line.
-    """
-    content = stream.read()
-    try:
-        parsed = json.loads(content)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return read_jsonl(io.BytesIO(content), name)
-        raise UserError(f"{name}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    if isinstance(parsed, dict) and isinstance(parsed.get("data"), list):
-        parsed = parsed["data"]
-    if isinstance(parsed, dict):
-        parsed = [parsed]
-    odd = (
-        next((n for n, row in enumerate(parsed, 1) if not isinstance(row, dict)), 0) if isinstance(parsed, list) else 1
-    )
-    if odd:
-        raise UserError(f'{name}: row {odd} is not an object; expected a list such as [{{"text": ...}}, ...]')
-    return Table(parsed)
-
-
-def read_jsonl(stream: IO[bytes], name: str) -> Table:
-    """Read one JSON object a line; empty lines do not count.
-
-    Raises:
-        UserError: for a line that is not an object, with its number.
-    """
-    rows = []
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}: not valid JSON: {error.msg} at column {error.colno}: "
-                f"{line[:80].decode(errors='replace').strip()}"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f'{name}, line {number}: expected an object such as {{"text": ...}}, got {str(row)[:80]}')
-        rows.append(row)
-    return Table(rows)
-
-
-def _read_separated(stream: IO[bytes], name: str, separator: str) -> Table:
+def _read_separated(stream: IO[bytes], name: str, separator: str, bad: BadRows) -> Table:
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.DictReader(lines, delimiter=separator, strict=True)
-    rows: list[Row] = []
+    before = csv.field_size_limit(2**31 - 1)  # a long text is no error
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                fields = len(reader.fieldnames or ())
-                raise UserError(
-                    f"{name}, line {reader.line_num}: the header has {fields} columns and this row has "
-                    f"{'more' if None in row else 'fewer'}; put quotes around a text that holds a '{separator}'"
-                )
-            rows.append(row)
+        return _separated(csv.reader(lines, delimiter=separator, strict=True), name, separator, bad)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _separated(reader: Any, name: str, separator: str, bad: BadRows) -> Table:
+    table = Table([])
+    header: list[str] = []
+    for line, fields in _records(reader, name):
+        if not header:
+            header = fields
+            twice = next((column for column in header if header.count(column) > 1), None)
+            if twice is not None:
+                raise UserError(f"{name}, line {line}: the header names the column '{twice}' twice; rename one.")
+        elif len(fields) == len(header):
+            table.add(dict(zip(header, fields, strict=True)), f"{name}, line {line}")
+        else:
+            more = "more" if len(fields) > len(header) else "fewer"
+            message = (
+                f"the header has {len(header)} columns and this row has {more}; put quotes around a text that holds a "
+                f"'{separator}'"
+            )
+            bad.add(f"{name}, line {line}", RowError("another number of columns than the header", message))
+    return table
+
+
+def _records(reader: Any, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line that each record begins on, and its fields.
+
+    Raises:
+        UserError: for bad quotes: nobody knows where the next record begins.
+    """
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{name}, line {reader.reader.line_num}: not valid CSV: {error}; JSON lines may be easier"
+            f"{name}, line {line}: not valid CSV: {error} (line {reader.line_num}); JSON lines may be easier"
         ) from error
-    return Table(rows)
 
 
-def read_csv(stream: IO[bytes], name: str) -> Table:
+def read_csv(stream: IO[bytes], name: str, bad: BadRows) -> Table:
     """Read comma-separated values with a header; every value is text.
 
     Raises:
-        UserError: for bad quotes and for a row of another length than the header, with its line.
+        UserError: for bad quotes and for a header that names a column twice, with the line.
     """
-    return _read_separated(stream, name, ",")
+    return _read_separated(stream, name, ",", bad)
 
 
-def read_tsv(stream: IO[bytes], name: str) -> Table:
+def read_tsv(stream: IO[bytes], name: str, bad: BadRows) -> Table:
     """Read tab-separated values with a header; every value is text.
 
     Raises:
         UserError: as `read_csv`.
     """
-    return _read_separated(stream, name, "\t")
+    return _read_separated(stream, name, "\t", bad)
 
 
-def read_parquet(stream: IO[bytes], name: str) -> Table:
+def read_parquet(stream: IO[bytes], name: str, bad: BadRows) -> Table:
     """Read a parquet file; the names of class labels come from the metadata that `datasets` writes.
 
     Raises:
-        UserError: when it is not a parquet file.
+        UserError: when it is not a parquet file, or is damaged.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.PythonFile(stream, mode="r"))
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{name}: not a readable parquet file: {error}") from error
-    stated = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+        file = pyarrow.PythonFile(stream, mode="r")
+        table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: not a readable parquet file: {error}; download or write it again") from error
+    return Table(rows, class_names(table.schema.metadata), _numbered(rows, name))
+
+
+def class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return column -> names of its class numbers, from the metadata of a parquet file."""
+    stated = (metadata or {}).get(b"huggingface", b"{}")
     features = (json.loads(stated).get("info") or {}).get("features") or {}
-    names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    return Table(table.to_pylist(), names)
+    return {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
 
 
-def read_lines(stream: IO[bytes], name: str) -> Table:
+def read_lines(stream: IO[bytes], name: str, bad: BadRows) -> Table:
     """Read plain text: a row for every line that is not blank."""
-    return Table([{"text": line.rstrip("\n")} for line in _decoded(stream) if line.strip()])
+    table = Table([])
+    for number, line in enumerate(_decoded(stream), 1):
+        if line.strip():
+            table.add({"text": line.rstrip("\n")}, f"{name}, line {number}")
+    return table
 
 
-def read_documents(stream: IO[bytes], name: str) -> Table:
+def read_documents(stream: IO[bytes], name: str, bad: BadRows) -> Table:
     """Read plain text in long pieces: a row for every 16 Ki characters or so.
 
     A piece ends at a line's end, at a blank line where there is one; together the pieces are the whole file.
     """
-    rows: list[Row] = []
-    held: list[str] = []
-    size = 0
-    for line in _decoded(stream):
+    table, held, size, first = Table([]), [], 0, 1
+    for number, line in enumerate(_decoded(stream), 1):
         held.append(line)
         size += len(line)
         if size >= 2 * DOCUMENT_CHARS or (size >= DOCUMENT_CHARS and not line.strip()):
-            rows.append({"text": "".join(held)})
-            held, size = [], 0
-    return Table([row for row in [*rows, {"text": "".join(held)}] if row["text"].strip()])
+            table.add({"text": "".join(held)}, f"{name}, line {first}")
+            held, size, first = [], 0, number + 1
+    table.add({"text": "".join(held)}, f"{name}, line {first}")
+    kept = [n for n, row in enumerate(table.rows) if row["text"].strip()]
+    return Table([table.rows[n] for n in kept], places=[table.places[n] for n in kept])
 
 
 def _decoded(stream: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None)
 
 
-READERS: dict[str, Callable[[IO[bytes], str], Table]] = {
+READERS: dict[str, Callable[[IO[bytes], str, BadRows], Table]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".csv": read_csv,
@@ -169,11 +164,12 @@ def suffix(name: str) -> str:
     return f".{ending.lower()}" if dot and stem else ""
 
 
-def read_file(file: Traversable, documents: bool = False) -> Table:
+def read_file(file: Traversable, documents: bool = False, bad: BadRows | None = None) -> Table:
     """Return the rows of one file.
 
     Args:
         documents: read a .txt file in long pieces instead of line by line.
+        bad: takes in the records that cannot be read; None: they are an error.
 
     Raises:
         UserError: for an unknown ending, broken content, and text that is not UTF-8.
@@ -182,33 +178,41 @@ def read_file(file: Traversable, documents: bool = False) -> Table:
     if ending not in READERS:
         raise UserError(f"Cannot read {file}: its ending should be one of {', '.join(READERS)}, and is '{ending}'")
     read = read_documents if documents and ending == ".txt" else READERS[ending]
+    found = BadRows() if bad is None else bad
     try:
         with file.open("rb") as stream:
-            return read(stream, str(file))
+            require_text(stream, str(file), ending)
+            table = read(stream, str(file), found)
     except UnicodeDecodeError as error:
+        line = _undecodable(file)
         raise UserError(
-            f"{file}: not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); convert it, "
-            f"for example with: iconv -f latin1 -t utf-8"
+            f"{file}, line {line}: not UTF-8 text (byte {error.object[error.start]:#04x}); {LATIN}"
         ) from error
+    if bad is None or not table.rows:
+        found.records = len(table.rows) + found.count
+        found.require_none()
+    return table
 
 
-def join(tables: Iterable[tuple[str, Table]]) -> Table:
-    """Return one table of all rows.
-
-    Args:
-        tables: where each table comes from, and the table.
+def require_text(stream: IO[bytes], name: str, ending: str) -> None:
+    """Check that a file does not begin as compressed or UTF-16 content does; the stream stays at its begin.
 
     Raises:
-        UserError: when one is empty, or two name the class numbers of one column differently.
+        UserError: with the command that makes text of it.
     """
-    joined = Table([])
-    for origin, table in tables:
-        if not table.rows:
-            raise UserError(f"{origin} holds no rows.")
-        for column, names in table.label_names.items():
-            if joined.label_names.setdefault(column, names) != names:
-                raise UserError(
-                    f"{origin} numbers the classes of column '{column}' differently from the one before it."
-                )
-        joined.rows += table.rows
-    return joined
+    begin = stream.read(4)
+    stream.seek(0)
+    found = next((how for mark, how in DISGUISED.items() if begin.startswith(mark)), None)
+    if found and ending != ".parquet":
+        raise UserError(f"{name} should be UTF-8 text and is {found}")
+
+
+def _undecodable(file: Traversable) -> int:
+    """Return the number of the first line that is not UTF-8."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glora_llm.data.bad_rows import RowError
 from glora_llm.data.formats import Example, Message
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
@@ -30,14 +31,15 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerBase", settings: Dat
     """Return the text of an example and the spans of its answers.
 
     Raises:
-        UserError: when the chat template is missing, refuses the conversation, or is not prefix consistent.
+        UserError: when the chat template is missing.
+        RowError: when it refuses the conversation, or is not prefix consistent.
     """
     if example.segments and settings.chat_template != "tokenizer":
         return _join_segments(example)
     messages = with_system(as_messages(example), settings.system)
     if settings.chat_template == "none":
         return _plain_chat(messages, tokenizer)
-    return _template_chat(messages, tokenizer, example.origin)
+    return _template_chat(messages, tokenizer)
 
 
 def as_messages(example: Example) -> tuple[Message, ...]:
@@ -77,29 +79,30 @@ def _plain_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase
     return Rendered(text, tuple(spans), add_end=False)
 
 
-def _template_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", origin: str) -> Rendered:
+def _template_chat(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> Rendered:
     """Render with the tokenizer's template; each answer is what its turn adds to the text before it."""
-    text = _apply(tokenizer, messages, origin, opens_answer=False)
+    text = _apply(tokenizer, messages, opens_answer=False)
     spans = []
     for n, message in enumerate(messages):
         if not message.is_target:
             continue
         if n == 0:
-            raise UserError(
-                f"{origin}: the conversation begins with the assistant, so there is no prompt to answer: put a turn of "
-                "the user before it, or set data.system."
+            raise RowError(
+                "a conversation that begins with the assistant",
+                "the conversation begins with the assistant, so there is no prompt to answer: put a turn of the user "
+                "before it, or set data.system.",
             )
-        before = _apply(tokenizer, messages[:n], origin, opens_answer=True)
-        upto = text if n + 1 == len(messages) else _apply(tokenizer, messages[: n + 1], origin, opens_answer=False)
+        before = _apply(tokenizer, messages[:n], opens_answer=True)
+        upto = text if n + 1 == len(messages) else _apply(tokenizer, messages[: n + 1], opens_answer=False)
         for part in (before, upto):
-            _check_prefix(part, text, origin, n)
+            _check_prefix(part, text, n)
         if len(upto) < len(before):
-            _check_prefix(before, upto, origin, n)
+            _check_prefix(before, upto, n)
         spans.append((len(before), len(before) + len(upto[len(before) :].rstrip())))
     return Rendered(text, tuple(spans), add_end=False)
 
 
-def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], origin: str, opens_answer: bool) -> str:
+def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], opens_answer: bool) -> str:
     import jinja2
 
     if not tokenizer.chat_template:
@@ -114,20 +117,22 @@ def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], or
         )
     except jinja2.TemplateError as error:
         roles = ", ".join(message.role for message in messages)
-        raise UserError(
-            f"{origin}: the chat template refuses this conversation ({roles}): {error}. Mend the row, or set "
-            "data.chat_template=none."
+        raise RowError(
+            "refused by the chat template",
+            f"the chat template refuses this conversation ({roles}): {error}. Mend the row, or set "
+            "data.chat_template=none.",
         ) from error
     return str(rendered)
 
 
-def _check_prefix(part: str, text: str, origin: str, turn: int) -> None:
+def _check_prefix(part: str, text: str, turn: int) -> None:
     if text.startswith(part):
         return
     at = next((n for n, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), min(len(part), len(text)))
     start = max(0, at - 30)
-    raise UserError(
-        f"{origin}: the chat template writes the conversation up to turn {turn + 1} differently once more turns "
+    raise RowError(
+        "a beginning that the chat template writes in two ways",
+        f"the chat template writes the conversation up to turn {turn + 1} differently once more turns "
         f"follow, so the answer cannot be found in it. At character {at}: {part[start : at + 40]!r} alone, "
-        f"{text[start : at + 40]!r} in the whole. Keep one answer a conversation, or set data.chat_template=none."
+        f"{text[start : at + 40]!r} in the whole. Keep one answer a conversation, or set data.chat_template=none.",
     )

@@ -1,6 +1,8 @@
 """The counts of one split: records read, dropped, kept; rows, tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from glora_llm.data.bad_rows import counted
 
 
 @dataclass
@@ -9,6 +11,8 @@ class Report:
 
     Attributes:
         rows_read: rows of the source (or drawn, or left after drawing).
+        bad: records left out because they cannot be used, by reason; drawn splits count them with the training rows.
+        first_bad: by reason, place and fault of the first.
         empty: rows left out because what is to be learnt is blank.
         duplicates_removed: training rows left out because a held-out row reads the same.
         also_in_train: held-out rows that read the same as a training row, from a source of their own: kept.
@@ -38,10 +42,13 @@ class Report:
     longest: int = 0
     boundary_tokens: int = 0
     fill: float = 0.0
+    bad: dict[str, int] = field(default_factory=dict)
+    first_bad: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Return the counts as one line; those that are zero and would be no news are left out."""
+        """Return the counts as one line, and one for each reason of bad records; zeros are left out."""
         news = [
+            (sum(self.bad.values()), "bad ones left out"),
             (self.empty, "without an answer left out"),
             (self.duplicates_removed, "removed: the same as a held-out row"),
             (self.also_in_train, "the same as a training row (kept)"),
@@ -55,7 +62,8 @@ class Report:
         parts.append(f"longest {self.longest:,}")
         if self.fill:
             parts.append(f"packed into {self.rows:,} rows, {self.fill:.1%} full")
-        return f"{self.role}: " + "; ".join(parts)
+        lines = [f"{self.role}: " + "; ".join(parts), *counted(self.bad, self.first_bad)]
+        return "\n           left out: ".join(lines)
 
 
 @dataclass

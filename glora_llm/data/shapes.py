@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from glora_llm.data.readers import Table
+from glora_llm.data.bad_rows import BadRows
+from glora_llm.data.table import Table
 
 SIDE = 16  # pixels
 ROWS = {"train": 4096, "test": 1024}
@@ -39,7 +40,7 @@ class GeneratedSource:
         """Return what names the images; a change of this file changes the key of prepared data by itself."""
         return hashlib.sha256(f"{self.name}\0{self.split}".encode()).hexdigest()
 
-    def read(self) -> Table:
+    def read(self, bad: BadRows | None = None) -> Table:
         """Draw the images of the split."""
         seed = np.random.SeedSequence([list(TASKS).index(self.name), list(ROWS).index(self.split)])
         random = np.random.Generator(np.random.PCG64(seed))

@@ -12,7 +12,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from glora_llm.data.readers import READERS, Table, join, read_file, suffix
+from glora_llm.data.bad_rows import BadRows
+from glora_llm.data.readers import READERS, read_file, suffix
+from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
@@ -46,13 +48,13 @@ class FileSource:
             digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
         return digest.hexdigest()
 
-    def read(self) -> Table:
+    def read(self, bad: BadRows | None = None) -> Table:
         """Return the rows of all files.
 
         Raises:
             UserError: as `read_file`; when there is no row; when two files name their class numbers differently.
         """
-        return join((str(file), read_file(file, self.documents)) for file in self.files)
+        return join((str(file), read_file(file, self.documents, bad)) for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ class EmbeddedSource:
         """Return the SHA-256 of the split's file, in hexadecimal."""
         return FileSource((self._file,)).fingerprint()
 
-    def read(self) -> Table:
+    def read(self, bad: BadRows | None = None) -> Table:
         """Return the rows; those of banking77 with its 77 intents as label names."""
-        rows = read_file(self._file, self.documents).rows
+        table = read_file(self._file, self.documents, bad)
         if self.name != "banking77":
-            return Table(rows)
+            return table
         names = json.loads((self._folder / "categories.json").read_text(encoding="utf-8"))
-        return Table([{"text": row["text"], "label": row["category"]} for row in rows], {"label": names})
+        rows = [{"text": row["text"], "label": row["category"]} for row in table.rows]
+        return Table(rows, {"label": names}, table.places)
 
 
 @dataclass(frozen=True)
@@ -112,26 +115,19 @@ class HubSource:
             ) from error
 
     def fingerprint(self) -> str:
-        """Return the fingerprint that `datasets` gives the split.
-
-        Raises:
-            UserError: when it cannot be loaded.
-        """
+        """Return the fingerprint that `datasets` gives the split; UserError when it cannot be loaded."""
         return str(self._dataset._fingerprint)
 
-    def read(self) -> Table:
-        """Return the rows of the split.
-
-        Raises:
-            UserError: when it cannot be loaded.
-        """
+    def read(self, bad: BadRows | None = None) -> Table:
+        """Return the rows of the split; UserError when it cannot be loaded."""
         import datasets
 
         dataset = self._dataset
         names = {c: list(f.names) for c, f in dataset.features.items() if hasattr(f, "names")}
         for column in [c for c, f in dataset.features.items() if isinstance(f, datasets.Image)]:
             dataset = dataset.cast_column(column, datasets.Image(decode=False))  # bytes or a path, as in a parquet file
-        return Table(dataset.to_list(), names)
+        rows = dataset.to_list()
+        return Table(rows, names, [f"{self.name}, row {number}" for number in range(1, len(rows) + 1)])
 
 
 class Source(Protocol):
@@ -141,8 +137,8 @@ class Source(Protocol):
         """Return a text that changes when the content changes."""
         ...
 
-    def read(self) -> Table:
-        """Return the rows."""
+    def read(self, bad: BadRows | None = None) -> Table:
+        """Return the rows; records that cannot be read go to `bad`, or are an error where it is None."""
         ...
 
 
@@ -159,13 +155,13 @@ class Sources:
         """Return a SHA-256 over the fingerprints of the parts, in hexadecimal."""
         return hashlib.sha256("\0".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 
-    def read(self) -> Table:
+    def read(self, bad: BadRows | None = None) -> Table:
         """Return the rows of all parts.
 
         Raises:
             UserError: when a part cannot be read or holds no row, or two name their class numbers differently.
         """
-        return join((str(part), part.read()) for part in self.parts)
+        return join((str(part), part.read(bad)) for part in self.parts)
 
 
 def _candidates(name: str) -> list[Path]:
@@ -230,6 +226,8 @@ def locate(name: str, subset: str | None, split: str, documents: bool = False) -
         return HubSource(name, subset, split)
     if path.is_dir():
         return _folder_files(path, split, documents)
+    if not path.is_file():  # a pipe would wait for its writer
+        raise UserError(f"{path} is neither a file nor a folder; write what it gives into a file.")
     if suffix(path.name) not in READERS:
         raise UserError(f"Cannot read {path}: its ending should be one of {', '.join(READERS)}")
     return FileSource((path,), documents)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from glora_llm.data.columns import Row
+from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.formats import FORMATS, Example
 from glora_llm.data.sampler import permutation
 from glora_llm.data.sources import Role
+from glora_llm.data.table import Table
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
 
@@ -37,6 +38,7 @@ class Split(Generic[E]):
         empty: rows left out because what is to be learnt is blank.
         duplicates: training rows left out because a held-out row reads the same.
         also_in_train: held-out rows from a source of their own that read the same as a training row; kept.
+        bad: the records of the source that cannot be used; drawn splits have those of the training rows.
     """
 
     role: Role
@@ -45,29 +47,34 @@ class Split(Generic[E]):
     empty: int = 0
     duplicates: int = 0
     also_in_train: int = 0
+    bad: BadRows = field(default_factory=BadRows)
 
 
-def to_split(role: Role, rows: list[Row], settings: DataSection) -> Split[Example]:
-    """Return the rows as examples; rows whose answer is blank are left out and counted.
+def to_split(role: Role, table: Table, settings: DataSection, bad: BadRows | None = None) -> Split[Example]:
+    """Return the rows as examples; those whose answer is blank, and those that do not fit the format, are left out.
+
+    Args:
+        bad: the records that could not be read; those that do not fit are added.
 
     Raises:
-        UserError: for a row that does not fit the format, with its number; when every answer is blank.
+        UserError: when no example is left.
     """
     to_example = FORMATS.get(settings.format)
-    split: Split[Example] = Split(role, rows_read=len(rows))
-    for number, row in enumerate(rows, 1):
-        origin = f"{role} row {number}"
-        try:
+    bad = bad or BadRows()
+    bad.role, bad.records = role, len(table.rows) + bad.count
+    split: Split[Example] = Split(role, rows_read=bad.records, bad=bad)
+    for row, place in zip(table.rows, table.places, strict=True):
+        with bad.collecting(place):
             example = to_example(row, settings)
-        except UserError as error:
-            raise UserError(f"{origin}: {error}") from error
-        targets = example.targets()
-        if targets and not any(target.strip() for target in targets):
-            split.empty += 1
-        else:
-            split.examples.append(replace(example, origin=origin))
+            if any(target.strip() for target in example.targets()):
+                split.examples.append(replace(example, origin=place))
+            else:
+                split.empty += 1
     if not split.examples:
-        raise UserError(f"The answers of all {len(rows)} {role} rows are blank: there is nothing to learn or to score.")
+        require_usable([bad], settings)
+        raise UserError(
+            f"The answers of all {split.empty} {role} rows are blank: there is nothing to learn or to score."
+        )
     return split
 
 
@@ -106,7 +113,7 @@ def draw(pool: Split[E], count: int, role: Role, seed: int) -> tuple[Split[E], S
         raise UserError(f"data.{role}: every row left for training reads the same as one of the {count} held-out rows.")
     duplicates = len(pool.examples) - count - len(rest)
     left = replace(pool, examples=rest, rows_read=pool.rows_read - count, duplicates=pool.duplicates + duplicates)
-    return Split(role, held, rows_read=count), left
+    return Split(role, held, rows_read=count, bad=pool.bad), left
 
 
 def limit(split: Split[E], most: int | None, seed: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glora_llm.data.bad_rows import BadRows, RowError
 from glora_llm.data.formats import Example
 from glora_llm.data.render import Rendered, render
 from glora_llm.data.report import Report
@@ -89,34 +90,58 @@ def ends_of(tokenizer: "PreTrainedTokenizerBase", settings: DataSection) -> Ends
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", settings: DataSection, report: Report
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSection,
+    report: Report,
+    bad: BadRows | None = None,
 ) -> list[Sample]:
     """Return one sample for each example, whatever its length; tokens on a boundary are counted in `report`.
 
+    Args:
+        bad: takes in the examples that cannot be rendered, have no target, or whose last target is not an end token;
+            None: they are an error.
+
     Raises:
-        UserError: as `render` and `ends_of`; when a sample has no target, or its last target is not an end token.
+        UserError: as `render` and `ends_of`.
     """
     from tqdm import tqdm
 
     ends = ends_of(tokenizer, settings)
+    found = BadRows(report.role, len(examples)) if bad is None else bad
     samples = []
     with tqdm(total=len(examples), desc=f"tokenise {report.role}", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, len(examples), CHUNK):
             chunk = examples[first : first + CHUNK]
-            rendered = [render(example, tokenizer, settings) for example in chunk]
-            encoded: Any = tokenizer(
-                [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-            for n, example in enumerate(chunk):
-                spots = np.asarray(offsets[n], dtype=np.int64).reshape(-1, 2)
-                targets, straddling = mark(spots, rendered[n])
-                sample = close(np.asarray(ids[n], dtype=np.int32), targets, ends, rendered[n].add_end)
-                _check(sample, example, rendered[n], ends, tokenizer)
-                samples.append(sample)
-                report.boundary_tokens += straddling
+            rendered = []
+            for example in chunk:
+                with found.collecting(example.origin):
+                    rendered.append((example.origin, render(example, tokenizer, settings)))
+            for (origin, written), (ids, spots) in zip(rendered, _encoded(rendered, tokenizer), strict=True):
+                targets, straddling = mark(spots, written)
+                sample = close(ids, targets, ends, written.add_end)
+                with found.collecting(origin):
+                    _check(sample, written, ends, tokenizer)
+                    samples.append(sample)
+                    report.boundary_tokens += straddling
             bar.update(len(chunk))
+    if bad is None:
+        found.require_none()
     return samples
+
+
+def _encoded(
+    rendered: Sequence[tuple[str, Rendered]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[Tokens, Offsets]]:
+    """Return the token ids (T) and the characters (T, 2) of each text."""
+    if not rendered:
+        return []
+    texts = [written.text for _, written in rendered]
+    encoded: Any = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [
+        (np.asarray(ids, dtype=np.int32), np.asarray(spots, dtype=np.int64).reshape(-1, 2))
+        for ids, spots in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
 
 
 def mark(offsets: Offsets, rendered: Rendered) -> tuple[Mask, int]:
@@ -146,21 +171,21 @@ def close(tokens: Tokens, targets: Mask, ends: Ends, add_end: bool) -> Sample:
     return Sample(tokens, targets)
 
 
-def _check(
-    sample: Sample, example: Example, rendered: Rendered, ends: Ends, tokenizer: "PreTrainedTokenizerBase"
-) -> None:
+def _check(sample: Sample, rendered: Rendered, ends: Ends, tokenizer: "PreTrainedTokenizerBase") -> None:
     places = np.flatnonzero(sample.targets)
     if not len(places):
-        raise UserError(
-            f"{example.origin} has no token to learn: {rendered.text[:300]!r}. A conversation needs a turn of the "
-            "assistant, a text at least two tokens."
+        raise RowError(
+            "no token to learn",
+            f"there is no token to learn: {rendered.text[:300]!r}. A conversation needs a turn of the assistant, a "
+            "text at least two tokens.",
         )
     last = int(sample.tokens[places[-1]])
     if last not in ends.closing:
-        raise UserError(
-            f"{example.origin}: the answer ends with {tokenizer.convert_ids_to_tokens(last)!r} instead of an end token "
+        raise RowError(
+            "no end token after the answer",
+            f"the answer ends with {tokenizer.convert_ids_to_tokens(last)!r} instead of an end token "
             f"({tokenizer.convert_ids_to_tokens(sorted(ends.closing)[:8])}), so the model would never learn to stop: "
-            f"{rendered.text[-200:]!r}. Let the chat template end a turn with one, or set data.chat_template=none."
+            f"{rendered.text[-200:]!r}. Let the chat template end a turn with one, or set data.chat_template=none.",
         )
 
 

@@ -36,6 +36,10 @@ class DataSection(Section):
     max_tokens: Annotated[int, Field(ge=0)] = key(0, "longest sequence, 2 or more; 0 for images alone", "tokens")
     overlong: Literal["error", "drop", "truncate", "split"] = key("error", "what happens to longer samples")
     packing: bool = key(False, "several samples in one row, without attention between them")
+    bad_rows: Literal["error", "skip"] = key(
+        "error", "records that cannot be used: error lists the first ten; skip leaves them out and counts them"
+    )
+    max_bad_rows: Share = key(0.01, "bad_rows: skip stops when more than this share of a source is bad", "share")
     images: ImagesSection | None = key(None, "format images: size and augmentation; none: all defaults")
 
     @model_validator(mode="after")

@@ -225,9 +225,12 @@ def test_a_long_text_file_is_split_into_pieces(plain: Any, tmp_path: Path, setti
         ({"max_tokens": 4}, "44 of 44 train samples are longer than data.max_tokens=4"),
         ({"source": "./missing.jsonl"}, "There is no file"),
         ({"validation": "validation"}, "no file, and no split either"),
-        ({"columns": {"label": "labl"}}, r"train row 1: There is no column 'labl'.*Did you mean 'label'"),
+        (
+            {"columns": {"label": "labl"}},
+            r"the column 'labl' for 'label', and no training row has it.*Did you mean 'label'",
+        ),
         ({"labels": ["lost card"]}, "'card_arrival' is not among the labels"),
-        ({"format": "chat"}, "train row 1: There is no column 'messages'; the columns are: text, label"),
+        ({"format": "chat"}, r"a\.jsonl, line 1: There is no column 'messages'; the columns are: text, label"),
     ],
 )
 def test_wrong_settings(keys: dict[str, Any], told: str, chosen: Any, plain: Any, tmp_path: Path) -> None:

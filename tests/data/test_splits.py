@@ -6,6 +6,7 @@ import pytest
 
 from glora_llm.data.sources import Role
 from glora_llm.data.splits import Split, make_splits, to_split
+from glora_llm.data.table import Table
 from glora_llm.errors import UserError
 from tests.data.conftest import Settings
 
@@ -16,11 +17,15 @@ def texts(split: Split) -> list[str]:
     return [example.text() for example in split.examples]
 
 
+def table(rows: list[dict[str, Any]]) -> Table:
+    return Table(rows, places=[f"a.jsonl, line {n}" for n in range(1, len(rows) + 1)])
+
+
 def splits_of(settings: Any, seed: int = 0, **rows: list[dict[str, Any]]) -> dict[str, Split]:
     tables = {"train": POOL, **rows}
 
     def read(role: Role) -> Split:
-        return to_split(role, tables[role], settings)
+        return to_split(role, table(tables[role]), settings)
 
     return {split.role: split for split in make_splits(settings, seed, read)}
 
@@ -75,12 +80,14 @@ def test_nothing_but_duplicates(settings: Settings) -> None:
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(settings: Settings) -> None:
-    split = to_split("train", [{"text": "a"}, {"text": " \n"}, {"text": None}], settings())
+    split = to_split("train", table([{"text": "a"}, {"text": " \n"}, {"text": None}]), settings())
     assert (texts(split), split.rows_read, split.empty) == (["a"], 3, 2)
     with pytest.raises(UserError, match="answers of all 2 test rows are blank"):
-        to_split("test", [{"text": ""}, {"text": " "}], settings())
+        to_split("test", table([{"text": ""}, {"text": " "}]), settings())
 
 
-def test_a_wrong_row_is_named_by_its_number(settings: Settings) -> None:
-    with pytest.raises(UserError, match="train row 2: There is no column 'text'"):
-        to_split("train", [{"text": "a"}, {"body": "b"}], settings())
+def test_a_wrong_row_is_named_by_its_place(settings: Settings) -> None:
+    split = to_split("train", table([{"text": "a"}, {"body": "b"}]), settings())
+    assert (texts(split), split.rows_read, split.bad.count) == (["a"], 2, 1)
+    with pytest.raises(UserError, match=r"1 of 1 test records cannot be used:\n  a\.jsonl, line 1: There is no column"):
+        to_split("test", table([{"body": "b"}]), settings())

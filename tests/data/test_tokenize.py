@@ -169,7 +169,7 @@ def test_templates_that_cannot_be_used(template: str, told: str, plain: Any, set
 
 
 def test_samples_without_a_target(chatml: Any, settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"no token to learn: .*hello there"):
+    with pytest.raises(UserError, match=r"No turn of the assistant .*hello there"):
         sample_of({"messages": CHAT["messages"][:1]}, chatml, settings(format="chat"))
     with pytest.raises(UserError, match="begins with the assistant"):
         sample_of({"messages": CHAT["messages"][1:]}, chatml, settings(format="chat"))
