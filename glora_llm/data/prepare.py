@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.cache import cached, key_of
 from glora_llm.data.columns import Row
 from glora_llm.data.formats import Example, check_settings, readable
 from glora_llm.data.pack import pack
+from glora_llm.data.preview import preview
 from glora_llm.data.report import Report
 from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, to_split
@@ -37,7 +36,7 @@ class Prepared:
 
     Attributes:
         reports: by role: what was read, kept, dropped, and so on.
-        previews: three training samples as text, with the targets between « and ».
+        previews: three training samples as text, shortened, with the targets between « and ».
         label_sequences: classification: the token sequences of all label words, each with its end token; else none.
         folder: where the arrays lie.
     """
@@ -235,19 +234,3 @@ def _report(split: Split[Example]) -> Report:
         duplicates_removed=split.duplicates,
         also_in_train=split.also_in_train,
     )
-
-
-def preview(sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a sample as text, decoded from its tokens, with every run of targets between « and »."""
-    edges = (np.flatnonzero(np.diff(sample.targets)) + 1).tolist()
-    pieces = []
-    written = ""
-    for start, stop in zip([0, *edges], [*edges, len(sample.tokens)], strict=True):
-        text = _decode(sample.tokens[:stop].tolist(), tokenizer)
-        piece, written = text[len(written) :], text
-        pieces.append(f"«{piece}»" if sample.targets[start] else piece)
-    return "".join(pieces)
-
-
-def _decode(tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

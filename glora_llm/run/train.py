@@ -54,6 +54,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     overview = describe(plan)  # the last of the checks, before any weight is loaded
     if dry_run or choose_device().type == "cuda":
         overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, ranks.planned_world_size())}"
+    if dry_run:
+        overview += "".join(f"\nsample {number}   {text}" for number, text in enumerate(plan.task.previews, 1))
     if dry_run or ranks.planned_process_rank() == 0:
         print(overview, flush=True)
     if dry_run:

@@ -62,7 +62,7 @@ def test_what_a_run_reads(chosen: Any, llama: Any, tmp_path: Path) -> None:
             assert tokens[0] == llama.bos_token_id and tokens.count(llama.bos_token_id) == 1
             word = [token for token, is_target in zip(tokens, targets, strict=True) if is_target]
             assert word in data.label_sequences and word[-1] == llama.eos_token_id
-    assert len(data.previews) == 3 and all("\nLabel:«" in p and p.endswith("</s>»") for p in data.previews)
+    assert len(data.previews) == 3 and all("\\nLabel:«" in p and p.endswith("</s>»") for p in data.previews)
     json.dumps(data.reports["train"].describe())
 
 
@@ -189,7 +189,7 @@ def test_embedded_data_end_to_end(llama: Any, tmp_path: Path, settings: Settings
     data = prepare(chosen, llama, tmp_path, seed=0)
     assert data.validation is not None and data.test is not None
     assert (len(data.train), len(data.validation), len(data.test)) == (150, 50, 40)
-    assert "\nIntent:«" in data.previews[0]
+    assert "\\nIntent:«" in data.previews[0]
     sampler = GlobalSampler(len(data.train), 8, seed=0)
     batch = collate([data.train.row(i) for i in sampler.process_rows(0, 0, 2, 2)[1]], pad_id=llama.eos_token_id)
     assert batch["input_ids"].shape[0] == 2 and len(batch["targets"]) > 0
