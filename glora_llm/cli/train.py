@@ -39,6 +39,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Run `glora-llm train`."""
     checked = recipe.load(arguments.recipe, arguments.overrides)  # before the slow imports: a typo answers at once
+    from glora_llm.data.first_look import first_look
+
+    first_look(checked.data)
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()

@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections.abc import Sequence
 from typing import Any
 
 from glora_llm.data.bad_rows import RowError
@@ -73,6 +74,21 @@ def whole(content: str) -> str:
             f"{content[max(0, error.start - 30) : error.start + 10]!a}",
         ) from error
     return content
+
+
+def check_columns(rows: Sequence[Row], settings: DataSection) -> None:
+    """Check that every column that data.columns names is there in some row: `input` of alpaca may be left out.
+
+    Raises:
+        UserError: naming the role, the column and the columns that there are.
+    """
+    for role, column in (settings.columns or {}).items():
+        if rows and not any(column in row for row in rows):
+            there = list(dict.fromkeys(str(name) for row in rows[:1000] for name in row))
+            raise UserError(
+                f"data.columns names the column '{column}' for '{role}', and no training row has it; the columns are: "
+                f"{', '.join(there)}.{nearest(column, there)}"
+            )
 
 
 def template_fields(template: str) -> list[str]:

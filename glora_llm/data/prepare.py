@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.cache import cached, key_of
-from glora_llm.data.columns import Row
+from glora_llm.data.columns import check_columns
 from glora_llm.data.formats import Example, check_settings, readable
 from glora_llm.data.pack import pack
 from glora_llm.data.preview import preview
@@ -19,7 +19,7 @@ from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
-from glora_llm.errors import UserError, nearest
+from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
 
 if TYPE_CHECKING:
@@ -180,23 +180,12 @@ def _read(settings: DataSection, sources: dict[Role, Sources]) -> dict[Role, Spl
     """Return the examples of every role that has a source of its own, with their bad records."""
     bad = {role: BadRows() for role in sources}
     tables = {role: source.read(bad[role]) for role, source in sources.items()}
-    _check_columns(tables["train"].rows, settings)
+    check_columns(tables["train"].rows, settings)
     if settings.format == "classification" and settings.labels is None:
         column = (settings.columns or {}).get("label", "label")
         names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
         settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
     return {role: to_split(role, table, settings, bad[role]) for role, table in tables.items()}
-
-
-def _check_columns(rows: list[Row], settings: DataSection) -> None:
-    """Check that every column that data.columns names is there in some row: `input` of alpaca may be left out."""
-    for role, column in (settings.columns or {}).items():
-        if rows and not any(column in row for row in rows):
-            there = list(dict.fromkeys(str(name) for row in rows[:1000] for name in row))
-            raise UserError(
-                f"data.columns names the column '{column}' for '{role}', and no training row has it; the columns are: "
-                f"{', '.join(there)}.{nearest(column, there)}"
-            )
 
 
 def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], Iterator[str]]]:

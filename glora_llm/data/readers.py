@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources.abc import Traversable
+from itertools import islice
 from typing import IO, Any
 
 from glora_llm.data.bad_rows import BadRows, RowError
@@ -23,23 +24,33 @@ DISGUISED = {
 }
 
 
-def _numbered(rows: list[Row], name: str) -> list[str]:
+def numbered(rows: list[Row], name: str) -> list[str]:
+    """Return the places of rows of a file without lines."""
     return [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
 
 
-def _read_separated(stream: IO[bytes], name: str, separator: str, bad: BadRows) -> Table:
+def read_separated(stream: IO[bytes], name: str, separator: str, bad: BadRows, most: int | None = None) -> Table:
+    """Read values between separators, with a header; every value is text.
+
+    Args:
+        most: read at most so many records; None: all.
+
+    Raises:
+        UserError: for bad quotes and for a header that names a column twice, with the line.
+    """
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     before = csv.field_size_limit(2**31 - 1)  # a long text is no error
     try:
-        return _separated(csv.reader(lines, delimiter=separator, strict=True), name, separator, bad)
+        records = islice(_records(csv.reader(lines, delimiter=separator, strict=True), name), most and most + 1)
+        return _separated(records, name, separator, bad)
     finally:
         csv.field_size_limit(before)
 
 
-def _separated(reader: Any, name: str, separator: str, bad: BadRows) -> Table:
+def _separated(records: Iterable[tuple[int, list[str]]], name: str, separator: str, bad: BadRows) -> Table:
     table = Table([])
     header: list[str] = []
-    for line, fields in _records(reader, name):
+    for line, fields in records:
         if not header:
             header = fields
             twice = next((column for column in header if header.count(column) > 1), None)
@@ -76,21 +87,13 @@ def _records(reader: Any, name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_csv(stream: IO[bytes], name: str, bad: BadRows) -> Table:
-    """Read comma-separated values with a header; every value is text.
-
-    Raises:
-        UserError: for bad quotes and for a header that names a column twice, with the line.
-    """
-    return _read_separated(stream, name, ",", bad)
+    """Read comma-separated values, as `read_separated`."""
+    return read_separated(stream, name, ",", bad)
 
 
 def read_tsv(stream: IO[bytes], name: str, bad: BadRows) -> Table:
-    """Read tab-separated values with a header; every value is text.
-
-    Raises:
-        UserError: as `read_csv`.
-    """
-    return _read_separated(stream, name, "\t", bad)
+    """Read tab-separated values, as `read_separated`."""
+    return read_separated(stream, name, "\t", bad)
 
 
 def read_parquet(stream: IO[bytes], name: str, bad: BadRows) -> Table:
@@ -108,7 +111,7 @@ def read_parquet(stream: IO[bytes], name: str, bad: BadRows) -> Table:
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable parquet file: {error}; download or write it again") from error
-    return Table(rows, class_names(table.schema.metadata), _numbered(rows, name))
+    return Table(rows, class_names(table.schema.metadata), numbered(rows, name))
 
 
 def class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from glora_llm.data.bad_rows import BadRows
-from glora_llm.data.readers import READERS, read_file, suffix
+from glora_llm.data.readers import READERS, numbered, read_file, suffix
 from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
@@ -127,7 +127,7 @@ class HubSource:
         for column in [c for c, f in dataset.features.items() if isinstance(f, datasets.Image)]:
             dataset = dataset.cast_column(column, datasets.Image(decode=False))  # bytes or a path, as in a parquet file
         rows = dataset.to_list()
-        return Table(rows, names, [f"{self.name}, row {number}" for number in range(1, len(rows) + 1)])
+        return Table(rows, names, numbered(rows, self.name))
 
 
 class Source(Protocol):
@@ -176,7 +176,9 @@ def find_path(name: str) -> Path | None:
 
 
 def _looks_like_file(name: str) -> bool:
-    return suffix(name) in READERS or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if suffix(name) in READERS or name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        return True
+    return suffix(name)[1:].isalpha() and Path(name).parent.is_dir()  # table.xlsx is nobody's data set on the hub
 
 
 def _folder_files(folder: Path, split: str, documents: bool) -> FileSource:
