@@ -13,7 +13,8 @@ examples:
   glora-llm evaluate runs/quickstart                                 the test records
   glora-llm evaluate runs/quickstart --split validation
   glora-llm evaluate runs/quickstart --step 200                      a kept checkpoint instead of the end
-  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same records"""
+  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same records
+  glora-llm evaluate runs/quickstart data.test=other.jsonl           other records, or where the run's own are now"""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -28,16 +29,18 @@ def add_command(commands: Any, style: Any) -> None:
         "--step", metavar="N", type=int, help="score the checkpoint of this step (default: the end of the run)"
     )
     command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
+    command.add_argument("overrides", metavar="data.KEY=VALUE", nargs="*", help="where the records are now")
     command.set_defaults(command=evaluate)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Run `glora-llm evaluate`."""
-    RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    folder = RunFolder(arguments.run, tuple(arguments.overrides))
+    folder.recipe()  # is it a run? Before the slow imports
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()
     from glora_llm.evaluation.scoring import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.merged, arguments.genome, arguments.step)
+    evaluate_run(folder, arguments.split, arguments.merged, arguments.genome, arguments.step)
     return 0

@@ -15,7 +15,8 @@ examples:
   glora-llm merge runs/llama2_glora --out merged --quantize nf4      4-bit again; reports what that costs
   glora-llm merge runs/llama2_glora --out merged --step 400          a kept checkpoint instead of the last
 
-A merge that changes the answers by more than the recipe's merge.* bounds ends with exit code 1."""
+The two are compared on the sample that the run kept, else on text that ships; the run's data need not be here. A result
+that changes the answers by more than the recipe's merge.* bounds ends with exit code 1."""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -30,6 +31,9 @@ def add_command(commands: Any, style: Any) -> None:
     parser.add_argument("--quantize", choices=("none", "nf4"), help="quantise the result (default: the recipe's)")
     parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
+    parser.add_argument(
+        "--no-compare", dest="compare", action="store_false", help="write the result without comparing it"
+    )
     parser.set_defaults(command=merge)
 
 
@@ -42,5 +46,5 @@ def merge(arguments: argparse.Namespace) -> int:
     from glora_llm.merge.command import merge_run
 
     a = arguments
-    merge_run(a.run, a.out, a.dtype, a.to, a.quantize, a.step, a.genome)
+    merge_run(a.run, a.out, a.dtype, a.to, a.quantize, a.step, a.genome, a.compare)
     return 0

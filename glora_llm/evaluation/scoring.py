@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
+from glora_llm.plan.elsewhere import recipe_for_scores
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -158,28 +159,28 @@ def passes_of(plan: Plan, model: Any) -> Passes:
 
 
 def evaluate_run(
-    run: Path, split: str, merged: Path | None, genome: Path | None = None, step: int | None = None
+    folder: RunFolder, split: str, merged: Path | None, genome: Path | None = None, step: int | None = None
 ) -> None:
     """Score what a run trained, or its merged model, on one split, and print the scores.
 
     Args:
+        folder: of the run; its overrides may say where the data are.
         merged: score the model of this folder instead.
         genome: of a supernet; None: RUN/genome.json.
         step: score this kept checkpoint; None: the end of the run.
 
     Raises:
-        UserError: when the folder is no run, what it trained is gone or damaged, or the recipe has no such rows.
+        UserError: when the folder is no run, what it trained is gone or damaged, or there are no such rows.
     """
-    folder = RunFolder(run)
     if merged:
         if step is not None:
-            raise UserError(f"--merged scores {merged}, and --step a checkpoint of {run}: give one of them.")
-        plan = make_plan(folder.recipe())
+            raise UserError(f"--merged scores {merged}, and --step a checkpoint of {folder.path}: give one of them.")
+        plan = make_plan(recipe_for_scores(folder, folder.recipe(), split))
         print_scores(score_model(plan, load_merged(merged), split))
         return
     weights, checkpoint = trained_weights(folder, step)
     recipe, adapter = deployed(folder, weights, genome)
-    plan = make_plan(recipe)
+    plan = make_plan(recipe_for_scores(folder, recipe, split))
     whole = whole_model(plan, folder.model, checkpoint) if recipe.adapter.is_full else nullcontext(adapter)
     with whole as trained:
         print_scores(score_model(plan, load_adapted(plan, trained), split))

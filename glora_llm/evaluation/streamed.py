@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from glora_llm.evaluation.progress import Progress
 from glora_llm.models.families import auto_class, layers
 from glora_llm.models.folder import share
 from glora_llm.models.load import linear_names
@@ -112,7 +112,7 @@ class WeightStream:
                 if parameter in hollow.names:
                     self.owners.setdefault(parameter, []).append((module, key))
         self.parts = list(dict.fromkeys(self._find_parts(hollow.model, set(layers(hollow.model)))))
-        self.bar = tqdm(total=len(self.parts), desc=title, unit="part", disable=None if title else True, leave=False)
+        self.progress = Progress(len(self.parts), title, "part")
         for part in self.parts:
             matrices, linears_here = self._matrices(part), self._quantised(part)
             part.register_forward_pre_hook(partial(self._load, matrices, linears_here))
@@ -153,9 +153,7 @@ class WeightStream:
         return nn.Parameter(value.to(placeholder.device, placeholder.dtype), requires_grad=False)
 
     def _load(self, matrices: list[nn.Parameter], linears: list[tuple[nn.Module, str, Any]], *_: Any) -> None:
-        if self.bar.n == self.bar.total:  # another forward pass
-            self.bar.reset()
-        self.bar.update()
+        self.progress.update()
         for placeholder in matrices:
             value = self._read(placeholder)
             for owner, key in self.owners[placeholder]:

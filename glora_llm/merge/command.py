@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,35 @@ from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
+from glora_llm.merge.sample import comparison_batches
 from glora_llm.merge.verify import (
     Answers,
     adapted_model,
+    advice,
     answers,
     compare,
-    comparison_batches,
     merged_model,
     require_within,
 )
 from glora_llm.merge.whole_model import write_dense
 from glora_llm.models.load import load_base
+from glora_llm.plan.elsewhere import recipe_for_merge, recipe_for_scores
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import trained_weights
+from glora_llm.schema import Recipe
 
 REPORT = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a result is compared with: batches, what they are in words, and the unmerged model's answers to them."""
+
+    batches: list[Any]
+    text: str
+    answers: Answers
 
 
 def merge_run(
@@ -45,8 +58,11 @@ def merge_run(
     quantize: str | None = None,
     step: int | None = None,
     genome: Path | None = None,
+    compared: bool = True,
 ) -> None:
     """Merge or export what a run trained, verify it against the unmerged model, and write merge_report.json.
+
+    The data of the run need not be here, but those of images.
 
     Args:
         run: the run folder.
@@ -56,6 +72,7 @@ def merge_run(
         quantize: `nf4` quantises the merged model again; None: the recipe's merge.quantize.
         step: a kept checkpoint; None: the end of the run.
         genome: of a supernet; None: RUN/genome.json.
+        compared: False: the result is not compared with the unmerged model, and the report says so.
 
     Raises:
         UserError: when something does not fit; nothing is written then.
@@ -63,17 +80,18 @@ def merge_run(
     """
     folder = RunFolder(run)
     weights, checkpoint = trained_weights(folder, step)
-    is_full = folder.recipe().adapter.is_full
     recipe, adapter = deployed(folder, weights, genome)
+    is_full = recipe.adapter.is_full
     if is_full and to == "lora":
         raise UserError(f"--to lora exports GLoRA adapters, and {run} trained a whole model. Use --to model.")
-    plan = make_plan(recipe)
+    plan = make_plan(recipe_for_merge(folder, recipe))
     base_dtype = require_same_base(folder, plan)
-    quantize = quantize or plan.recipe.merge.quantize
+    quantize = quantize or recipe.merge.quantize
     if to == "lora" and (dtype or quantize == "nf4"):
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
     require_new(out)
-    wanted = dtype or plan.recipe.merge.dtype
+    wanted = "float32" if to == "lora" else dtype or recipe.merge.dtype
+    print(f"{'exporting' if to == 'lora' else 'merging'} {run} into {out}", flush=True)
     with exact_float32(), whole_model(plan, folder.model, checkpoint) if is_full else nullcontext(adapter) as trained:
         with published(out) as working:
             if is_full:
@@ -82,38 +100,56 @@ def merge_run(
                 write_lora(plan, trained, working, base_dtype)
             else:
                 write_merged(plan, trained, working, base_dtype, wanted)
-            values = _verify(plan, trained, working, base_dtype, to, quantize)
-        _print(values, out, plan.task.scored)
-    usual = (
-        genome is None
-        and to == "model"
-        and step is None
-        and quantize == "none"
-        and out.resolve() == (run / "merged").resolve()
-    )
-    if usual and plan.task.test is not None:
-        folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
+            reference = _reference(plan, folder, trained, base_dtype) if compared else None
+            values = _verify(plan, reference, working, base_dtype, wanted, to)
+        _print(out, "the result", values, plan.task.scored)
+        if quantize == "nf4":
+            _requantise(plan, out, reference, values)
+    usual = genome is None and to == "model" and step is None and quantize == "none"
+    if usual and out.resolve() == (run / "merged").resolve():
+        _score_merged(folder, recipe, out)
 
 
-def _verify(plan: Plan, trained: Path, out: Path, base_dtype: torch.dtype, to: str, quantize: str) -> dict[str, Any]:
+def _reference(plan: Plan, folder: RunFolder, trained: Path, base_dtype: torch.dtype) -> Reference:
+    batches, text = comparison_batches(plan, folder)
+    load = partial(adapted_model, plan, trained, base_dtype, "unmerged")
+    return Reference(batches, text, answers(load, plan.task, batches))
+
+
+def _verify(
+    plan: Plan, reference: Reference | None, out: Path, base_dtype: torch.dtype, dtype: str, to: str
+) -> dict[str, Any]:
     """Compare what was written with the unmerged model, write merge_report.json, and check the recipe's bounds.
 
     Raises:
         CheckFailed: outside of the bounds.
     """
-    batches, text = comparison_batches(plan)
-    before = answers(partial(adapted_model, plan, trained, base_dtype, "unmerged"), plan.task, batches)
-    if to == "lora":
-        after = answers(partial(adapted_model, plan, out, base_dtype, "exported"), plan.task, batches)
-    else:
-        after = answers(partial(merged_model, out), plan.task, batches)
-    report = compare(before, after, text)
-    values = report.as_dict()
-    if to == "model" and quantize == "nf4":
-        values["requantised"] = _requantise(plan, out, batches, before)
+    if reference is None:
+        values: dict[str, Any] = {"compared": False}
+        _write_report(out, values)
+        return values
+    exported = partial(adapted_model, plan, out, base_dtype, "exported")
+    load = exported if to == "lora" else partial(merged_model, out)
+    report = compare(reference.answers, answers(load, plan.task, reference.batches), reference.text)
+    _write_report(out, report.as_dict())
+    require_within(report, plan.recipe.merge, advice(dtype, base_dtype))
+    return report.as_dict()
+
+
+def _write_report(out: Path, values: dict[str, Any]) -> None:
     (out / REPORT).write_text(json.dumps(values, indent=1) + "\n")
-    require_within(report, plan.recipe.merge)
-    return values
+
+
+def _score_merged(folder: RunFolder, recipe: Recipe, out: Path) -> None:
+    """Add the scores of RUN/merged on the test rows to summary.json, where there are such rows and they are here."""
+    if recipe.data.test is None:
+        return
+    try:
+        plan = make_plan(recipe_for_scores(folder, recipe, "test"))
+    except UserError as error:
+        print(f"The test rows were not scored. {error}")
+        return
+    folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
 
 
 @contextlib.contextmanager
@@ -160,30 +196,58 @@ def exact_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _requantise(plan: Plan, out: Path, batches: list[Any], before: Answers) -> dict[str, Any]:
-    """Replace the merged folder by its nf4 twin; return what that costs against the unmerged model."""
+def _requantise(plan: Plan, out: Path, reference: Reference | None, values: dict[str, Any]) -> None:
+    """Replace the merged folder by its nf4 twin, with what that costs against the unmerged model in its report.
+
+    Args:
+        values: of the dense model's report.
+
+    Raises:
+        CheckFailed: when the twin agrees too seldom, or there is no memory for it; the dense folder stays then.
+    """
+    print("quantising the merged model to nf4", flush=True)
+    stays = f"The dense merged model is in {out}, and no nf4 model was written."
+    try:
+        with whole_folder(out) as quantised:
+            load = partial(_quantised_twin, plan, out, quantised)
+            if reference is None:
+                load()
+            else:
+                found = answers(load, plan.task, reference.batches)
+                cost = compare(reference.answers, found, "the same")
+                values = values | {"requantised": cost.as_dict()}
+                _print(out, "nf4", cost.as_dict(), plan.task.scored)
+                bound = plan.recipe.merge.min_nf4_top1_agreement
+                if not cost.top1_agreement >= bound:
+                    _write_report(out, values)
+                    raise CheckFailed(
+                        f"nf4 changes too many answers: top-1 agreement {cost.top1_agreement:.4f} is below "
+                        f"merge.min_nf4_top1_agreement {bound}. {stays}"
+                    )
+            plan.task.save_preprocessing(quantised)
+            _write_report(quantised, values)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CheckFailed(f"There was not enough memory to quantise the merged model: {error} {stays}") from error
+
+
+def _quantised_twin(plan: Plan, dense: Path, out: Path) -> Any:
+    """Return the nf4 twin of a dense model folder, after writing it into another."""
     section = plan.recipe.model.model_copy(update={"quantization": "nf4"})
-    with whole_folder(out) as quantised:
-
-        def load() -> Any:
-            where = choose_device()
-            where = where if fits(weight_bytes(section, out, where), where) else torch.device("cpu")
-            model = load_base(section, out, where)
-            model.config.use_cache = True
-            model.save_pretrained(quantised)
-            return model.eval()
-
-        cost = compare(before, answers(load, plan.task, batches), "the same").as_dict()
-        plan.task.save_preprocessing(quantised)
-    return cost
+    where = choose_device()
+    where = where if fits(weight_bytes(section, dense, where), where) else torch.device("cpu")
+    model = load_base(section, dense, where)
+    model.config.use_cache = True
+    model.save_pretrained(out)
+    return model.eval()
 
 
-def _print(values: dict[str, Any], out: Path, scored: str) -> None:
-    print(f"{out}: compared with the unmerged model on {values['tokens']} {scored} of {values['text']}")
-    for title, part in (("merged", values), ("nf4 again", values.get("requantised"))):
-        if part:
-            print(
-                f"  {title:10s} max_abs_logit_diff {part['max_abs_logit_diff']:.2e}  "
-                f"top1_agreement {part['top1_agreement']:.4f}  "
-                f"loss_before {part['loss_before']:.4f}  loss_after {part['loss_after']:.4f}"
-            )
+def _print(out: Path, title: str, values: dict[str, Any], scored: str) -> None:
+    if values.get("compared") is False:
+        print(f"{out}: written, and not compared with the unmerged model (--no-compare)")
+        return
+    print(
+        f"{out}: {title} against the unmerged model, on {values['tokens']} {scored} of {values['text']}\n"
+        f"  max_abs_logit_diff {values['max_abs_logit_diff']:.2e}  top1_agreement {values['top1_agreement']:.4f}  "
+        f"loss_before {values['loss_before']:.4f}  loss_after {values['loss_after']:.4f}",
+        flush=True,
+    )

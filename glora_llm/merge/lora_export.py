@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
+from glora_llm.evaluation.progress import progress
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.path import PEFT_ROOT, LayerPath
@@ -37,7 +37,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
     _require_lora_form(layers.layers)
     stored, tensors, ranks = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype), {}, {}
     with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
-    for name, layer in tqdm(layers.layers.items(), desc="export", disable=None, unit="layer"):
+    for name, layer in progress(list(layers.layers.items()), "export", "layer"):
         w0 = layers.trained_weight(name, stored, base_dtype).cpu()
         b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
         up, down, bias = as_lora(w0, b0, layer.slots("default"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glora_llm.errors import UserError
+from glora_llm.evaluation.progress import progress
 from glora_llm.merge.folder_writer import FolderWriter, folder_writer
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
@@ -39,7 +39,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     size = stored.numbers() * getattr(torch, dtype).itemsize
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
-        for name in tqdm(stored.names(), desc="merge", disable=None, unit="tensor"):
+        for name in progress(list(stored.names()), "merge", "tensor"):
             for written, value in _merged(name, stored, layers, base_dtype):
                 writer.add(written, value)
                 if written.endswith(".bias"):

@@ -50,13 +50,6 @@ class MergeReport:
         return asdict(self)
 
 
-def comparison_batches(plan: Plan) -> tuple[list[Batch], str]:
-    """Return batches of held-out rows (of training rows where none are held out), and what they are in words."""
-    rows = plan.task.validation or plan.task.test or plan.task.train
-    batches, count = plan.task.comparison(rows, plan.choice(rows, None))
-    return batches, f"{count} {rows.name} rows"
-
-
 def adapted_model(plan: Plan, adapter: Path, dtype: torch.dtype, title: str) -> Any:
     """Return the unmerged model, in memory layer by layer where its files allow that.
 
@@ -94,8 +87,26 @@ def compare(before: Answers, after: Answers, text: str) -> MergeReport:
     )
 
 
-def require_within(report: MergeReport, bounds: MergeSection) -> None:
+def advice(dtype: str, base_dtype: torch.dtype) -> str:
+    """Return what to do about a result outside its bounds.
+
+    Args:
+        dtype: of the written weights.
+        base_dtype: what the unmerged model computes in.
+    """
+    if dtype != "float32":
+        return "Try --dtype float32."
+    if base_dtype != torch.float32:
+        short = str(base_dtype).removeprefix("torch.")
+        return f"The result is in float32; the unmerged model computes in {short}, and its rounding may be the cause."
+    return "Both are computed in float32, so rounding is not the cause: the result is wrong."
+
+
+def require_within(report: MergeReport, bounds: MergeSection, remedy: str) -> None:
     """Check a report against the recipe's bounds.
+
+    Args:
+        remedy: what to do, at the end of the message.
 
     Raises:
         CheckFailed: naming the value and its bound.
@@ -104,10 +115,9 @@ def require_within(report: MergeReport, bounds: MergeSection) -> None:
     if not report.top1_agreement >= bounds.min_top1_agreement:
         raise CheckFailed(
             f"top-1 agreement {report.top1_agreement:.4f} is below merge.min_top1_agreement "
-            f"{bounds.min_top1_agreement}. Try --dtype float32."
+            f"{bounds.min_top1_agreement}. {remedy}"
         )
     if not change <= bounds.max_loss_change:
         raise CheckFailed(
-            f"the loss changed by {change:.4f}, more than merge.max_loss_change {bounds.max_loss_change}. "
-            "Try --dtype float32."
+            f"the loss changed by {change:.4f}, more than merge.max_loss_change {bounds.max_loss_change}. {remedy}"
         )

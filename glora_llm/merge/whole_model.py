@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
+from glora_llm.evaluation.progress import progress
 from glora_llm.merge.folder_writer import folder_writer
 from glora_llm.models.folder import read_sharing, write_trained
 from glora_llm.models.load import meta_model
@@ -39,7 +39,7 @@ def write_dense(plan: Plan, model: Path, out: Path, dtype: str) -> None:
         )
     size = stored.numbers() * getattr(torch, dtype).itemsize
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
-        for name in tqdm(names, desc="merge", disable=None, unit="tensor"):
+        for name in progress(names, "merge", "tensor"):
             writer.add(name, stored.get(name).float())
         config = copy.deepcopy(empty.config)
         config.dtype, config.use_cache = getattr(torch, dtype), True

@@ -107,12 +107,16 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:
     """Return the dtype that the base was trained in, after checking that this is that base.
 
+    A model that was trained as a whole may stand for its own base.
+
     Raises:
         UserError: when the base is another one, or the run never started.
     """
     trained = folder.base()
     if not trained:
         raise UserError(f"{folder.path} has no base.json: its training never started.")
-    folder.require_same_base({"name": plan.base.name, "fingerprint": plan.base.fingerprint, "dtype": trained["dtype"]})
+    if plan.base.folder.resolve() != folder.model.resolve():
+        base = {"name": plan.base.name, "fingerprint": plan.base.fingerprint, "dtype": trained["dtype"]}
+        folder.require_same_base(base)
     dtype: torch.dtype = getattr(torch, trained["dtype"])
     return dtype

@@ -19,11 +19,21 @@ FREE_KEYS = {
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 
 
+# Where rows are read from; what is done with a finished run may read other ones.
+DATA_KEYS = {f"data.{key}" for key in ("source", "subset", "split", "validation", "test", "max_test_rows", "columns")}
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run.
+
+    Args:
+        path: the folder.
+        overrides: changes to its recipe, `data.KEY=VALUE`, for one command.
+    """
 
     path: Path
+    overrides: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -58,14 +68,17 @@ class RunFolder:
         """Return the run's recipe.
 
         Raises:
-            UserError: when this is no run folder.
+            UserError: when this is no run folder, or an override is of another key than those of `DATA_KEYS`.
         """
         file = self.path / "recipe.yaml"
         if not file.is_file():
             raise UserError(
                 f"{self.path} is no run folder: it has no recipe.yaml. Give the output.dir of a training run."
             )
-        recipe = recipes.load(str(file))
+        foreign = [text for text in self.overrides if text.partition("=")[0] not in DATA_KEYS]
+        if foreign:
+            raise UserError(f"'{foreign[0]}' may not be changed here. May be given: {', '.join(sorted(DATA_KEYS))}.")
+        recipe = recipes.load(str(file), self.overrides)
         genome = recipe.adapter.genome
         if genome is None or Path(genome).is_file() or not self.genome.is_file():
             return recipe

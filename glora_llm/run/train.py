@@ -18,6 +18,7 @@ from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.failure import first_failure, forget_failure
 from glora_llm.launch.ranks import Processes
+from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
 from glora_llm.plan.genome import finetune_recipe
 from glora_llm.plan.gpu_fit import describe_memory
@@ -117,9 +118,10 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes) -> None:
 
 
 def claim(plan: Plan, folder: RunFolder, device: torch.device) -> None:
-    """Write the owner of the folder: recipe and base, now that nothing can be refused any more."""
+    """Write the owner of the folder, recipe, base and sample, now that nothing can be refused any more."""
     folder.write("recipe.yaml", recipes.dump(plan.recipe))
     folder.write("base.json", json.dumps(base_identity(plan, device), indent=1) + "\n")
+    keep_sample(plan, folder)
     if plan.recipe.adapter.genome is not None:
         folder.write("genome.json", Path(plan.recipe.adapter.genome).read_text())
 

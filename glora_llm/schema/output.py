@@ -19,6 +19,9 @@ class MergeSection(Section):
     max_loss_change: Annotated[float, Field(gt=0)] = key(
         0.02, "fail above this change of the loss, merged against unmerged", "nats/token"
     )
+    min_nf4_top1_agreement: Annotated[float, Field(ge=0, le=1)] = key(
+        0.8, "fail below this share for the model that quantize makes, against unmerged; the dense one stays"
+    )
     quantize: Literal["none", "nf4"] = key("none", "re-quantise the merged model, and report what that costs")
 
 
@@ -31,6 +34,9 @@ class OutputSection(Section):
     )
     save_every: PositiveInt = key(100, "steps between checkpoints", "steps")
     keep: PositiveInt = key(2, "newest checkpoints that are kept")
+    keep_sample: bool = key(
+        True, "keep sample.json, up to 16 samples of the data (256 tokens each), by which a merge is compared"
+    )
     resume: Literal["auto", "never", "must"] = key(
         "auto",
         "auto: go on from the newest complete checkpoint; never: refuse a folder with checkpoints; must: need one",

@@ -21,6 +21,9 @@ class Rows(Protocol):
     def __len__(self) -> int:
         """Return the number of rows."""
 
+    def row(self, i: int) -> Any:
+        """Return row `i`, counted from 0."""
+
     def lengths(self) -> NDArray[np.int64]:
         """Return what each row costs; rows of like length are scored together."""
 

@@ -13,6 +13,7 @@ import glora_llm
 from glora_llm import cli
 from glora_llm.cli.main import guarded
 from glora_llm.errors import CheckFailed, UserError
+from glora_llm.plan.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy")
@@ -139,12 +140,12 @@ def test_merge_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_folde
     assert cli.main(["merge", str(run_folder), "--out", "a"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "b", "--to", "lora", "--dtype", "float32", "--step", "4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "c", "--quantize", "nf4"]) == 0
-    assert cli.main(["merge", str(run_folder), "--out", "d", "--genome", "g.json"]) == 0
+    assert cli.main(["merge", str(run_folder), "--out", "d", "--genome", "g.json", "--no-compare"]) == 0
     assert [given for given, _ in calls] == [
-        (run_folder, Path("a"), None, "model", None, None, None),
-        (run_folder, Path("b"), "float32", "lora", None, 4, None),
-        (run_folder, Path("c"), None, "model", "nf4", None, None),
-        (run_folder, Path("d"), None, "model", None, None, Path("g.json")),
+        (run_folder, Path("a"), None, "model", None, None, None, True),
+        (run_folder, Path("b"), "float32", "lora", None, 4, None, True),
+        (run_folder, Path("c"), None, "model", "nf4", None, None, True),
+        (run_folder, Path("d"), None, "model", None, None, Path("g.json"), False),
     ]
 
 
@@ -152,11 +153,13 @@ def test_evaluate_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_fo
     calls = stand_in(monkeypatch, "evaluation.scoring", "evaluate_run")
     assert cli.main(["evaluate", str(run_folder)]) == 0
     assert cli.main(["evaluate", str(run_folder), "--split", "validation", "--merged", "m"]) == 0
-    assert cli.main(["evaluate", str(run_folder), "--genome", "g.json"]) == 0
+    assert cli.main(["evaluate", str(run_folder), "--genome", "g.json", "data.test=a.csv"]) == 0
+    assert cli.main(["evaluate", str(run_folder), "--step", "4"]) == 0
     assert [given for given, _ in calls] == [
-        (run_folder, "test", None, None),
-        (run_folder, "validation", Path("m"), None),
-        (run_folder, "test", None, Path("g.json")),
+        (RunFolder(run_folder), "test", None, None, None),
+        (RunFolder(run_folder), "validation", Path("m"), None, None),
+        (RunFolder(run_folder, ("data.test=a.csv",)), "test", None, Path("g.json"), None),
+        (RunFolder(run_folder), "test", None, None, 4),
     ]
 
 

@@ -14,6 +14,7 @@ from glora_llm import recipe as recipes
 from glora_llm.adapters.inject import inject
 from glora_llm.adapters.weights import save_adapter
 from glora_llm.evaluation.trained import load_adapted
+from glora_llm.merge.sample import keep_sample
 from glora_llm.models.load import load_base
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
@@ -102,6 +103,7 @@ def train(make_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
         model = inject(load_base(recipe.model, plan.base.folder, CPU), recipe.adapter, seed=0, steps=plan.steps)
         state = _seeded(model, std)
         save_adapter(model, state, folder.adapter, str(plan.base.folder))
+        keep_sample(plan, folder)
         return Trained(folder, plan, state)
 
     return run

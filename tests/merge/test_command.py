@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from glora_llm.cli import main
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.merge.command import merge_run
-from glora_llm.merge.verify import Answers, MergeReport, compare, comparison_batches, require_within
+from glora_llm.merge.sample import comparison_batches
+from glora_llm.merge.verify import Answers, MergeReport, compare, require_within
 from glora_llm.plan.plan import require_same_base
 from glora_llm.schema import MergeSection
 from glora_llm.training import checkpoint
@@ -28,7 +30,7 @@ def plain(train: Train) -> Trained:
 
 @pytest.fixture(scope="module")
 def quantised(train: Train) -> Trained:
-    return train(slots=ALL_MODES, model={"quantization": "nf4"})
+    return train(slots=ALL_MODES, model={"quantization": "nf4"}, merge={"min_nf4_top1_agreement": 0.5})
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -69,6 +71,21 @@ def test_quantised_again(quantised: Trained, tmp_path: Path) -> None:
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, bnb.nn.Linear4bit) and layer.bias is not None
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_quantised_again_and_too_different(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dense model stays, and the report has both."""
+    trained = train(slots=ALL_MODES, model={"quantization": "nf4"}, merge={"min_nf4_top1_agreement": 1.0})
+    assert main(["merge", str(trained.folder.path), "--out", str(tmp_path / "out"), "--quantize", "nf4"]) == 1
+    said = capsys.readouterr().err
+    assert "nf4 changes too many answers: top-1 agreement 0." in said
+    assert f"The dense merged model is in {tmp_path / 'out'}, and no nf4 model was written." in said
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    report = report_of(tmp_path / "out")
+    assert report["top1_agreement"] == 1.0 > report["requantised"]["top1_agreement"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    torch.testing.assert_close(logits(model), trained.logits(), rtol=1e-4, atol=2e-4)
 
 
 def test_export_through_the_command(quantised: Trained, tmp_path: Path) -> None:
@@ -196,9 +213,9 @@ def report(**values: float) -> MergeReport:
 
 def test_bounds_are_inclusive() -> None:
     bounds = MergeSection(min_top1_agreement=0.75, max_loss_change=0.25)
-    require_within(report(), bounds)
-    require_within(report(top1_agreement=0.75, loss_after=1.25), bounds)
-    require_within(report(loss_after=0.75), bounds)
+    require_within(report(), bounds, "")
+    require_within(report(top1_agreement=0.75, loss_after=1.25), bounds, "")
+    require_within(report(loss_after=0.75), bounds, "")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +230,8 @@ def test_bounds_are_inclusive() -> None:
 )
 def test_outside_its_bounds_is_a_failed_check(values: dict[str, float], message: str) -> None:
     with pytest.raises(CheckFailed, match=re.escape(message)):
-        require_within(report(**values), MergeSection(min_top1_agreement=0.75, max_loss_change=0.25))
+        bounds = MergeSection(min_top1_agreement=0.75, max_loss_change=0.25)
+        require_within(report(**values), bounds, "Try --dtype float32.")
 
 
 def test_the_comparison_by_hand() -> None:
@@ -224,9 +242,9 @@ def test_the_comparison_by_hand() -> None:
 
 
 def test_the_comparison_reads_held_out_rows(plain: Trained, train: Train) -> None:
-    batches, text = comparison_batches(plain.plan)
+    batches, text = comparison_batches(plain.plan, plain.folder)
     (batch,) = batches
     assert text == "4 validation rows" and batch["input_ids"].shape[0] == 1
     assert len(batch["targets"]) and (batch["position_ids"] == 0).sum() == 4, "samples are told apart"
     without = train(slots={"B": "lora"}, data={"validation": None})
-    assert comparison_batches(without.plan)[1] == "20 train rows"
+    assert comparison_batches(without.plan, without.folder)[1] == "16 train rows"

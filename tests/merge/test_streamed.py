@@ -18,6 +18,7 @@ from glora_llm.evaluation.trained import fits, load_adapted, load_merged, stream
 from glora_llm.merge import verify
 from glora_llm.merge.command import merge_run
 from glora_llm.merge.layers import merge_device
+from glora_llm.merge.sample import comparison_batches
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.models.stored import StoredTensors
@@ -96,7 +97,7 @@ def test_a_model_is_read_once_for_a_comparison(train: Train, tmp_path: Path, mon
         return get(stored, name)
 
     monkeypatch.setattr(StoredTensors, "get", counted)
-    batches, _ = verify.comparison_batches(trained.plan)
+    batches, _ = comparison_batches(trained.plan, trained.folder)
     verify.answers(lambda: verify.merged_model(tmp_path / "out"), trained.plan.task, batches)
     assert "model.layers.1.mlp.up_proj.weight" in read and len(read) == len(set(read))
 

@@ -19,7 +19,7 @@ from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import ModelSection
 from glora_llm.vlora import compose, to_dense, vlora_layers
-from tests.run.whole_model.conftest import train
+from tests.run.whole_model.conftest import SHIPPED, train
 
 TEXT = "First Citizen:\nSpeak, speak."
 
@@ -208,3 +208,21 @@ def test_from_dense_refuses(more: list[str], said: str, tmp_path: Path, capsys: 
 def test_from_dense_of_what_is_shared_already(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vlora", "from-dense", str(run / "model"), "--rank", "2", "--out", str(tmp_path / "out")]) == 2
     assert "is VLoRA already" in capsys.readouterr().err
+
+
+def test_where_the_text_of_its_tokenizer_is_not(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trained model brings the tokenizer, which cannot be trained anew there."""
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    file = moved / "recipe.yaml"
+    file.write_text(file.read_text().replace(str(SHIPPED.parent), str(tmp_path / "absent")))
+    assert merge(moved, tmp_path / "there") == 0 == merge(run, tmp_path / "here")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+    capsys.readouterr()
+    scores = []
+    for folder in (run, moved):
+        given = f"data.validation={SHIPPED.parent / 'test.txt'}"
+        assert main(["evaluate", str(folder), "--split", "validation", given]) == 0
+        scores.append(capsys.readouterr().out)
+    assert scores[0] == scores[1]
