@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
@@ -34,14 +35,14 @@ class BadRows:
         records: read in all, the bad ones included.
         reasons: reason -> number of records.
         first: reason -> place and message of its first record.
-        shown: place and message of the first ten.
+        shown: reason -> place and message of its first ten.
     """
 
     role: str = ""
     records: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
-    shown: list[tuple[str, str]] = field(default_factory=list)
+    shown: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -63,8 +64,9 @@ class BadRows:
         message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
         self.reasons[error.reason] = self.reasons.get(error.reason, 0) + 1
         self.first.setdefault(error.reason, f"{place}: {message}")
-        if len(self.shown) < SHOWN:
-            self.shown.append((place, message))
+        shown = self.shown.setdefault(error.reason, [])
+        if len(shown) < SHOWN:
+            shown.append((place, message))
 
     @contextlib.contextmanager
     def collecting(self, place: str) -> Iterator[None]:
@@ -118,13 +120,19 @@ def printable(text: str) -> str:
 def _listed(bad: list[BadRows]) -> str:
     count = sum(one.count for one in bad)
     of = ", ".join(f"{one.count:,} of {one.records:,} {one.role}".rstrip() for one in bad)
-    shown = [pair for one in bad for pair in one.shown][:SHOWN]
+    shown = [pair for one in bad for pair in sorted(chain(*one.shown.values()), key=_position)][:SHOWN]
     head = f"{of} records cannot be used" if count == len(shown) else f"{of} records cannot be used; the first {SHOWN}"
     lines, before = [], ""
     for place, message in shown:
         lines.append(f"\n  {place}: {'the same' if message == before else message}")
         before = message
     return f"{head}:{''.join(lines)}"
+
+
+def _position(shown: tuple[str, str]) -> tuple[str, int]:
+    """Return the file and the number of a record: records are found bad by the reader, the format and the template."""
+    file, _, number = shown[0].rpartition(" ")
+    return file, int(number) if number.isdecimal() else 0
 
 
 def _advice(worst: BadRows, settings: DataSection, too_many: bool) -> str:

@@ -146,7 +146,7 @@ def _parquet(stream: IO[bytes], name: str) -> Look:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.PythonFile(stream, mode="r"))
         rows: list[Row] = next((batch.to_pylist() for batch in file.iter_batches(RECORDS)), [])
+        table = Table(rows, class_names(file.schema_arrow.metadata), numbered(rows, name))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable parquet file: {error}; download or write it again") from error
-    table = Table(rows, class_names(file.schema_arrow.metadata), numbered(rows, name))
     return Look(table, is_whole=len(rows) == file.metadata.num_rows)

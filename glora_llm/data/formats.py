@@ -5,6 +5,7 @@ To add a format, write one function here: `data_format` registers it, and names 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from glora_llm.data.bad_rows import RowError
@@ -231,7 +232,7 @@ def label_word(label: Any, words: list[str] | None) -> str:
             return known[-1] if words is None else known[0]
         raise RowError(
             "a label that is not among the labels",
-            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{nearest(label, words or [])}",
+            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{_nearest(label, *words or [])}",
         )
     is_whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
     if not is_digits and not is_whole:
@@ -251,12 +252,22 @@ def label_word(label: Any, words: list[str] | None) -> str:
     return words[number]
 
 
+@lru_cache(4096)  # the same wrong label may stand in a million records
+def _nearest(label: str, *words: str) -> str:
+    return nearest(label, words)
+
+
 def check_settings(settings: DataSection) -> None:
     """Check what can be checked before any row is read.
 
     Raises:
         UserError: for a key that the format has no use for, an unknown role in data.columns, and a bad template.
     """
+    known = [*FORMATS.names(), "images"]
+    if settings.format not in known:
+        raise UserError(
+            f"Unknown data format '{settings.format}'; there is: {', '.join(known)}.{nearest(settings.format, known)}"
+        )
     chosen = FORMATS.get(settings.format)
     misplaced = [
         ("prompt", settings.prompt is not None and not chosen.takes_template, "classification and prompt_completion"),

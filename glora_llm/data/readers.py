@@ -109,16 +109,22 @@ def read_parquet(stream: IO[bytes], name: str, bad: BadRows) -> Table:
         file = pyarrow.PythonFile(stream, mode="r")
         table = pyarrow.parquet.read_table(file, page_checksum_verification=True)
         rows = table.to_pylist()
+        return Table(rows, class_names(table.schema.metadata), numbered(rows, name))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a readable parquet file: {error}; download or write it again") from error
-    return Table(rows, class_names(table.schema.metadata), numbered(rows, name))
 
 
 def class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return column -> names of its class numbers, from the metadata of a parquet file."""
-    stated = (metadata or {}).get(b"huggingface", b"{}")
-    features = (json.loads(stated).get("info") or {}).get("features") or {}
-    return {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    """Return column -> names of its class numbers, from the metadata of a parquet file.
+
+    Raises:
+        OSError: when the metadata are damaged.
+    """
+    try:
+        features = (json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info") or {}).get("features") or {}
+        return {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise OSError(f"its metadata are damaged ({error})") from error
 
 
 def read_lines(stream: IO[bytes], name: str, bad: BadRows) -> Table:
