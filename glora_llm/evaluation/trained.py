@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import glora_llm.glora  # noqa: F401 - registers the tuner
 from glora_llm.errors import UserError
 from glora_llm.evaluation.streamed import WeightStream, hollow_model
+from glora_llm.glora.dense_model import dense_linear
+from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.launch.device import choose_device
 from glora_llm.models.families import auto_class
 from glora_llm.models.fingerprint import fingerprint, weight_files
@@ -32,12 +35,15 @@ MOST_OF_FREE = 0.8  # of a GPU's free memory, for weights; the rest is for what 
 BYTES_QUANTISED = {"int8": 1.0, "nf4": 0.57, "fp4": 0.57}  # a weight, the scales of its block included
 
 
-def load_adapted(plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gradients: bool = False) -> Any:
+def load_adapted(
+    plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gradients: bool = False, dense: bool = False
+) -> Any:
     """Return the base as it was trained on, with the adapter of that folder; or the model that was trained as a whole.
 
     Args:
         dtype: what the base computes in; None: what the recipe says.
         gradients: they will be asked for, so the weights must be there in a backward pass too.
+        dense: unpack quantised weights, so that int8 layers do not round what they are given.
 
     Raises:
         UserError: when the folder holds nothing that was trained.
@@ -52,6 +58,8 @@ def load_adapted(plan: Plan, adapter: Path, dtype: torch.dtype | None = None, gr
             return streamed
         where = torch.device("cpu")
     base = load_base(section, folder, where)
+    if dense and section.quantization != "none":
+        _unpack(base, compute_dtype(section, where))
     if plan.recipe.adapter.is_full:
         return base
     return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).get_base_model().eval()
@@ -88,12 +96,18 @@ def whole_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Pa
 
 
 def stream_adapted(
-    plan: Plan, adapter: Path, where: torch.device, dtype: torch.dtype | None = None, title: str = ""
+    plan: Plan,
+    adapter: Path,
+    where: torch.device,
+    dtype: torch.dtype | None = None,
+    title: str = "",
+    dense: bool = False,
 ) -> Any | None:
     """Return the model of `load_adapted` with its weights read layer by layer; None where that cannot be done.
 
     Args:
         title: of a progress bar over the layers of a forward pass; empty: no bar.
+        dense: as of `load_adapted`.
 
     Raises:
         UserError: when the folder holds nothing that was trained.
@@ -108,9 +122,21 @@ def stream_adapted(
     model = hollow.model
     if not plan.recipe.adapter.is_full:
         model = PeftModel.from_pretrained(model, str(adapter), torch_device=str(where)).get_base_model().eval()
-    quantise = partial(quantised_linear, section=section, dtype=dtype, device=where)
+    quantise = partial(_unpacked_linear if dense else quantised_linear, section=section, dtype=dtype, device=where)
     WeightStream(hollow, None if section.quantization == "none" else quantise, title)
     return model
+
+
+def _unpacked_linear(weight: Tensor, section: ModelSection, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """Return a dense linear that holds the values of `quantised_linear` of the same weight (O, I)."""
+    return dense_linear(dense_weight(quantised_linear(weight, section, dtype, device), dtype), None, dtype)
+
+
+def _unpack(base: Any, dtype: torch.dtype) -> None:
+    """Replace the quantised linears of a loaded model by dense ones that hold the same values."""
+    for name in linear_names(base):
+        layer = base.get_submodule(name)
+        base.set_submodule(name, dense_linear(dense_weight(layer, dtype), layer.bias, dtype))
 
 
 def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -39,11 +39,26 @@ from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.schema import Recipe
 
 REPORT = "merge_report.json"
+# Parts of the report on an int8 run -> what each compares with the unmerged model of unpacked weights.
+ROUNDED = {
+    "int8": "for itself, the trained int8 model (its linears round their inputs)",
+    "int8_exported": "for itself, the LoRA on the int8 base (all linears round their inputs)",
+}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a result is compared with: batches, what they are in words, and the unmerged model's answers to them."""
+    """What a result is compared with.
+
+    The linears of an int8 model round what they are given to 8 bits (those that GLoRA adapts do not), and no merged model
+    does. So the reference of an int8 run has the same unpacked weights in dense linears, and what rounding changes is
+    reported by itself: it says nothing about the merge.
+
+    Args:
+        batches: the model's inputs.
+        text: what they are in words.
+        answers: of the unmerged model.
+    """
 
     batches: list[Any]
     text: str
@@ -101,8 +116,11 @@ def merge_run(
             else:
                 write_merged(plan, trained, working, base_dtype, wanted)
             reference = _reference(plan, folder, trained, base_dtype) if compared else None
-            values = _verify(plan, reference, working, base_dtype, wanted, to)
+            values = _verify(plan, reference, trained, working, base_dtype, wanted, to)
         _print(out, "the result", values, plan.task.scored)
+        for name, title in ROUNDED.items():
+            if name in values:
+                _print(out, title, values[name], plan.task.scored)
         if quantize == "nf4":
             _requantise(plan, out, reference, values)
     usual = genome is None and to == "model" and step is None and quantize == "none"
@@ -112,14 +130,25 @@ def merge_run(
 
 def _reference(plan: Plan, folder: RunFolder, trained: Path, base_dtype: torch.dtype) -> Reference:
     batches, text = comparison_batches(plan, folder)
-    load = partial(adapted_model, plan, trained, base_dtype, "unmerged")
-    return Reference(batches, text, answers(load, plan.task, batches))
+    load = partial(adapted_model, plan, trained, base_dtype)
+    return Reference(batches, text, answers(partial(load, "unmerged", _is_int8(plan)), plan.task, batches))
+
+
+def _is_int8(plan: Plan) -> bool:
+    return plan.recipe.model.quantization == "int8"
 
 
 def _verify(
-    plan: Plan, reference: Reference | None, out: Path, base_dtype: torch.dtype, dtype: str, to: str
+    plan: Plan, reference: Reference | None, trained: Path, out: Path, base_dtype: torch.dtype, dtype: str, to: str
 ) -> dict[str, Any]:
     """Compare what was written with the unmerged model, write merge_report.json, and check the recipe's bounds.
+
+    Args:
+        trained: folder of the adapter, or of the model that was trained as a whole.
+        out: what was written.
+        base_dtype: what the unmerged model computes in.
+        dtype: of the written weights.
+        to: `model` or `lora`.
 
     Raises:
         CheckFailed: outside of the bounds.
@@ -128,12 +157,19 @@ def _verify(
         values: dict[str, Any] = {"compared": False}
         _write_report(out, values)
         return values
-    exported = partial(adapted_model, plan, out, base_dtype, "exported")
+    exported = partial(adapted_model, plan, out, base_dtype, "exported", _is_int8(plan))
     load = exported if to == "lora" else partial(merged_model, out)
     report = compare(reference.answers, answers(load, plan.task, reference.batches), reference.text)
-    _write_report(out, report.as_dict())
+    values = report.as_dict()
+    if _is_int8(plan):
+        folders = {"int8": trained} | ({"int8_exported": out} if to == "lora" else {})
+        for name, adapter in folders.items():
+            load = partial(adapted_model, plan, adapter, base_dtype, "in int8", False)
+            rounded = answers(load, plan.task, reference.batches)
+            values[name] = compare(reference.answers, rounded, "the same").as_dict()
+    _write_report(out, values)
     require_within(report, plan.recipe.merge, advice(dtype, base_dtype))
-    return report.as_dict()
+    return values
 
 
 def _write_report(out: Path, values: dict[str, Any]) -> None:

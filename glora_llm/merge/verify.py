@@ -50,14 +50,16 @@ class MergeReport:
         return asdict(self)
 
 
-def adapted_model(plan: Plan, adapter: Path, dtype: torch.dtype, title: str) -> Any:
+def adapted_model(plan: Plan, adapter: Path, dtype: torch.dtype, title: str, dense: bool) -> Any:
     """Return the unmerged model, in memory layer by layer where its files allow that.
 
     Args:
         dtype: what the base was computed in when the adapter was trained.
         title: of the progress bar.
+        dense: unpack quantised weights, so that int8 layers do not round what they are given.
     """
-    return stream_adapted(plan, adapter, choose_device(), dtype, title) or load_adapted(plan, adapter, dtype)
+    streamed = stream_adapted(plan, adapter, choose_device(), dtype, title, dense)
+    return streamed or load_adapted(plan, adapter, dtype, False, dense)
 
 
 def merged_model(folder: Path) -> Any:
