@@ -50,8 +50,8 @@ ROUNDED = {
 class Reference:
     """What a result is compared with.
 
-    The linears of an int8 model round what they are given to 8 bits (those that GLoRA adapts do not), and no merged model
-    does. So the reference of an int8 run has the same unpacked weights in dense linears, and what rounding changes is
+    The linears of an int8 model round what they are given to 8 bits (those that GLoRA adapts do not). No merged model
+    does, so the reference of an int8 run has the same unpacked weights in dense linears, and what rounding changes is
     reported by itself: it says nothing about the merge.
 
     Args:
