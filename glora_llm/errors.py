@@ -1,7 +1,8 @@
-"""The two exceptions that a user may cause, and how names are suggested."""
+"""The two exceptions that a user may cause, how several are told at once, and how names are suggested."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -10,6 +11,38 @@ class UserError(Exception):
 
 class CheckFailed(Exception):
     """A result is outside its bound (a merge that is not exact, say). Entry points exit with code 1."""
+
+
+class Problems:
+    """Collects what checks find that do not depend on one another, so that a user reads all of it at once.
+
+    Attributes:
+        messages: in the order of the checks, each once.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the message of a UserError that is raised inside, and go on behind the block."""
+        try:
+            yield
+        except UserError as error:
+            if str(error) not in self.messages:
+                self.messages.append(str(error))
+
+    def raise_all(self) -> None:
+        """End with everything that was found.
+
+        Raises:
+            UserError: when anything was.
+        """
+        if len(self.messages) == 1:
+            raise UserError(self.messages[0])
+        if self.messages:
+            listed = "\n".join(f"{number}. {text}" for number, text in enumerate(self.messages, 1))
+            raise UserError(f"{len(self.messages)} things are wrong:\n{listed}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

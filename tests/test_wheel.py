@@ -39,6 +39,8 @@ def test_the_wheel_is_complete_and_finds_its_recipes(tmp_path: Path) -> None:
         ("recipes", "*.yaml", "recipes"),
         ("ds_configs", "*.json", "ds_configs"),
         ("glora_llm/data/banking77", "*", "data/banking77"),
+        ("glora_llm/data/gsm8k", "*", "data/gsm8k"),
+        ("glora_llm/data/gsm8k_chat", "*", "data/gsm8k_chat"),
     ):
         expected = {f"glora_llm/{place}/{name}" for name in files_in(folder, pattern)}
         assert expected

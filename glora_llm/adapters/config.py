@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from glora_llm.adapters.methods import METHODS, check_method
 from glora_llm.adapters.stateful import STATEFUL_METHODS
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRAConfig
@@ -43,7 +44,7 @@ def adapter_config(
         genome: the content of adapter.genome.
 
     Raises:
-        UserError: for an unknown method, or an argument that its config does not have.
+        UserError: for a method that does not train here, or an argument that its config does not have.
     """
     shared: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -101,23 +102,20 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
     from peft import LoraConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    check_method(section)
     if section.method in LORA_VARIANTS:
         config_class: Any = LoraConfig
         wanted = dict(LORA_VARIANTS[section.method])
     else:
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        known.pop("glora_llm", None)  # ours, and its section is method glora
-        if section.method not in known:
-            names = sorted({"full", "glora", *LORA_VARIANTS, *known})
-            raise UserError(
-                f"adapter.method '{section.method}' is unknown.{nearest(section.method, names)} "
-                f"There is: {', '.join(names)}."
-            )
         config_class, wanted = known[section.method], {}
     fields = {item.name for item in dataclasses.fields(config_class)}
+    wanted |= METHODS[section.method].arguments
     wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
     if section.method in STATEFUL_METHODS:
         wanted |= STATEFUL_METHODS[section.method].config_arguments(section, steps)
+    if section.method == "ia3" and section.targets == "all-linear":
+        wanted["feedforward_modules"] = []  # PEFT saves all-linear as full names, beside which it refuses to load these
     if section.rank_stabilized:
         wanted["use_rslora"] = True
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRALinear
 from glora_llm.glora.path import PEFT_ROOT, Genome
 from glora_llm.glora.supernet import require_known
@@ -35,10 +35,6 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     try:
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
         config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
-        if config.is_prompt_learning:
-            raise UserError(
-                f"adapter.method {section.method} learns a prompt; only methods that adapt modules train here."
-            )
         model = get_peft_model(base, config)
     except (ValueError, TypeError) as error:
         if "target modules" not in str(error).lower():
@@ -49,6 +45,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
             "a whole: give every slot that is to be trained."
         )
+    _require_targets(base, section)
     _require_matches(model, section, genome)
     return model
 
@@ -56,6 +53,19 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
 def without_adapter(model: Any) -> Any:
     """Return the transformers model inside of what `inject` returned; its layers still hold the adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _require_targets(model: nn.Module, section: AdapterSection) -> None:
+    """Check that each name of a list of targets, and of modules_to_save, is of the model: PEFT asks for one match."""
+    names = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
+    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+    for key in ("targets", "modules_to_save"):
+        wanted = getattr(section, key)
+        for target in wanted if isinstance(wanted, list) else ():
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise UserError(
+                    f"adapter.{key}: '{target}' matches no module.{nearest(target, parts)} {candidates(model)}"
+                )
 
 
 def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome | None) -> None:
@@ -83,6 +93,15 @@ def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
         for name, module in model.named_modules()
         if isinstance(module, GLoRALinear)
     }
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    """Return the names in the base model of all layers that an adapter of any method is in."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [
+        name.removeprefix(PEFT_ROOT) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
 
 
 def adapted_with_bias(model: nn.Module) -> list[str]:

@@ -5,12 +5,23 @@ import sys
 from collections.abc import Callable, Sequence
 
 from glora_llm import __version__
-from glora_llm.cli import evaluate, init, merge, recipes, search, tokenizer, train, vlora, watch
+from glora_llm.cli import evaluate, init, merge, methods, recipes, search, tokenizer, train, vlora, watch
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.complaint import print_error
 
 FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
-COMMANDS = (init, train, watch, merge, search, evaluate, vlora, tokenizer, recipes)  # in the order of the help text
+COMMANDS = (
+    init,
+    train,
+    watch,
+    merge,
+    search,
+    evaluate,
+    vlora,
+    tokenizer,
+    recipes,
+    methods,
+)  # in the order of the help text
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.

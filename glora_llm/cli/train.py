@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from glora_llm import recipe
+from glora_llm.launch.environment import planned_world_size
+from glora_llm.plan.early import check_early
 
 TRAIN = """\
 Train one recipe: a YAML file, with any of its keys changed on the command line.
@@ -39,9 +41,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Run `glora-llm train`."""
     checked = recipe.load(arguments.recipe, arguments.overrides)  # before the slow imports: a typo answers at once
-    from glora_llm.data.first_look import first_look
-
-    first_look(checked.data)
+    check_early(checked, planned_world_size())
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()

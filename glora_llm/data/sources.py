@@ -20,7 +20,8 @@ from glora_llm.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
 # Data sets that the package ships -> their splits.
-EMBEDDED = {"banking77": ("train", "test"), "tinyshakespeare": ("train", "validation", "test")}
+EMBEDDED: dict[str, tuple[str, ...]] = dict.fromkeys(("banking77", "gsm8k", "gsm8k_chat"), ("train", "test"))
+EMBEDDED["tinyshakespeare"] = ("train", "validation", "test")
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
 
@@ -59,7 +60,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class EmbeddedSource:
-    """A split of a data set that the package ships: text, or columns `text` and `label`.
+    """A split of a data set that the package ships.
 
     Args:
         name: one of EMBEDDED.

@@ -33,16 +33,6 @@ class Processes:
         return self.process_rank == 0
 
 
-def planned_world_size() -> int:
-    """Return the number of processes of this launch, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def planned_process_rank() -> int:
-    """Return this process's number, before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def start() -> Processes:
     """Join the process group (of one, when started without a launcher) and take this process's device.
 

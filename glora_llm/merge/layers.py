@@ -1,5 +1,6 @@
 """The adapter's layers on a model without weights, so that each can be merged by itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ class AdapterLayers:
         hollow = _hollow(to_dense(meta_model(recipe.model, base)))
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
+        if recipe.adapter.method == "adalora":  # the ranks that training left to each layer
+            saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            self.model.peft_config["default"].rank_pattern = saved["rank_pattern"]
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora_llm.adapters.methods import unmerged
 from glora_llm.errors import UserError
 from glora_llm.evaluation.progress import progress
 from glora_llm.merge.folder_writer import FolderWriter, folder_writer
@@ -32,7 +33,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     """
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
     config = layers.model.get_base_model().config
-    obstacle = merge_obstacle(config, layers.model)
+    obstacle = unmerged(plan.recipe.adapter) or merge_obstacle(config, layers.model)
     if obstacle:
         raise UserError(obstacle)
     stored = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype)

@@ -65,6 +65,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of the safetensors files of a folder; 0 where it holds none."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _no_weights(folder: Path) -> str:
     """Return why there is nothing to load: pickles only, or nothing at all."""
     pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))

@@ -115,6 +115,21 @@ def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
     return model.eval()
 
 
+def describe_kernels(section: ModelSection, folder: Path, device: "torch.device") -> str:
+    """Return dtype, attention and fused kernels that a model would compute with on a device, in words.
+
+    Raises:
+        UserError: an attention backend or kernels that this family or device does not have.
+    """
+    from transformers import AutoConfig
+
+    config, dtype = AutoConfig.from_pretrained(folder, local_files_only=True), compute_dtype(section, device)
+    attention = attention_arguments(section, config, device, dtype).get("attn_implementation", "transformers' choice")
+    liger = not section.compile and uses_liger(section.kernels, config.model_type, device)
+    words = f"{str(dtype).removeprefix('torch.')} on {device.type}, attention {attention}"
+    return f"{words}, Liger kernels" if liger else words
+
+
 def compute_dtype(section: ModelSection, device: "torch.device") -> "torch.dtype":
     """Return model.dtype; auto is bfloat16 on a GPU that computes in it, else float32."""
     import torch

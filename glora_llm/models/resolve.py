@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm.errors import UserError
-from glora_llm.models.embedded import embedded_folder
+from glora_llm.models.embedded import embedded_folder, require_embedded
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of
-from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.models.fingerprint import fingerprint
 from glora_llm.schema import ModelSection
 
 EMBEDDED_PREFIX = "embedded:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 HUB_FILES = ["*.safetensors", *HUB_SETTINGS]
+_NO_GGUF = "model.name_or_path {} is a file but no .gguf: give the folder that it is in"
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -36,12 +37,33 @@ class ResolvedModel:
     fingerprint: str
 
 
+def look_at_model(section: ModelSection) -> None:
+    """Check that the base model a recipe names can be found, without the hub and without reading weights.
+
+    Raises:
+        UserError: no such folder, file, package or possible hub id, or a folder without config.json.
+    """
+    name = section.name_or_path
+    if name is None:  # a new model
+        return
+    if name.startswith(EMBEDDED_PREFIX):
+        require_embedded(name.removeprefix(EMBEDDED_PREFIX))
+        return
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _read_config(path, name)
+    elif path.is_file() and path.suffix != ".gguf":
+        raise UserError(_NO_GGUF.format(path))
+    elif not path.exists():
+        _require_hub_id(name, path)
+
+
 def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "text") -> ResolvedModel:
     """Find, download or convert the base model that the recipe names.
 
     Args:
         weights: False for a dry run: of a hub model only configuration and tokenizer are fetched, and there is no
-            fingerprint.
+            fingerprint. Weights that are on this machine are looked at all the same: the files must be whole.
         kind: what the model must be; None: anything that is trained here.
 
     Raises:
@@ -52,9 +74,8 @@ def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "te
     assert name is not None
     folder, revision = _locate(name, section.revision, weights)
     _check_kind(folder, name, kind)
-    if weights:
-        weight_files(folder)
-    return ResolvedModel(folder, name, revision, fingerprint(folder) if weights else "")
+    here = weights or revision is None  # on this machine, or to be
+    return ResolvedModel(folder, name, revision, fingerprint(folder) if here else "")
 
 
 def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
@@ -69,12 +90,17 @@ def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str |
         return path.resolve(), None
     if path.is_file():
         return _from_file(path), None
+    _require_hub_id(name, path)
+    return _download(name, revision, HUB_FILES if weights else HUB_SETTINGS)
+
+
+def _require_hub_id(name: str, path: Path) -> None:
+    """Check that a name that is no file here could be a model of the hub."""
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise UserError(
             f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "
             "Give a folder, a .gguf file, a hub id such as meta-llama/Llama-2-7b-hf, or embedded:NAME."
         )
-    return _download(name, revision, HUB_FILES if weights else HUB_SETTINGS)
 
 
 def _from_file(path: Path) -> Path:
@@ -82,7 +108,7 @@ def _from_file(path: Path) -> Path:
     from glora_llm.models.gguf import converted
 
     if path.suffix != ".gguf":
-        raise UserError(f"model.name_or_path {path} is a file but no .gguf: give the folder that it is in")
+        raise UserError(_NO_GGUF.format(path))
     return converted(path.resolve())
 
 

@@ -1,52 +1,155 @@
 """Describe a resolved recipe as text: model, adapter, data, batch and merge, before any weight is loaded."""
 
+from collections import Counter
 from typing import Any
 
-from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
-from glora_llm.errors import UserError
+from glora_llm.adapters.inject import adapted_layers, adapted_names, inject, without_adapter
+from glora_llm.adapters.methods import unmerged
+from glora_llm.errors import Problems, UserError
+from glora_llm.glora.path import Genome
 from glora_llm.launch.device import choose_device
 from glora_llm.models import load
+from glora_llm.models.fingerprint import stored_bytes
+from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.plan.checks import check_float16, check_masters, merge_obstacle
-from glora_llm.plan.plan import Plan
+from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.step_memory import without_start
+from glora_llm.schema import Recipe
 from glora_llm.search.space import space_of
 from glora_llm.training import checkpoint
 from glora_llm.vlora import allocated
+
+MANY_EPOCHS = 10  # of an adapter over the same samples
+
+
+def plan_run(recipe: Recipe, weights: bool, world_size: int) -> tuple[Plan, str]:
+    """Resolve a recipe for a launch and describe it.
+
+    Args:
+        weights: False leaves the weights of a hub model where they are.
+        world_size: processes of the launch.
+
+    Raises:
+        UserError: with all that is wrong, of the data as well as of the model.
+    """
+    found = Problems()
+    with found.collected():
+        plan = make_plan(recipe, weights, world_size)
+    if found.messages:
+        with found.collected():
+            _check_model(recipe)
+    found.raise_all()
+    return plan, describe(plan)
+
+
+def describe_samples(plan: Plan) -> str:
+    """Return some training samples as text, each with its targets marked."""
+    return "\n".join(f"sample {number}   {text}" for number, text in enumerate(plan.task.previews, 1))
 
 
 def describe(plan: Plan) -> str:
     """Return what a run would do, as text; builds the model without weights to count and to match targets.
 
     Raises:
-        UserError: when targets match nothing, a slot or the merge asked for is impossible, or the device or the ZeRO
-            stage cannot train in this precision.
+        UserError: with everything of `build_empty` and of the ZeRO stage that is impossible.
     """
-    recipe = plan.recipe
+    recipe, found = plan.recipe, Problems()
     dtype = load.compute_dtype(recipe.model, choose_device())
-    check_float16(plan.deepspeed, dtype)
-    check_masters(recipe, dtype, plan.deepspeed.stage)
-    empty = load.meta_model(recipe.model, plan.base.folder)
-    model = inject(empty, without_start(recipe.adapter), recipe.training.seed, plan.steps, plan.genome)
+    with found.collected():
+        check_float16(plan.deepspeed, dtype)
+    with found.collected():
+        check_masters(recipe, dtype, plan.deepspeed.stage)
+    with found.collected():
+        model = build_empty(recipe, plan.base, plan.steps, plan.genome)
+    found.raise_all()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
-    if recipe.search is not None:
-        measured = recipe.search.limit != "parameters"  # what that costs is not known yet
-        space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
-    obstacle = merge_obstacle(without_adapter(model).config, model)
-    if obstacle and recipe.merge.after_training:
-        raise UserError(f"merge.after_training: {obstacle}")
     lines = [
         f"model      {plan.base.name}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
+        f"weights    {_describe_weights(plan.base)}",
+        f"compute    {load.describe_kernels(recipe.model, plan.base.folder, choose_device())}",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
+        *_describe_layers(model),
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
-        f"batch      {plan.batch_identity()}; {plan.steps} steps, "
-        f"{plan.steps / plan.sampler.steps_per_epoch:.2f} epochs",
+        f"batch      {plan.batch_identity()}; {plan.steps} steps, {_epochs(plan):.2f} epochs",
         f"deepspeed  {recipe.training.deepspeed}; {2 * saved / 1e6:.0f} MB for two checkpoints",
-        f"merge      {obstacle or 'possible into a plain transformers model'}",
+        f"merge      {_obstacle(recipe, model) or 'possible into a plain transformers model'}",
+        *[f"warning    {text}" for text in _warnings(plan, without_adapter(model).config)],
     ]
     return "\n".join(lines)
+
+
+def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome | None) -> Any:
+    """Return the model with its adapter and without weights, after checking what can be checked on it.
+
+    Raises:
+        UserError: when targets match nothing, a slot, an attention backend, a kernel or the merge asked for is
+            impossible.
+    """
+    found = Problems()
+    with found.collected():
+        load.describe_kernels(recipe.model, base.folder, choose_device())
+    with found.collected():
+        empty = load.meta_model(recipe.model, base.folder)
+        model = inject(empty, without_start(recipe.adapter), recipe.training.seed, steps, genome)
+        if recipe.search is not None:
+            measured = recipe.search.limit != "parameters"  # what that costs is not known yet
+            space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
+        obstacle = _obstacle(recipe, model)
+        if obstacle and recipe.merge.after_training:
+            raise UserError(f"merge.after_training: {obstacle}")
+    found.raise_all()
+    return model
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Check model and adapter of a recipe whose data are wrong; a new model would need the data."""
+    if recipe.model.config is None:
+        base = resolve(recipe.model, weights=False, kind=None)
+        build_empty(recipe, base, recipe.training.steps or 1, None)
+
+
+def _obstacle(recipe: Recipe, model: Any) -> str | None:
+    return unmerged(recipe.adapter) or merge_obstacle(without_adapter(model).config, model)
+
+
+def _describe_weights(base: ResolvedModel) -> str:
+    size = stored_bytes(base.folder)
+    if size:
+        return f"{size / 1e6:,.1f} MB in safetensors files, whole"
+    return "fetched from the hub when training starts" if base.revision else "random, drawn by the seed"
+
+
+def _describe_layers(model: Any) -> list[str]:
+    """Return how many layers of each kind are adapted; nothing where the whole model is trained."""
+    names = adapted_names(model)
+    if not names:
+        return []
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return [f"layers     {len(names)} adapted: {', '.join(f'{kind} {count}' for kind, count in sorted(kinds.items()))}"]
+
+
+def _epochs(plan: Plan) -> float:
+    return plan.steps / plan.sampler.steps_per_epoch
+
+
+def _warnings(plan: Plan, config: Any) -> list[str]:
+    """Return what is possible and seldom meant."""
+    recipe, warnings = plan.recipe, []
+    if _epochs(plan) > MANY_EPOCHS and not recipe.adapter.is_full:
+        warnings.append(
+            f"{plan.steps} steps go over the {len(plan.task.train):,} training samples {_epochs(plan):.0f} times; an "
+            "adapter often learns them by heart after a few. Lower training.steps, or give training.epochs."
+        )
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if plan.task.causal and context and recipe.data.max_tokens > context:
+        warnings.append(
+            f"data.max_tokens is {recipe.data.max_tokens:,}, and the model was made for {context:,} tokens. Lower "
+            "data.max_tokens."
+        )
+    return warnings
 
 
 def _describe_sharing(model: Any) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 from glora_llm.adapters.config import read_genome
 from glora_llm.data.sampler import GlobalSampler, permutation
-from glora_llm.errors import UserError
+from glora_llm.errors import Problems, UserError
 from glora_llm.glora.path import Genome
 from glora_llm.launch.device import choose_device
 from glora_llm.models.load import compute_dtype
@@ -88,15 +88,19 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
         world_size: processes of the launch that trains; None: nothing is trained.
 
     Raises:
-        UserError: for anything in the recipe that cannot work.
+        UserError: with everything in the recipe that cannot work.
     """
     device = torch.device("cpu") if world_size is None else choose_device()  # without training, none is needed
     dtype = compute_dtype(recipe.model, device)
-    deepspeed = resolve_deepspeed_config(recipe.training, dtype, world_size)
-    check_combination(recipe, deepspeed.stage)
-    genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
-    make_task = image_task if recipe.data.format == "images" else text_task
-    base, task = make_task(recipe, weights)
+    found = Problems()
+    with found.collected():
+        deepspeed = resolve_deepspeed_config(recipe.training, dtype, world_size)
+        check_combination(recipe, deepspeed.stage)
+    with found.collected():
+        genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
+    with found.collected():
+        base, task = (image_task if recipe.data.format == "images" else text_task)(recipe, weights)
+    found.raise_all()
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)

@@ -16,13 +16,14 @@ from glora_llm.adapters.config import reads_base
 from glora_llm.evaluation.scoring import score_split
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
+from glora_llm.launch.environment import planned_process_rank, planned_world_size
 from glora_llm.launch.failure import first_failure, forget_failure
 from glora_llm.launch.ranks import Processes
 from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
 from glora_llm.plan.genome import finetune_recipe
 from glora_llm.plan.gpu_fit import describe_memory
-from glora_llm.plan.overview import describe
+from glora_llm.plan.overview import describe_samples, plan_run
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
@@ -51,13 +52,12 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
-    plan = make_plan(recipe, weights=not dry_run, world_size=ranks.planned_world_size())
-    overview = describe(plan)  # the last of the checks, before any weight is loaded
+    plan, overview = plan_run(recipe, weights=not dry_run, world_size=planned_world_size())
     if dry_run or choose_device().type == "cuda":
-        overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, ranks.planned_world_size())}"
+        overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, planned_world_size())}"
     if dry_run:
-        overview += "".join(f"\nsample {number}   {text}" for number, text in enumerate(plan.task.previews, 1))
-    if dry_run or ranks.planned_process_rank() == 0:
+        overview += "\n" + describe_samples(plan)
+    if dry_run or planned_process_rank() == 0:
         print(overview, flush=True)
     if dry_run:
         return
@@ -173,8 +173,7 @@ class Run:
 
     def _announce(self) -> None:
         """Log some samples, the memory of the parameters, and the step that the run goes on from."""
-        for number, text in enumerate(self.plan.task.previews, 1):
-            self.log.say(f"sample {number}, {text}")
+        self.log.say(describe_samples(self.plan))
         self._say_memory()
         start = self.parts.start
         if start:

@@ -1,8 +1,9 @@
 """The section `adapter`: the trained parameters."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from glora_llm.schema.section import PositiveInt, Section, key
 from glora_llm.schema.slots import Composition, Mode, Preset, Slot
@@ -34,7 +35,7 @@ class AdapterSection(Section):
 
     method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
     preset: Preset | None = key(None, "a system that GLoRA generalises, as slots (instead of `slots`)")
-    targets: str | list[str] = key("all-linear", "all-linear, a list of module names, or one regular expression")
+    targets: str | list[str] = key("all-linear", "all-linear, module names, or a regular expression on the whole name")
     rank: PositiveInt = key(8, "rank of every slot in mode lora")
     alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora is scaled by alpha / rank")
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
@@ -65,6 +66,24 @@ class AdapterSection(Section):
         """True if every parameter of the model is trained, and there is no adapter."""
         return self.method == "full"
 
+    @field_validator("targets", mode="after")
+    @classmethod
+    def _name_or_expression(cls, targets: str | list[str]) -> str | list[str]:
+        """Take a single name as a list of one; any other text is a regular expression, which must compile."""
+        if isinstance(targets, list) or targets == "all-linear":
+            return targets
+        if re.fullmatch(r"\w+", targets):
+            return [targets]
+        _require_expression(targets)
+        return targets
+
+    @field_validator("paths", mode="after")
+    @classmethod
+    def _expressions(cls, paths: Any) -> Any:
+        for pattern in paths if isinstance(paths, dict) else ():
+            _require_expression(pattern)
+        return paths
+
     @model_validator(mode="after")
     def _one_source_of_slots(self) -> "AdapterSection":
         if self.preset and self.slots:
@@ -86,3 +105,10 @@ class AdapterSection(Section):
         if self.method == "glora" and self.peft:
             raise ValueError("peft holds arguments of PEFT's own methods; glora has keys of its own")
         return self
+
+
+def _require_expression(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None

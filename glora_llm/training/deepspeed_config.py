@@ -5,13 +5,15 @@ import re
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ValidationError
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import TrainingSection
+
+if TYPE_CHECKING:
+    import torch
 
 OLDEST = (0, 19, 8)  # older versions cast float32 buffers to the model's dtype: wrong rotary angles in bfloat16
 SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")
@@ -55,7 +57,9 @@ def deepspeed_config_files() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
 
 
-def resolve_deepspeed_config(settings: TrainingSection, dtype: torch.dtype, world_size: int | None) -> DeepSpeedConfig:
+def resolve_deepspeed_config(
+    settings: TrainingSection, dtype: "torch.dtype", world_size: int | None
+) -> DeepSpeedConfig:
     """Read a DeepSpeed configuration and fill its "auto" values from the recipe.
 
     Args:
@@ -66,6 +70,8 @@ def resolve_deepspeed_config(settings: TrainingSection, dtype: torch.dtype, worl
         UserError: when DeepSpeed is too old, the file is not there or holds what DeepSpeed does not take, the batch
             does not divide, or the file fixes a number that the recipe owns to another value.
     """
+    import torch
+
     _require_version()
     values = read_deepspeed_config(settings.deepspeed)
     owned = {
@@ -134,11 +140,11 @@ def _require_version() -> None:
         )
 
 
-def read_deepspeed_config(name: str) -> dict[str, Any]:
-    """Return a DeepSpeed configuration by name or path, checked as far as that needs no recipe.
+def find_deepspeed_config(name: str) -> Path:
+    """Return the file of a DeepSpeed configuration by name or path.
 
     Raises:
-        UserError: when there is none, or it holds what DeepSpeed does not take.
+        UserError: when there is none; the message lists the shipped ones.
     """
     known = deepspeed_config_files()
     path = Path(name) if name.endswith(".json") else known.get(name)
@@ -146,6 +152,16 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         raise UserError(
             f"No DeepSpeed configuration '{name}'; there is: {', '.join(known)}, or a .json file.{nearest(name, known)}"
         )
+    return path
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """Return a DeepSpeed configuration by name or path, checked as far as that needs no recipe.
+
+    Raises:
+        UserError: when there is none, or it holds what DeepSpeed does not take.
+    """
+    path = find_deepspeed_config(name)
     try:
         values: Any = json.loads(path.read_text())
     except json.JSONDecodeError as error:

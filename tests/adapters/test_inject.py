@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.adapters.config import adapter_config
-from glora_llm.adapters.inject import adapted_with_bias, inject
+from glora_llm.adapters.inject import adapted_names, adapted_with_bias, inject
 from glora_llm.adapters.weights import save_adapter, trainables
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
@@ -147,9 +147,38 @@ def test_adalora_has_the_rank_and_steps_of_the_run() -> None:
 
 def test_what_peft_rejects_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"adapter\.method oft: .*oft_block_size"):
-        inject(llama(), section(method="oft"), seed=0, steps=20)  # r, and the default of oft_block_size
-    with pytest.raises(UserError, match="prompt_tuning learns a prompt; only methods that adapt modules train here"):
+        inject(llama(), section(method="oft", peft={"oft_block_size": 32}), seed=0, steps=20)  # and r
+    with pytest.raises(UserError, match="prompt_tuning does not train here: it learns a prompt"):
         inject(llama(), section(method="prompt_tuning", peft={"num_virtual_tokens": 2}), seed=0, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"targets": ["q_proj", "v_prj"]}, r"adapter\.targets: 'v_prj' matches no module\. Did you mean 'v_proj'\?"),
+        ({"targets": "v_prj"}, "match"),
+        (
+            {"modules_to_save": ["lm_hed"]},
+            r"adapter\.modules_to_save: 'lm_hed' .* Did you mean 'lm_head'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["glora", "lora"])
+def test_each_name_must_be_of_the_model(method: str, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inject(llama(), section(method=method, **keys), seed=0, steps=20)
+
+
+def test_a_single_name_is_a_list_of_one() -> None:
+    assert section(targets="q_proj").targets == ["q_proj"]
+    assert section(targets=r".*\.q_proj").targets == r".*\.q_proj"
+    assert len(adapted_names(inject(llama(), section(targets="q_proj"), seed=0, steps=20))) == 2
+
+
+@pytest.mark.parametrize("keys", [{"targets": "q_proj("}, {"paths": {"q_proj(": {"B": "lora"}}}])
+def test_an_expression_must_compile(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'q_proj\(' is no regular expression: missing \), unterminated subpattern"):
+        section(**keys)
 
 
 def test_a_pattern_that_matches_no_layer_is_named() -> None:

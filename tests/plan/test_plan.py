@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from glora_llm.run import train as run
 from glora_llm.schema import Recipe
 from glora_llm.tasks.text import TextTask
 from glora_llm.training.deepspeed_config import resolve_deepspeed_config
+from tests.plan.local_recipes import dry_run, local
 
 EVERY = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NAMES = [name for name in EVERY if recipes.load(name).data.format != "images"]  # those are in test_plan_images.py
@@ -144,45 +144,9 @@ def test_an_adapter_on_the_output_head_has_an_answer_too() -> None:
     assert obstacle is not None and "give a bias to lm_head, and a llama model" in obstacle
 
 
-def rows_of(form: str, count: int, path: Path) -> str:
-    """Write rows of a format to a file."""
-    words = ["card arrival", "lost card", "top up"]
-    rows: dict[str, list[dict[str, Any]]] = {
-        "classification": [{"text": f"where is card {n}", "label": words[n % 3]} for n in range(count)],
-        "text": [{"text": f"the card of customer {n} was {words[n % 3]} in {words[n % 2]}\n"} for n in range(count)],
-        "alpaca": [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(count)],
-    }
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[form]), encoding="utf-8")
-    return str(path)
-
-
-def local(name: str, tmp_path: Path, *more: str) -> Recipe:
-    """A shipped recipe on the tiny model and on rows of its format that lie here; nothing else is changed."""
-    plain = recipes.load(name)
-    source = rows_of(plain.data.format, 60, tmp_path / "rows.jsonl")
-    model = TINY if plain.model.config is None else "model.tokenizer=train:300"
-    changes = [model, f"data.source={source}", "data.subset=null", f"output.dir={tmp_path / 'run'}"]
-    if isinstance(plain.data.validation, int | str):
-        changes.append("data.validation=12")
-    if plain.data.test is not None:
-        changes.append(f"data.test={rows_of(plain.data.format, 9, tmp_path / 'test.jsonl')}")
-    changed = recipes.load(name, [*changes, *more])
-    assert changed.training == plain.training and changed.adapter == plain.adapter
-    return changed
-
-
 def test_there_are_recipes() -> None:
     assert len(NAMES) >= 8
-    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "text"}
-
-
-def dry_run(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, str]]:
-    """Run a recipe dry; return what it printed, whole and line by line, once that is the overview and the memory."""
-    run.train(recipe, dry_run=True)
-    text = capsys.readouterr().out
-    described, _, memory = text.partition("\nmemory     ")
-    assert memory and described == describe(make_plan(recipe, weights=False, world_size=1))
-    return text, dict(line.split(maxsplit=1) for line in text.splitlines() if not line.startswith("data"))
+    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "chat", "text"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -200,6 +164,9 @@ def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.Capture
     assert lines["batch"].startswith(f"{identity}{t.global_batch // t.micro_batch} x processes 1; ")
     assert lines["deepspeed"].startswith(f"{t.deepspeed}; ")
     assert lines["merge"] == "possible into a plain transformers model"
+    assert lines["compute"].startswith(("float32 on ", "bfloat16 on "))
+    assert lines["weights"].endswith("in safetensors files, whole" if recipe.model.config is None else "by the seed")
+    assert ("layers" in lines) == (not recipe.adapter.is_full)
     held_out = (recipe.data.validation is not None) + (recipe.data.test is not None)
     assert sum(line.startswith("data ") for line in text.splitlines()) == 1 + held_out
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -13,7 +13,8 @@ from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import make_plan
 from glora_llm.schema import Recipe
 from tests.in_process import alone
-from tests.plan.test_plan import EVERY, dry_run
+from tests.plan.local_recipes import dry_run
+from tests.plan.test_plan import EVERY
 
 __all__ = ["alone"]
 NAMES = [name for name in EVERY if recipes.load(name).data.format == "images"]

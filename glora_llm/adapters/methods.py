@@ -1,0 +1,104 @@
+"""The adapter methods: what each can do here, and the paper that it comes from.
+
+Everything that must know it reads this table: the check of a recipe, the overview of a run, the merge, and
+`glora-llm methods`. A method of PEFT is here with the arguments that it needs to be saved and loaded by this trainer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from glora_llm.errors import UserError, nearest
+from glora_llm.schema import AdapterSection
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter method that trains here.
+
+    Args:
+        source: the paper, by its number on arXiv, or where else it is described.
+        unmerged: why its adapter cannot become part of a plain model; empty where it can.
+        arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
+    """
+
+    source: str
+    unmerged: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "glora": Method("2306.07967"),
+    "full": Method("the whole model is trained"),
+    "lora": Method("2106.09685"),
+    "rslora": Method("2312.03732"),
+    "dora": Method("2402.09353"),
+    "adalora": Method("2303.10512"),
+    "beft": Method("2509.15974", "it gives a bias to every layer, and a LLaMA's linears have none"),
+    "boft": Method("2311.06243"),
+    "c3a": Method("2407.19342"),
+    "deft": Method("PEFT's documentation"),
+    "delora": Method("2503.18225"),
+    "fourierft": Method("2405.03003"),
+    "gralora": Method("2505.20355"),
+    "hira": Method("openreview.net, TwJrTz9cRS"),
+    "hra": Method("2405.17484"),
+    "ia3": Method("2205.05638"),
+    "lily": Method("2407.09946", "PEFT has no merge for it"),
+    "ln_tuning": Method("2312.11420"),
+    "loha": Method("2108.06098"),
+    "lokr": Method("2309.14859"),
+    "miss": Method("2409.15371"),
+    "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
+    "osf": Method("2504.07097"),
+    "peanut": Method("2410.01870"),
+    "psoft": Method("openreview.net, FSHrinMArK"),
+    "pvera": Method("2512.07703", arguments={"save_projection": False}),
+    "randlora": Method("2502.00987"),
+    "road": Method("2409.00119"),
+    "supertuning": Method("2607.09287"),
+    "vera": Method("2310.11454", arguments={"save_projection": False}),
+    "waveft": Method("2505.12532"),
+}
+
+_PROMPT = "it learns a prompt, and only methods that adapt modules train here"
+_BASE_VALUES = "it chooses what to train by the values of the base, which a plan without weights does not have"
+# methods of PEFT that do not train here -> why
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ["cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning"], _PROMPT
+    ),
+    **dict.fromkeys(["adamss", "frod", "shira"], _BASE_VALUES),
+    "adaption_prompt": "it puts prompts into attention layers of its own, which packed samples do not go through",
+    "poly": "it needs the number of a task with every record, and a run here has one task",
+    "shadow": "it replaces the model's own forward pass, and the loss here is computed from hidden states",
+    "tinylora": "its trained vectors are shared between layers, and PEFT does not save them by their own names",
+    "trainable_tokens": "it trains rows of the embedding by an index that a model without weights does not keep",
+    **dict.fromkeys(
+        ["unilora", "vblora"], "its layers share one trained tensor, which PEFT saves from a whole model alone"
+    ),
+    "xlora": "it mixes adapters that were trained before, and runs the model twice a step",
+}
+
+
+def check_method(section: AdapterSection) -> None:
+    """Check that a recipe's method trains here.
+
+    Raises:
+        UserError: for an unknown method, or one that does not train here, with the reason.
+    """
+    name = section.method
+    if name in REFUSED:
+        raise UserError(
+            f"adapter.method {name} does not train here: {REFUSED[name]}. `glora-llm methods` lists those that do."
+        )
+    if name not in METHODS:
+        raise UserError(
+            f"adapter.method '{name}' is unknown.{nearest(name, METHODS)} There is: {', '.join(sorted(METHODS))}."
+        )
+
+
+def unmerged(section: AdapterSection) -> str | None:
+    """Return why no adapter of this method can be merged, or None where it can."""
+    reason = METHODS[section.method].unmerged
+    return f"An adapter of method {section.method} cannot be merged: {reason}." if reason else None

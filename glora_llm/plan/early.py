@@ -1,0 +1,58 @@
+"""Checks of a recipe that load no library: wrong names and paths are answered within a second, all at once."""
+
+import os
+from pathlib import Path
+
+from glora_llm.adapters.methods import check_method
+from glora_llm.errors import Problems, UserError
+from glora_llm.models.resolve import look_at_model
+from glora_llm.schema import Recipe
+from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
+
+
+def check_early(recipe: Recipe, world_size: int) -> None:
+    """Check names, paths and the batch of a recipe.
+
+    Args:
+        world_size: processes of the launch.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    from glora_llm.data.first_look import first_look  # numpy, which help can do without
+
+    found = Problems()
+    with found.collected():
+        look_at_model(recipe.model)
+    with found.collected():
+        first_look(recipe.data)
+    with found.collected():
+        check_method(recipe.adapter)
+    for key in ("genome", "weights"):
+        with found.collected():
+            _require_there(f"adapter.{key}", getattr(recipe.adapter, key))
+    with found.collected():
+        find_deepspeed_config(recipe.training.deepspeed)
+    with found.collected():
+        accumulation(recipe.training, world_size)
+    with found.collected():
+        _require_writable(Path(recipe.output.dir))
+    found.raise_all()
+
+
+def _require_there(key: str, path: str | None) -> None:
+    if path is not None and not Path(path).exists():
+        raise UserError(f"{key}: there is no {path} (looked in {Path.cwd()}).")
+
+
+def _require_writable(folder: Path) -> None:
+    """Check that a run folder is there and can be written to, or can be made."""
+    if str(folder).startswith("~"):
+        raise UserError(f"output.dir {folder}: ~ is not expanded in a recipe. Write the whole path.")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"output.dir {folder}: {there} is a file, and a folder is expected there.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output.dir {folder}: {there} cannot be written to. Choose another, or change its permissions."
+        )

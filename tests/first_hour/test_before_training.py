@@ -1,0 +1,119 @@
+"""Before training: a wrong word is answered at once, all that is wrong together, and what matters is shown."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from glora_llm.cli import main
+from glora_llm.models.embedded import embedded_folder
+from tests.in_process import alone  # noqa: F401 - a fixture
+
+HEAVY = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets")
+PROBE = f"""
+import sys, time
+from glora_llm.cli import main
+code = main(sys.argv[1:])
+print("LOADED", [name for name in {HEAVY!r} if name in sys.modules], "CODE", code, "CPU", time.process_time())
+"""
+WRONG = [
+    "model.name_or_path=./absent", "adapter.method=lorra", "adapter.slots=null", "training.deepspeed=zero7",
+    "adapter.weights=nowhere", "output.dir=model.yaml/run",
+]  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with 40 records of instructions."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.jsonl"
+    records = [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(40)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def dry(*more: str) -> int:
+    given = ["data.source=mine.jsonl", "data.format=alpaca", "data.prompt=null", "data.validation=4"]
+    given += ["data.test=null", "data.max_tokens=256", "data.overlong=error", "data.max_rows=null"]
+    return main(["train", "--recipe", "tiny_cpu", "--dry-run", *given, *more])
+
+
+def test_wrong_names_and_paths_are_answered_at_once_and_together(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").touch()
+    command = [sys.executable, "-c", PROBE, "train", "--recipe", "tiny_cpu", *WRONG]
+    began = time.monotonic()
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert time.monotonic() - began < 5  # a loaded machine; the processor's own time is below
+    assert "LOADED [] CODE 2" in done.stdout, done.stderr
+    assert float(done.stdout.split("CPU")[1]) < 1
+    assert "5 things are wrong:" in done.stderr
+    for number, said in enumerate(
+        [
+            "model.name_or_path './absent' does not exist",
+            "adapter.method 'lorra' is unknown. Did you mean 'lora'?",
+            "adapter.weights: there is no nowhere",
+            "No DeepSpeed configuration 'zero7'",
+            "model.yaml is a file, and a folder is expected there",
+        ],
+        1,
+    ):
+        line = next(line for line in done.stderr.splitlines() if line.startswith(f"{number}. "))
+        assert said in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a number from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 of WORLD_SIZE=2 processes"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+    ],
+)
+def test_numbers_that_no_launcher_gives(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--recipe", "tiny_cpu"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_data_and_model_is_said_together(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry("data.max_tokens=4", "adapter.targets=[q_proj, v_prj]") == 2
+    said = capsys.readouterr().err
+    assert "2 things are wrong:" in said
+    assert "longer than data.max_tokens" in said and "'v_prj' matches no module. Did you mean 'v_proj'?" in said
+
+
+def test_the_dry_run_shows_what_matters(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry("adapter.targets=q_proj", "training.steps=60", "training.global_batch=16") == 0
+    out = capsys.readouterr().out
+    assert "layers     2 adapted: q_proj 2" in out
+    assert "weights    0.4 MB in safetensors files, whole" in out
+    assert "attention segments" in out
+    assert "warning    60 steps go over the 36 training samples" in out and "times; an adapter" in out
+    assert "sample 1   targets marked: " in out and "«" in out
+
+
+def test_a_context_that_is_too_short_is_a_warning(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry("data.max_tokens=100000") == 0
+    assert "warning    data.max_tokens is 100,000, and the model was made for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty"])
+def test_weights_must_be_whole(damage: str, rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(embedded_folder("tiny-llama"), "base")
+    weights = Path("base/model.safetensors")
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000] if damage == "cut" else b"")
+    assert dry("model.name_or_path=base") == 2
+    said = capsys.readouterr().err
+    assert "holds no weights" in said if damage == "missing" else "is damaged or cut off" in said
