@@ -19,9 +19,8 @@ from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
-# Data sets that the package ships -> their splits.
-EMBEDDED: dict[str, tuple[str, ...]] = dict.fromkeys(("banking77", "gsm8k", "gsm8k_chat"), ("train", "test"))
-EMBEDDED["tinyshakespeare"] = ("train", "validation", "test")
+TWO, THREE = ("train", "test"), ("train", "validation", "test")
+EMBEDDED = {"banking77": TWO, "gsm8k": TWO, "gsm8k_chat": TWO, "tinyshakespeare": THREE}  # shipped: the splits
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
 
@@ -32,7 +31,7 @@ class FileSource:
 
     Args:
         files: in the order of their rows.
-        documents: read plain text in long pieces instead of line by line.
+        documents: read plain text in long pieces, not line by line.
     """
 
     files: tuple[Traversable, ...]
