@@ -4,6 +4,9 @@
 #SBATCH --job-name=glora-llm
 #SBATCH --exclusive
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch, from the repository}"
 
@@ -19,6 +22,14 @@ trap 'rm -rf "$GLORA_LAUNCH"' EXIT
 
 # Slurm itself starts the processes, so its signals reach them with no launcher between. One that fails ends the others;
 # one that was told to end leaves only when the checkpoint is there.
+code=0
 srun --ntasks=$((SLURM_NNODES * gpus)) --ntasks-per-node="$gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / gpus)) \
   --kill-on-bad-exit=1 bash -c 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-    exec python -u train.py "$@"' train "$@"
+    exec python -u train.py "$@"' train "$@" || code=$?
+
+# Told to end, by the time limit or a preemption: the job goes on from its checkpoint. One that was cancelled runs no more.
+if [ -e "$GLORA_LAUNCH/told-to-end" ]; then
+  code=75
+  [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from glora_llm import __version__
 from glora_llm.cli import evaluate, init, merge, methods, recipes, search, tokenizer, train, vlora, watch
 from glora_llm.errors import CheckFailed, UserError
-from glora_llm.launch.complaint import print_error
+from glora_llm.launch.complaint import print_error, print_once
+from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
 
-FAILED_CHECK, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 COMMANDS = (
     init,
     train,
@@ -63,8 +64,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 def guarded(task: Callable[[], int]) -> int:
     """Run `task` and return its exit code; what a user may cause becomes one message instead of a traceback.
 
-    2: bad input (UserError); 1: a result outside its bound (CheckFailed); 130: interrupted. All else is a defect and
-    keeps its traceback.
+    2: bad input (UserError); 1: a result outside its bound (CheckFailed); 75: told to end, and the same command goes
+    on (ToldToEnd); 130: interrupted. All else is a defect and keeps its traceback.
     """
     try:
         return task()
@@ -74,6 +75,11 @@ def guarded(task: Callable[[], int]) -> int:
     except CheckFailed as error:
         print_error(f"check failed: {error}")
         return FAILED_CHECK
+    except ToldToEnd as end:
+        drop_broken_output()
+        if end.message is not None:
+            print_once(end.message, TOLD)
+        return TOLD_TO_END
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,6 +1,8 @@
-"""Print an error once a launch, whichever of its processes find it."""
+"""Print a message once a launch, whichever of its processes have it to say."""
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -12,20 +14,24 @@ PREFIX = "glora_llm-launch"
 
 
 def print_error(message: str) -> None:
-    """Print an error, unless another process of this launch has printed the same one.
+    """Print an error, unless another process of this launch has printed the same one."""
+    print_once(f"error: {message}", hashlib.sha256(message.encode()).hexdigest()[:16])
+
+
+def print_once(text: str, key: str) -> None:
+    """Print a text on standard error, unless a process of this launch has printed one under the same key.
 
     Checks come before the processes meet, so all of them find the same mistake, each by itself; another mistake may
     be found by one process alone. The one that prints a message says so in a file, and holds the file's lock until
     the message is out: a process that finds it printed may end, and with it the launch.
     """
     folder = launch_folder()
-    text = f"error: {message}"
     if folder is None:
         print(text, file=sys.stderr, flush=True)
         return
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        note = (folder / hashlib.sha256(message.encode()).hexdigest()[:16]).open("a")
+        note = (folder / key).open("a")
     except OSError:  # nowhere to say it: better twice than never
         print(text, file=sys.stderr, flush=True)
         return
@@ -35,6 +41,21 @@ def print_error(message: str) -> None:
             print(text, file=sys.stderr, flush=True)
             note.write("printed\n")
             note.flush()
+
+
+def was_said(key: str) -> bool:
+    """Tell whether a process of this launch has begun to print something under this key."""
+    folder = launch_folder()
+    return folder is not None and (folder / key).exists()
+
+
+def count_as_said(key: str) -> None:
+    """Let `was_said` be true for a key, and `print_once` print nothing under it."""
+    folder = launch_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):  # nowhere to note it
+            folder.mkdir(mode=0o700, exist_ok=True)
+            (folder / key).write_text("printed\n")
 
 
 def launch_folder() -> Path | None:
@@ -52,8 +73,14 @@ def launch_folder() -> Path | None:
     for old in here.glob(f"{PREFIX}-{os.getuid()}-*"):
         if _started(int(old.name.split("-")[-3])) != old.name.split("-")[-2]:
             shutil.rmtree(old, ignore_errors=True)
-    launcher, restarts = os.getppid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return here / f"{PREFIX}-{os.getuid()}-{launcher}-{_started(launcher)}-{restarts}"
+    launcher, started = _launcher()
+    return here / f"{PREFIX}-{os.getuid()}-{launcher}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+@functools.cache  # when the launcher is gone, another process is the parent
+def _launcher() -> tuple[int, str | None]:
+    """Return the process number of the launcher, and when it was started."""
+    return os.getppid(), _started(os.getppid())
 
 
 def _started(pid: int) -> str | None:

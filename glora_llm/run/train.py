@@ -19,6 +19,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.launch.environment import planned_process_rank, planned_world_size
 from glora_llm.launch.failure import first_failure, forget_failure
 from glora_llm.launch.ranks import Processes
+from glora_llm.launch.stop import StopRequest
 from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
 from glora_llm.plan.genome import finetune_recipe
@@ -35,15 +36,15 @@ from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.sharding import undivided
-from glora_llm.training.stop import StopRequest
 from glora_llm.vlora import m_steps
 
 
-def train(recipe: Recipe, dry_run: bool = False) -> None:
+def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None) -> None:
     """Train a recipe on the processes of this launch, or go on training; score, save, and merge if asked.
 
     Args:
         dry_run: check everything that needs no weights, print it, and stop.
+        stop: listens for the request to end; None: there will be none.
 
     Raises:
         UserError: for anything that the user can mend; nothing is lost then.
@@ -68,11 +69,11 @@ def train(recipe: Recipe, dry_run: bool = False) -> None:
     dist.barrier()
     with first_failure(folder.path, processes, lambda: _advice(folder)):
         folder.require_same_base(base_identity(plan, processes.device))
-        train_plan(plan, folder, processes)
+        train_plan(plan, folder, processes, stop)
         if recipe.search and recipe.search.finetune_steps:
             tuned = ranks.broadcast(finetune_recipe(folder) if processes.is_main_process else None, processes.device)
             folder = RunFolder(Path(tuned.output.dir))
-            train_plan(make_plan(tuned, world_size=processes.world_size), folder, processes)
+            train_plan(make_plan(tuned, world_size=processes.world_size), folder, processes, stop)
     ranks.stop()
     if processes.is_main_process and recipe.merge.after_training and not (folder.path / "merged").exists():
         from glora_llm.merge.command import merge_run
@@ -101,7 +102,7 @@ def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
     return {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
 
 
-def train_plan(plan: Plan, folder: RunFolder, processes: Processes) -> None:
+def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRequest | None = None) -> None:
     """Build a run, train it from its newest checkpoint or from the start, score it and save it."""
     finished = processes.is_main_process and is_finished(folder, plan.recipe, plan.steps)
     if ranks.broadcast(finished, processes.device):
@@ -113,7 +114,7 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes) -> None:
         claim(plan, folder, processes.device)
     writes, unit = processes.is_main_process, plan.task.unit
     with contextlib.closing(MetricLog(folder.path, parts.start, plan.steps, writes, unit)) as log:
-        Run(plan, folder, processes, parts, log).train()
+        Run(plan, folder, processes, parts, log, stop or StopRequest()).train()
     parts.engine.close()
 
 
@@ -136,6 +137,7 @@ class Run:
         processes: this process among those of the launch.
         parts: the model, the engine and what else the run trains with.
         log: of metrics.
+        stop: the request to end.
     """
 
     plan: Plan
@@ -143,6 +145,7 @@ class Run:
     processes: Processes
     parts: TrainingParts
     log: MetricLog
+    stop: StopRequest
 
     def train(self) -> None:
         """Train the steps that are left, score, save, and search a supernet."""
@@ -153,7 +156,6 @@ class Run:
         schedule = Schedule(
             parts.start, self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
         )
-        request = StopRequest()
         hooks = Hooks(
             batches=lambda step: self.plan.process_batches(
                 step, self.processes.process_rank, self.processes.world_size
@@ -163,9 +165,9 @@ class Run:
             diagnose=partial(first_bad_module, parts.model, parts.engine.score),
             before_micro_step=parts.supernet.draw,
             observe=self._observe,
-            told_to_end=lambda: request.made,
+            stop=self.stop,
         )
-        with request.listening():
+        with self.stop.deferred():
             validation = fit(parts.engine, schedule, hooks, self.log, parts.cost)
         self._finish(validation)
         if recipe.search:

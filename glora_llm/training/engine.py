@@ -15,6 +15,7 @@ from glora_llm.schema import TrainingSection
 from glora_llm.training.adam_state import AdamState
 from glora_llm.training.batch import Batch, to_device
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
+from glora_llm.training.end_vote import EndVote
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 from glora_llm.training.sharding import Held, forget_models, held, is_divided, prepare_rest
@@ -31,6 +32,7 @@ class StepResult:
         skipped: the step was not applied, because loss or gradient was not finite.
         overflow: skipped only because float16's loss scale was too large, which DeepSpeed then lowers.
         told_to_end: some process was told to end before the step was over.
+        abandoned: nothing was applied, because that was known between two micro batches.
     """
 
     loss: float
@@ -39,6 +41,7 @@ class StepResult:
     skipped: bool
     overflow: bool = False
     told_to_end: bool = False
+    abandoned: bool = False
 
 
 class Engine:
@@ -82,6 +85,7 @@ class Engine:
         _require_dtypes(objective, dtypes)
         self.adam = AdamState(self.ds, self.stage, device)
         self.loss_scale = LossScale(self.ds.optimizer)
+        self.end_vote = EndVote()
         self.applied = 0  # optimizer steps that were applied: Adam's own count
         self.tf32_before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
@@ -101,7 +105,8 @@ class Engine:
 
         Args:
             before_micro_step: is called with the number of each micro batch (a supernet draws its paths then).
-            told_to_end: whether this process was told to end; asked at the end of the step, for all processes.
+            told_to_end: whether this process was told to end; asked at every micro batch, for all processes. The rest
+                of the step is then left out.
         """
         targets = self._summed(sum(self.objective.targets(batch) for batch in batches))
         scale = (torch.full_like(targets, self.world_size) / targets).float()
@@ -109,6 +114,10 @@ class Engine:
         self.ds.train()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
+            if index and self.end_vote.outcome():
+                return StepResult(math.nan, 0, math.nan, skipped=False, told_to_end=True, abandoned=True)
+            if index + 1 < len(batches):
+                self.end_vote.cast(told_to_end())
             before_micro_step(index)
             loss = self.ds(**to_device(batch, self.device))
             share = loss * scale
@@ -203,6 +212,7 @@ class Engine:
         Under ZeRO 1 and 2 these are hooks, under ZeRO 3 also what the library keeps of every model for good.
         """
         self.ds.destroy()
+        self.end_vote.close()
         if self.stage == 3:
             forget_models()
         torch.backends.cuda.matmul.allow_tf32 = self.tf32_before

@@ -5,7 +5,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import torch
 from torch import distributed as dist
 
 from glora_llm.errors import CheckFailed
+from glora_llm.launch.stop import StopRequest, drop_broken_output
 from glora_llm.training.batch import Batch
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.optim import lr_at
-from glora_llm.training.stop import EXIT_CODE
 
 
 class NonFinite(CheckFailed):
@@ -37,7 +37,7 @@ class Hooks:
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
         before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
         observe: step -> further numbers that are logged with the step's own; all processes call it.
-        told_to_end: whether this process is to end after this step; one is enough for all.
+        stop: the request to end, which one process may have got.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -46,7 +46,7 @@ class Hooks:
     diagnose: Callable[[Sequence[Batch]], str]
     before_micro_step: Callable[[int, int], None] = lambda _step, _micro: None
     observe: Callable[[int], dict[str, float]] = lambda _step: {}
-    told_to_end: Callable[[], bool] = lambda: False
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
 
     Raises:
         NonFinite: after `training.max_bad_steps` skipped steps in a row.
-        SystemExit: with code 143 when a process was told to end, after the step and a checkpoint (none after a bad
-            step).
+        ToldToEnd: when a process was told to end, at the next micro batch, after a checkpoint (none after a bad step).
     """
-    settings, bad, last_validation = engine.settings, 0, {}
+    settings, bad, saved, last_validation = engine.settings, 0, schedule.start, {}
     reset_peak_memory(engine.device)
     for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
         seed_step(settings.seed, step, engine.process_rank)
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
-        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step), hooks.told_to_end)
+        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step), hooks.stop.made)
+        if result.abandoned:
+            raise _end(schedule, hooks, log, step, save=not bad and step > saved)
         bad = bad + (not result.overflow) if result.skipped else 0
         done = step + 1
         if bad >= settings.max_bad_steps:
@@ -110,15 +111,25 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         if hooks.validate is not None and schedule.due(done, schedule.validate_every):
             last_validation = hooks.validate(done)
             log.scores(done, last_validation)
-        stopping = result.told_to_end
-        if (stopping or schedule.due(done, schedule.save_every)) and not bad:
+        if result.told_to_end:
+            raise _end(schedule, hooks, log, done, save=not bad)
+        if schedule.due(done, schedule.save_every) and not bad:
             log.flush()
             hooks.save(done)
-        if stopping:
-            log.say(f"told to end (SIGTERM) after step {done} of {schedule.total}; the same command goes on")
-            dist.barrier()  # a job manager may kill all processes when the first one leaves: not before the checkpoint
-            raise SystemExit(EXIT_CODE)
+            saved = done
     return last_validation
+
+
+def _end(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool) -> BaseException:
+    """Write a checkpoint of `done` steps, say how the run goes on, and return the end of this process."""
+    drop_broken_output()
+    if save:
+        log.flush()
+        hooks.save(done)
+    told = hooks.stop.reason or "a signal to another process"
+    log.say(f"told to end ({told}) after step {done} of {schedule.total}. This goes on:\n  {hooks.stop.command}")
+    dist.barrier()  # a job manager may kill all processes when the first one leaves: not before the checkpoint
+    return hooks.stop.follow()
 
 
 def _stop_message(engine: Engine, batches: Sequence[Batch], hooks: Hooks, bad: int, step: int) -> str:

@@ -13,6 +13,7 @@ import glora_llm
 from glora_llm import cli
 from glora_llm.cli.main import guarded
 from glora_llm.errors import CheckFailed, UserError
+from glora_llm.launch.stop import StopRequest
 from glora_llm.plan.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,8 @@ def test_train_hands_over_the_checked_recipe(monkeypatch: pytest.MonkeyPatch) ->
     assert cli.train_main(["--local_rank=1", "--recipe", "quickstart"]) == 0
     [((checked,), named), ((_,), plain)] = calls
     assert checked.training.lr == 1e-4
-    assert (named, plain) == ({"dry_run": True}, {"dry_run": False})
+    assert isinstance(plain.pop("stop"), StopRequest)
+    assert (named, plain) == ({"dry_run": True, "stop": None}, {"dry_run": False})
 
 
 @pytest.fixture

@@ -45,13 +45,12 @@ with first_failure(Path(sys.argv[1]), processes, advice):
 
 # Waits as a collective does: no Python code of the main thread runs, so no signal handler either.
 BLOCKED = """
-import ctypes, sys
-from pathlib import Path
-from glora_llm.launch import failure
-from glora_llm.training.stop import StopRequest
+import ctypes
+from glora_llm.launch import stop
 
-failure.AFTER_FAILURE, failure.AFTER_SECOND_SIGTERM = 0.0, 0.0
-with failure.Watch(Path(sys.argv[1]) / "failure.json", 0), StopRequest().listening():
+stop.ONE_REQUEST = 0.5
+request = stop.StopRequest()
+with request.listening(), request.deferred():
     print("blocked", flush=True)
     mutex = ctypes.create_string_buffer(64)
     for _ in "ab":  # the second time it waits for itself
@@ -63,10 +62,11 @@ import sys
 from pathlib import Path
 from glora_llm.atomic import whole_folder
 from glora_llm.launch import failure
+from glora_llm.launch.presence import Presence
 
 failure.AFTER_FAILURE = 0.0
 run = Path(sys.argv[1])
-with failure.Watch(run / "failure.json", 0):
+with failure.Watch(run / "failure.json", Presence(0), str):
     with whole_folder(run / "step-1") as folder:
         print("writing", flush=True)
         sys.stdin.readline()
@@ -124,7 +124,7 @@ def test_a_second_sigterm_ends_a_process_that_cannot_handle_the_first(tmp_path: 
         blocked.send_signal(signal.SIGTERM)  # of several that come at once one arrives
         time.sleep(0.1)
     assert blocked.returncode == 143
-    assert "stopped by a second SIGTERM" in blocked.communicate()[1]
+    assert blocked.communicate()[1].startswith("told to end a second time (SIGTERM): ended at once")
 
 
 def test_a_checkpoint_is_completed_before_a_process_is_ended(tmp_path: Path) -> None:

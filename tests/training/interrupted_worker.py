@@ -3,8 +3,8 @@
 deepspeed --num_gpus 2 tests/training/interrupted_worker.py HOW RECIPE [section.key=value ...]
 
 HOW is `fails` (process 1, in the middle of step 5), `hangs` (both, before step 5), `is_preempted` (process 1 gets
-SIGTERM in step 3; the checkpoint is written when process 1 waits for it, or has left: RUN/left-early) or
-`hangs_in_search=N` (when the journal has N scores).
+SIGTERM in step 3, which is left out; the checkpoint is written when process 1 waits for it, or has left:
+RUN/left-early) or `hangs_in_search=N` (when the journal has N scores).
 """
 
 import atexit
@@ -49,7 +49,7 @@ def is_preempted(plan: Plan, step: int, process_rank: int, world_size: int) -> A
             barrier()
 
         def leaves() -> None:
-            if not (run / "checkpoints" / "step-3").exists():
+            if not (run / "checkpoints" / "step-2").exists():
                 (run / "left-early").touch()
 
         dist.barrier = waits  # type: ignore[assignment]

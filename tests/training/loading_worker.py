@@ -14,6 +14,7 @@ import torch
 from glora_llm import recipe as recipes
 from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.launch.stop import StopRequest
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.build import build
@@ -40,7 +41,7 @@ def train(
     plan, made = make_plan(recipe, world_size=processes.world_size), RunFolder(folder)
     parts = build(plan, made, processes)
     with closing(MetricLog(folder, 0, plan.steps, processes.is_main_process, plan.task.unit)) as log:
-        Run(plan, made, processes, parts, log).train()
+        Run(plan, made, processes, parts, log, StopRequest()).train()
     parts.engine.close()
     peaks = parts.load_peak_gb, peak_memory_gb(CPU)
     del parts
