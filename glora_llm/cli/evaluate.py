@@ -10,11 +10,11 @@ EVALUATE = """\
 Score a run on held-out records: of the adapter on its base model, or of the merged model.
 
 examples:
-  glora-llm evaluate runs/quickstart                                 the test records
+  glora-llm evaluate runs/quickstart                  the test records
   glora-llm evaluate runs/quickstart --split validation
-  glora-llm evaluate runs/quickstart --step 200                      a kept checkpoint instead of the end
-  glora-llm evaluate runs/quickstart --merged merged                 the merged model, same records
-  glora-llm evaluate runs/quickstart data.test=other.jsonl           other records, or where the run's own are now"""
+  glora-llm evaluate runs/quickstart --step 200       a kept checkpoint instead of the end
+  glora-llm evaluate runs/quickstart --merged merged  the merged model, same records
+  glora-llm evaluate runs/quickstart data.test=other.jsonl  other records, or the run's own moved"""
 
 
 def add_command(commands: Any, style: Any) -> None:

@@ -9,15 +9,17 @@ from glora_llm.atomic import require_new
 from glora_llm.errors import UserError
 
 INIT = """\
-Look at a file or folder of records and write a small commented recipe that fits it and this machine. Nothing is asked.
+Look at a file or folder of records and write a small commented recipe that fits it and this
+machine. Nothing is asked.
 
 examples:
-  glora-llm init my.jsonl                                 writes my.yaml
-  glora-llm init data/ --out recipes/mine.yaml            a folder with train.jsonl, validation.jsonl ...
-  glora-llm init my.csv --task classification             where several formats would fit
+  glora-llm init my.jsonl                       writes my.yaml
+  glora-llm init data/ --out recipes/mine.yaml  a folder with train.jsonl, validation.jsonl ...
+  glora-llm init my.csv --task classification   where several formats would fit
   glora-llm init my.jsonl --base meta-llama/Llama-2-7b-hf
 
-Read: json, jsonl, csv, tsv, parquet, txt. Formats: chat, alpaca, prompt_completion, classification, text."""
+Read: json, jsonl, csv, tsv, parquet, txt. Formats: chat, alpaca, prompt_completion, classification,
+text."""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -52,7 +54,7 @@ def init(arguments: argparse.Namespace) -> int:
     if records.problem:
         print(f"warning: not every record fits format {records.found.format}. The first: {records.problem}")
     print(f"{out}: {records.found.format} ({records.found.reason}), {records.count} training records, {base}")
-    print(f"next:  glora-llm train --recipe {out} --dry-run\n       deepspeed train.py --recipe {out}")
+    print(f"next:  glora-llm train --recipe {out} --dry-run\n       glora-llm train --gpus all --recipe {out}")
     return 0
 
 

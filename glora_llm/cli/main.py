@@ -29,7 +29,7 @@ GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.
 
 a first run, from nothing to a merged and scored model:
   glora-llm recipes                                     what there is to run
-  deepspeed train.py --recipe quickstart                train, on every GPU
+  glora-llm train --gpus all --recipe quickstart        train, on every GPU
   glora-llm evaluate runs/quickstart                    score the adapter on the test records
   glora-llm merge runs/quickstart --out merged          write a plain Hugging Face model
   glora-llm evaluate runs/quickstart --merged merged    score that one too

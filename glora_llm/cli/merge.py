@@ -7,16 +7,18 @@ from typing import Any
 from glora_llm.plan.run_folder import RunFolder
 
 MERGE = """\
-Write the trained adapter into the model, or write it as a plain LoRA, and check that both answer alike.
+Write the trained adapter into the model, or write it as a plain LoRA, and check that both answer
+alike.
 
 examples:
-  glora-llm merge runs/llama2_glora --out merged                     loads in stock transformers
-  glora-llm merge runs/llama2_glora --out lora --to lora             exact, as a PEFT LoRA adapter
-  glora-llm merge runs/llama2_glora --out merged --quantize nf4      4-bit again; reports what that costs
-  glora-llm merge runs/llama2_glora --out merged --step 400          a kept checkpoint instead of the last
+  glora-llm merge runs/llama2_glora --out merged             loads in stock transformers
+  glora-llm merge runs/llama2_glora --out lora --to lora     exact, as a PEFT LoRA adapter
+  glora-llm merge runs/llama2_glora --out merged --quantize nf4  4-bit again, and what that costs
+  glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the last
 
-The two are compared on the sample that the run kept, else on text that ships; the run's data need not be here. A result
-that changes the answers by more than the recipe's merge.* bounds ends with exit code 1."""
+The two are compared on the sample that the run kept, else on text that ships; the run's data need
+not be here. A result that changes the answers by more than the recipe's merge.* bounds ends with
+exit code 1."""
 
 
 def add_command(commands: Any, style: Any) -> None:

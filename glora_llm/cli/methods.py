@@ -6,13 +6,15 @@ from typing import Any
 from glora_llm.adapters.methods import METHODS, REFUSED
 
 METHODS_HELP = """\
-List the values of adapter.method: what trains here, whether it merges into a plain model, and where it comes from.
+List the values of adapter.method: what trains here, whether it merges into a plain model, and where
+it comes from.
 
 examples:
   glora-llm methods
-  deepspeed train.py --recipe quickstart adapter.method=dora adapter.slots=null output.dir=runs/dora
+  glora-llm train --recipe quickstart adapter.method=dora adapter.slots=null output.dir=runs/dora
 
-Arguments of a method that a recipe has no key for go into adapter.peft, under PEFT's names (docs/glora.md)."""
+Arguments of a method that a recipe has no key for go into adapter.peft, under PEFT's names
+(docs/glora.md)."""
 
 
 def add_command(commands: Any, style: Any) -> None:

@@ -13,9 +13,10 @@ examples:
   glora-llm recipes
   glora-llm recipes quickstart
   glora-llm recipes quickstart training.lr=1e-4 > recipes/mine.yaml
-  glora-llm recipes --models                                         models for `model.name_or_path: embedded:NAME`
+  glora-llm recipes --models  models for `model.name_or_path: embedded:NAME`
 
-Recipes are looked for in ./recipes first, then in the package. A path to a YAML file serves as a name too."""
+Recipes are looked for in ./recipes first, then in the package. A path to a YAML file serves as a
+name too."""
 
 
 def add_command(commands: Any, style: Any) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 from glora_llm.plan.run_folder import RunFolder
 
 SEARCH = """\
-Search a trained supernet (a run with adapter.paths=sample) for the best path of every layer within a limit.
+Search a trained supernet (a run with adapter.paths=sample) for the best path of every layer within
+a limit.
 
 examples:
-  glora-llm search runs/llama2_glora_search                          with the `search` section of its recipe
-  glora-llm search runs/llama2_glora_search --budget 1.0M,0.5M,0.25M one genome for each limit, from one supernet
+  glora-llm search runs/llama2_glora_search  with the `search` section of its recipe
+  glora-llm search runs/llama2_glora_search --budget 1.0M,0.5M  a genome for each limit
   glora-llm search runs/llama2_glora_search search.strategy=evolution search.seed=1
 
-Candidates are scored on validation records, never on test records. RUN/genome.json is the genome of the first limit,
-readable and editable by hand: `glora-llm merge RUN` uses it. RUN/search/ has the others, the archive and the pictures.
-A search that was stopped goes on where it was: the same command again. On several
-processes: the command that trained."""
+Candidates are scored on validation records, never on test records. RUN/genome.json is the genome of
+the first limit, readable and editable by hand: `glora-llm merge RUN` uses it. RUN/search/ has the
+others, the archive and the pictures. A search that was stopped goes on where it was: the same
+command again. On several processes: the command that trained."""
 
 
 def add_command(commands: Any, style: Any) -> None:

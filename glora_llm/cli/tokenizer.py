@@ -15,7 +15,8 @@ examples:
   glora-llm tokenizer train book.txt more.jsonl --vocab-size 8000 --out tokenizer
   glora-llm tokenizer train rows.csv --column review --vocab-size 4000 --out tokenizer
 
-In a recipe: model.tokenizer=tokenizer; or model.tokenizer=train:8000, which trains on the recipe's training text."""
+In a recipe: model.tokenizer=tokenizer; or model.tokenizer=train:8000, which trains on the recipe's
+training text."""
 
 
 def add_command(commands: Any, style: Any) -> None:

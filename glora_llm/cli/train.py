@@ -17,17 +17,17 @@ TRAIN = """\
 Train one recipe: a YAML file, with any of its keys changed on the command line.
 
 examples:
-  glora-llm train --recipe quickstart                                this process: one GPU, or the CPU
-  glora-llm train --gpus all --recipe llama2_glora                   every GPU of this machine
+  glora-llm train --recipe quickstart                         this process: one GPU, or the CPU
+  glora-llm train --gpus all --recipe llama2_glora            every GPU of this machine
   glora-llm train --gpus 2 --recipe my/own.yaml output.dir=runs/mine training.lr=1e-4
-  glora-llm train --hostfile hosts --recipe llama2_70b_glora         several machines
-  deepspeed train.py --recipe llama2_glora                           the same by DeepSpeed's own command
-  glora-llm train --recipe llama2_glora --dry-run                    check everything, train nothing
+  glora-llm train --hostfile hosts --recipe llama2_70b_glora  several machines
+  deepspeed train.py --recipe llama2_glora                    the same by DeepSpeed's own command
+  glora-llm train --recipe llama2_glora --dry-run             check everything, train nothing
 
-The same command again goes on from the newest complete checkpoint of output.dir. Ctrl-C, SIGTERM, SIGUSR1 or a closed
-terminal: a checkpoint is written, then exit code 75; a second one ends at once.
-A value is written as in YAML: training.lr=1e-4, merge.after_training=true, 'adapter.targets=[q_proj, v_proj]'.
-docs/recipe_reference.md lists every key."""
+The same command again goes on from the newest complete checkpoint of output.dir. Ctrl-C, SIGTERM,
+SIGUSR1 or a closed terminal: a checkpoint is written, then exit code 75; a second one ends at once.
+A value is written as in YAML: training.lr=1e-4, merge.after_training=true,
+'adapter.targets=[q_proj, v_proj]'. docs/recipe_reference.md lists every key."""
 
 
 def add_command(commands: Any, style: Any) -> None:

@@ -8,14 +8,16 @@ from glora_llm.errors import UserError
 from glora_llm.schema.vlora import VLORA_CHOICES
 
 VLORA = """\
-Make a VLoRA model of a dense one: every k layers share a base, and the differences become low-rank increments by
-truncated SVD. At full rank the answers stay the same; the table says what a rank loses.
+Make a VLoRA model of a dense one: every k layers share a base, and the differences become low-rank
+increments by truncated SVD. At full rank the answers stay the same; the table says what a rank
+loses.
 
 examples:
-  glora-llm vlora from-dense embedded:smollm2-135m-instruct --rank 64 --layers-per-compound 5 --out smollm2-vlora
-  glora-llm vlora from-dense my/model --rank 32,64,128 --out folder     writes rank 32, measures the others too
+  glora-llm vlora from-dense my/model --rank 64 --layers-per-compound 5 --out my-vlora
+  glora-llm vlora from-dense my/model --rank 32,64,128 --out folder  writes rank 32, measures all
 
-Train it further: model.name_or_path=folder adapter.method=full; or put an adapter on it like on any base."""
+Train it further: model.name_or_path=folder adapter.method=full; or put an adapter on it like on any
+base."""
 
 
 def add_command(commands: Any, style: Any) -> None:

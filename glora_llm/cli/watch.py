@@ -8,13 +8,15 @@ from typing import Any
 from glora_llm.errors import UserError
 
 WATCH = """\
-Show a run, or all runs of a folder beside each other, in TensorBoard on this machine, and print its address.
+Show a run, or all runs of a folder beside each other, in TensorBoard on this machine, and print its
+address.
 
 examples:
   glora-llm watch runs/quickstart
   glora-llm watch runs --port 6007
 
-It listens on localhost alone: from elsewhere, forward the port (ssh -L 6006:localhost:6006 MACHINE). Ctrl-C ends it."""
+It listens on localhost alone: from elsewhere, forward the port (ssh -L 6006:localhost:6006
+MACHINE). Ctrl-C ends it."""
 
 
 def add_command(commands: Any, style: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -15,6 +16,7 @@ def quiet_libraries() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
+    bars_on_terminals_only()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -28,3 +30,12 @@ def quiet_libraries() -> None:
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def bars_on_terminals_only() -> None:
+    """Keep progress bars of libraries out of log files (transformers shows one while it reads a GGUF file).
+
+    tqdm reads the variable when it is imported; bars that say themselves when they appear go by what they say.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")

@@ -126,7 +126,7 @@ def recipe_text(name: str, records: Records, base: str, on_gpu: bool) -> str:
     lines = [
         f"# GLoRA on {base} for {records.source}: {records.count} training records, {found.reason}.",
         f"#   glora-llm train --recipe {name}.yaml --dry-run    checks it and shows three samples",
-        f"#   deepspeed train.py --recipe {name}.yaml           trains on every GPU",
+        f"#   glora-llm train --gpus all --recipe {name}.yaml   trains on every GPU",
         f"description: GLoRA for {Path(records.source).name}",
         "model:",
         f"  name_or_path: {json.dumps(base)}",

@@ -1,9 +1,11 @@
 """The command line: quick, light, and every mistake of a user is one message and exit code 2."""
 
+import argparse
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 import glora_llm
 from glora_llm import cli
-from glora_llm.cli.main import guarded
+from glora_llm.cli.main import command_parser, guarded
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.stop import StopRequest
 from glora_llm.plan.run_folder import RunFolder
@@ -34,14 +36,29 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["merge"], ["search"], ["evaluate"], ["recipes"]], ids=" ".join)
-def test_help_teaches_by_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def command_lines(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
+    """Yield the words of every command of `glora-llm`, and of the actions of a command."""
+    yield []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from ([name, *words] for words in command_lines(below))
+
+
+@pytest.mark.parametrize("command", list(command_lines(command_parser())), ids=" ".join)
+def test_help_fits_a_screen_and_teaches_by_examples(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A screen of 40 lines and 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "glora-llm" in text
     assert "examples:" in text or "a first run" in text
+    assert f"  glora-llm {' '.join(command)}" in text
+    assert len(text.splitlines()) <= 40
+    assert [line for line in text.splitlines() if len(line) > 100] == []
 
 
 def test_help_takes_less_than_a_second_of_processor_time() -> None:

@@ -1,6 +1,8 @@
 """What the libraries read when they are imported."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,21 @@ def test_gpu_memory_grows_unless_the_user_says_how(
         monkeypatch.setenv(name, value)
     quiet_libraries()
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+
+
+BAR = """
+import sys
+import glora_llm.plan.early
+from glora_llm.launch.quiet import bars_on_terminals_only
+if sys.argv[1] == "quiet":
+    bars_on_terminals_only()
+from tqdm.auto import tqdm
+list(tqdm([1, 2], desc="Converting and de-quantizing GGUF tensors..."))
+"""
+
+
+def test_bars_of_libraries_stay_out_of_log_files() -> None:
+    def printed(how: str) -> str:
+        return subprocess.run([sys.executable, "-c", BAR, how], capture_output=True, text=True, check=True).stderr
+
+    assert "GGUF" in printed("loud") and printed("quiet") == ""
