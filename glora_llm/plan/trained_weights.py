@@ -93,7 +93,7 @@ def _how_to_get_back(folder: RunFolder) -> str:
         return f"To get it back: {_nothing_left(folder)}"
     return (
         "To get it back, start the same training command again: it writes the folder anew from the checkpoint of step "
-        f"{checkpoint.step_of(newest)}; or name that checkpoint by --step {checkpoint.step_of(newest)}."
+        f"{checkpoint.step_of(newest)}. Merge and evaluate take that checkpoint by --step {checkpoint.step_of(newest)}."
     )
 
 
