@@ -94,7 +94,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
     with found.collected():
         empty = load.meta_model(recipe.model, base.folder)
         model = inject(empty, without_start(recipe.adapter), recipe.training.seed, steps, genome)
-        if recipe.search is not None:
+        if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet
             space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
         obstacle = _obstacle(recipe, model)

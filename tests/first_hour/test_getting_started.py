@@ -73,7 +73,8 @@ def test_the_smallest_recipe_is_complete(folder: Path, capsys: pytest.CaptureFix
     [text] = [text for kind, text in BLOCKS if kind == "yaml"]
     assert set(yaml.safe_load(text)) == {"model", "adapter", "data", "training", "output"}
     Path("smallest.yaml").write_text(text)
-    assert main(["train", "--recipe", "smallest.yaml", "--dry-run", "model.name_or_path=embedded:tiny-llama"]) == 0
+    changed = ["model.name_or_path=embedded:tiny-llama", "output.dir=runs/smallest"]
+    assert main(["train", "--recipe", "smallest.yaml", "--dry-run", *changed]) == 0
 
 
 def test_the_lines_of_a_dry_run_are_those_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

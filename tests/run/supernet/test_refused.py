@@ -49,7 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Said:
         (["adapter.paths=null", "adapter.supernet=null", "adapter.genome=g.json", "adapter.slots={B: lora}"],
          "genome says all about the slots: adapter.slots=null takes slots away"),
         (["adapter.paths=null", "adapter.supernet=null", "search=null", "adapter.genome=absent.json"],
-         "There is no genome file absent.json"),
+         "adapter.genome: there is no absent.json"),
         (["adapter.supernet.modes={B: [lorra]}"], "'scalar' or 'none'. Did you mean 'lora'?"),
         (["adapter.supernet.modes={D: [lora]}"], "Slot D has no mode 'lora'; it has: vector, scalar, none."),
         (["search=null", "merge.after_training=true"], "merge.after_training merges the genome that a search chose"),
@@ -123,7 +123,7 @@ def test_a_supernet_whose_training_has_not_ended(refused: Said, searched: Path, 
         file.unlink()
     before = contents(run)
     for command in (["search", run], ["merge", run, "--out", tmp_path / "out"], ["evaluate", run]):
-        assert "holds no adapter: the run has not ended. Train on" in refused(*command)
+        assert "adapter_model.safetensors is missing" in refused(*command)
     assert contents(run) == before and not (tmp_path / "out").exists()
 
 
