@@ -48,8 +48,8 @@ def main() -> None:
 
 def _head(minutes: float) -> str:
     return (
-        "# The first hour, recorded\n\nThree data files that the project does not know, each from the file to an answer "
-        f"of the merged model, every command typed once. {minutes:.1f} minutes in all, {datetime.date.today()}, "
+        "# The first hour, recorded\n\nThree data files that the project does not know, each from the file to an "
+        f"answer of the merged model, every command typed once. {minutes:.1f} minutes in all, {datetime.date.today()}, "
         f"{_processor()}, one process on the CPU, Python {platform.python_version()}. Written by\n"
         "`python scripts/first_hour.py --out docs/first_hour.md`; the data come from `tests/first_hour/make_data.py`. "
         f"Of long outputs the last {SHOWN} lines are shown.\n"

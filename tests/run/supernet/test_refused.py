@@ -123,7 +123,7 @@ def test_a_supernet_whose_training_has_not_ended(refused: Said, searched: Path, 
         file.unlink()
     before = contents(run)
     for command in (["search", run], ["merge", run, "--out", tmp_path / "out"], ["evaluate", run]):
-        assert "adapter_model.safetensors is missing" in refused(*command)
+        assert "holds no adapter: the run has not ended. Train on" in refused(*command)
     assert contents(run) == before and not (tmp_path / "out").exists()
 
 
