@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,9 @@ from glora_llm.run.build import TrainingParts, build
 from glora_llm.run.search import search_after_training
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
+from glora_llm.training.batch import Batch
 from glora_llm.training.diagnosis import first_bad_module
-from glora_llm.training.loop import Hooks, Schedule, fit, peak_memory_gb
+from glora_llm.training.loop import Hooks, Schedule, ValidationLeft, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.sharding import undivided
 from glora_llm.vlora import m_steps
@@ -200,17 +202,29 @@ class Run:
         sizes = m_steps(self.parts.vlora_stack)
         return {f"vlora/increment/layer_{number:02d}": size for number, size in sizes.items()}
 
-    def _score(self, split: str, limit: int | None) -> dict[str, float]:
-        """Return the scores of a split, on at most `limit` rows; nothing where the recipe has no such rows."""
+    def _score(self, split: str, limit: int | None, score: Callable[[Batch], Any] | None = None) -> dict[str, float]:
+        """Return the scores of a split, on at most `limit` rows; nothing where the recipe has no such rows.
+
+        Args:
+            score: batch -> its scores; None: the engine's.
+        """
         if self.plan.rows(split) is None:
             return {}
         engine, place = self.parts.engine, (self.processes.process_rank, self.processes.world_size)
-        return score_split(self.plan, split, engine.score, engine.gather_rows, *place, limit)
+        return score_split(self.plan, split, score or engine.score, engine.gather_rows, *place, limit)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Return the validation scores after a step: of all rows at the end, of evaluation.max_rows before."""
+        engine = self.parts.engine
+
+        def score(batch: Batch) -> Any:
+            if engine.any_told_to_end(self.stop.made()):
+                raise ValidationLeft
+            return engine.score(batch)
+
         self.parts.supernet.largest()
-        return self._score("validation", None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows)
+        limit = None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows
+        return self._score("validation", limit, score)
 
     def _finish(self, validation: dict[str, float]) -> None:
         """Score the test rows, and write the final weights and summary.json."""

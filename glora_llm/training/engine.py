@@ -160,6 +160,11 @@ class Engine:
         with self._evaluating():
             return self.ds(**to_device(batch, self.device), score=True)
 
+    def any_told_to_end(self, told_to_end: bool) -> bool:
+        """Tell whether any process was told to end; all processes must call it equally often."""
+        self.end_vote.cast(told_to_end)
+        return self.end_vote.outcome()
+
     def loss(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss of one batch with its graph, in evaluation mode; for a search's slopes.
 

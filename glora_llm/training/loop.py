@@ -14,12 +14,17 @@ import torch
 from torch import distributed as dist
 
 from glora_llm.errors import CheckFailed
+from glora_llm.launch.ranks import broadcast
 from glora_llm.launch.stop import StopRequest, drop_broken_output
 from glora_llm.training.batch import Batch
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.optim import lr_at
+
+
+class ValidationLeft(Exception):
+    """A process was told to end while validation data were scored; raised on all processes together."""
 
 
 class NonFinite(CheckFailed):
@@ -32,7 +37,7 @@ class Hooks:
 
     Args:
         batches: step -> this process's micro batches.
-        validate: step -> validation metrics, or None where there is no validation data.
+        validate: step -> validation metrics, or None where there is no validation data. Raises ValidationLeft.
         save: (step) writes a checkpoint.
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
         before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
@@ -87,6 +92,8 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
     """
     settings, bad, saved, last_validation = engine.settings, 0, schedule.start, {}
     reset_peak_memory(engine.device)
+    if _is_validation_missing(schedule, log, engine.device):
+        last_validation = _validate(schedule, hooks, log, schedule.start, save=False)
     for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
         seed_step(settings.seed, step, engine.process_rank)
@@ -97,6 +104,8 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             raise _end(schedule, hooks, log, step, save=not bad and step > saved)
         bad = bad + (not result.overflow) if result.skipped else 0
         done = step + 1
+        if result.told_to_end:
+            drop_broken_output()
         if bad >= settings.max_bad_steps:
             raise NonFinite(_stop_message(engine, batches, hooks, bad, done))
         if result.overflow:
@@ -108,16 +117,38 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             values |= hooks.observe(done)
             log.scalars(done, values)
             log.progress(done, values)
-        if hooks.validate is not None and schedule.due(done, schedule.validate_every):
-            last_validation = hooks.validate(done)
-            log.scores(done, last_validation)
-        if result.told_to_end:
+        if result.told_to_end:  # what is due now is validated by the next launch
             raise _end(schedule, hooks, log, done, save=not bad)
+        if schedule.due(done, schedule.validate_every):
+            last_validation = _validate(schedule, hooks, log, done, save=not bad)
         if schedule.due(done, schedule.save_every) and not bad:
             log.flush()
             hooks.save(done)
             saved = done
     return last_validation
+
+
+def _is_validation_missing(schedule: Schedule, log: MetricLog, device: torch.device) -> bool:
+    """Tell whether the launch before was told to end before the validation of its last step was over."""
+    if schedule.start == 0 or not schedule.due(schedule.start, schedule.validate_every):
+        return False
+    return bool(broadcast(log.lacks(schedule.start, "validation/"), device))
+
+
+def _validate(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool) -> dict[str, float]:
+    """Log and return the validation metrics after `done` steps.
+
+    Raises:
+        ToldToEnd: when a process was told to end; the next launch validates then.
+    """
+    if hooks.validate is None:
+        return {}
+    try:
+        scores = hooks.validate(done)
+    except ValidationLeft:
+        raise _end(schedule, hooks, log, done, save) from None
+    log.scores(done, scores)
+    return scores
 
 
 def _end(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool) -> BaseException:

@@ -85,6 +85,15 @@ class MetricLog:
         self.scalars(step, values)
         self.say(f"step {step}/{self.total}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
+    def lacks(self, step: int, prefix: str) -> bool:
+        """Tell whether the file has metrics, but none of this step whose names begin with `prefix`."""
+        if not self.enabled or not self.file.exists():
+            return False
+        entries = [json.loads(line) for line in self.file.read_text().splitlines()]
+        return bool(entries) and not any(
+            entry["step"] == step and name.startswith(prefix) for entry in entries for name in entry
+        )
+
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
         if self.enabled:
