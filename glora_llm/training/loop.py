@@ -157,7 +157,9 @@ def _end(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool
     if save:
         log.flush()
         hooks.save(done)
-    told = hooks.stop.reason or "a signal to another process"
+    told = hooks.stop.reason or (
+        "its launcher ended" if hooks.stop.launcher.is_gone() else "a signal to another process"
+    )
     log.say(f"told to end ({told}) after step {done} of {schedule.total}. This goes on:\n  {hooks.stop.command}")
     dist.barrier()  # a job manager may kill all processes when the first one leaves: not before the checkpoint
     return hooks.stop.follow()
