@@ -112,8 +112,8 @@ def check_search(recipe: Recipe) -> None:
 
 def merge_obstacle(config: Any, model: Any) -> str | None:
     """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
-    names = adapted_with_bias(model)
-    never = sorted({name.rpartition(".")[2] for name in names if _support(config, name) == "never"})
+    kinds = {name.rpartition(".")[2] for name in adapted_with_bias(model)}
+    never = sorted(kind for kind in kinds if _support(config, kind) == "never")
     if not never:
         return None
     return (
@@ -124,8 +124,7 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
     )
 
 
-def _support(config: Any, name: str) -> str:
-    suffix = name.rpartition(".")[2]
+def _support(config: Any, suffix: str) -> str:
     if suffix == "lm_head":
         return "never"  # not part of the decoder layer that bias_support builds
     support = bias_support(config, suffix)
