@@ -87,10 +87,14 @@ def _held_out(source: str, records: int) -> str | int | None:
 
 
 def _lengths(made: Sequence[Example], base: str) -> tuple[list[int], bool]:
-    """Return the tokens of each example (chat: an allowance for each turn), and whether a tokenizer counted them."""
-    texts = ["\n".join(m.content for m in e.messages) or e.text() for e in made]
-    turns = [max(1, len(e.messages)) for e in made]
+    """Return the tokens of each example, and whether a tokenizer counted them.
+
+    A chat is counted in the base's own template; without one, each turn gets an allowance.
+    """
     folder = embedded_folder(base.removeprefix("embedded:")) if base.startswith("embedded:") else Path(base)
+    written = _in_template(made, folder)
+    texts = written or ["\n".join(m.content for m in e.messages) or e.text() for e in made]
+    turns = [0 if written else max(1, len(e.messages)) for e in made]
     file = folder / "tokenizer.json"
     if not file.is_file():
         return [
@@ -103,6 +107,27 @@ def _lengths(made: Sequence[Example], base: str) -> tuple[list[int], bool]:
     tokenizer.no_padding()
     coded = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [len(code.ids) + TOKENS_A_TURN * n for code, n in zip(coded, turns, strict=True)], True
+
+
+def _in_template(made: Sequence[Example], folder: Path) -> list[str] | None:
+    """Return chats as the base's template writes them; None for other examples, and where there is no such template."""
+    settings, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if not settings.is_file() or not all(example.messages for example in made):
+        return None
+    values = json.loads(settings.read_text(encoding="utf-8"))
+    source = file.read_text(encoding="utf-8") if file.is_file() else values.get("chat_template")
+    if not isinstance(source, str):
+        return None
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    given = {name: value for name, value in values.items() if name.endswith("_token")}
+    chats = [[{"role": m.role, "content": m.content} for m in example.messages] for example in made]
+    try:
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+        return [template.render(messages=chat, **given) for chat in chats]
+    except (TemplateError, TypeError):  # it asks for what only transformers gives it
+        return None
 
 
 def choose_base(gpu_bytes: float | None) -> str:

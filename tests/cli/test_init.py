@@ -72,6 +72,15 @@ def test_lengths_decide_max_tokens_and_what_is_dropped_is_said(write: Write) -> 
     assert "overlong: drop  # 0.5 % of the samples" in text and "longest 5010 (by its tokenizer)" in text
 
 
+def test_a_chat_is_measured_in_the_base_s_template(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """The template of SmolLM2 puts a system message of 20 tokens before every chat."""
+    write([{"messages": [{"role": "user", "content": "a" + " a" * n}, TURNS[1]]} for n in range(40)], times=1)
+    assert main(["init", "mine.jsonl"]) == 0
+    longest = int(Path("mine.yaml").read_text().split(", longest ")[1].split()[0])
+    assert main(["train", "--recipe", "mine.yaml", "--dry-run", "data.validation=null", "evaluation.every=null"]) == 0
+    assert f"longest {longest}" in capsys.readouterr().out
+
+
 def test_a_folder_brings_its_own_validation_split(write: Write) -> None:
     Path("data").mkdir()
     write(CASES["pairs"][0], "data/train.jsonl")
