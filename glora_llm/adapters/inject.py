@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
-from glora_llm.errors import UserError, nearest
+from glora_llm.adapters.targets import name_linears, require_names
+from glora_llm.errors import UserError
 from glora_llm.glora import GLoRALinear
 from glora_llm.glora.path import PEFT_ROOT, Genome
 from glora_llm.glora.supernet import require_known
@@ -39,13 +40,16 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     except (ValueError, TypeError) as error:
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
-        raise UserError(f"adapter.targets {section.targets!r} match no module. {candidates(base)}") from error
+        raise UserError(
+            f"adapter.targets {section.targets!r} match no module. {name_linears(linear_suffixes(base))}"
+        ) from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
             "a whole: give every slot that is to be trained."
         )
-    _require_targets(base, section)
+    modules = [name.replace(".base_layer", "") for name, _ in base.named_modules()]
+    require_names(section, modules, linear_suffixes(base))
     _require_matches(model, section, genome)
     return model
 
@@ -53,19 +57,6 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
 def without_adapter(model: Any) -> Any:
     """Return the transformers model inside of what `inject` returned; its layers still hold the adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _require_targets(model: nn.Module, section: AdapterSection) -> None:
-    """Check that each name of a list of targets, and of modules_to_save, is of the model: PEFT asks for one match."""
-    names = [name.replace(".base_layer", "") for name, _ in model.named_modules()]
-    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
-    for key in ("targets", "modules_to_save"):
-        wanted = getattr(section, key)
-        for target in wanted if isinstance(wanted, list) else ():
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise UserError(
-                    f"adapter.{key}: '{target}' matches no module.{nearest(target, parts)} {candidates(model)}"
-                )
 
 
 def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome | None) -> None:
@@ -78,12 +69,6 @@ def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome |
             raise UserError(
                 f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
             )
-
-
-def candidates(base: nn.Module) -> str:
-    """Return a sentence that lists the last name parts of the model's linears."""
-    names = linear_suffixes(base)
-    return f"Linears of this model: {', '.join(names)}; or all-linear."
 
 
 def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:

@@ -58,7 +58,7 @@ class Report:
             (self.boundary_tokens, "tokens hold both prompt and answer and are not learnt"),
         ]
         parts = [f"{self.rows_read:,} rows read", *(f"{count:,} {text}" for count, text in news if count)]
-        parts.append(f"{self.kept:,} samples of {self.tokens:,} tokens, {self.target_tokens:,} of them targets")
+        parts.append(f"{self.kept:,} samples of {self.tokens:,} tokens, {self.target_tokens:,} of them label tokens")
         parts.append(f"longest {self.longest:,}")
         if self.fill:
             parts.append(f"packed into {self.rows:,} rows, {self.fill:.1%} full")

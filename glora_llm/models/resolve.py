@@ -9,10 +9,24 @@ from typing import Any
 from glora_llm.errors import UserError
 from glora_llm.models.embedded import embedded_folder, require_embedded
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of
-from glora_llm.models.fingerprint import fingerprint
+from glora_llm.models.fingerprint import fingerprint, read_header, weight_files
 from glora_llm.schema import ModelSection
 
 EMBEDDED_PREFIX = "embedded:"
+SAME_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # modules are called as their weights are in the files
+LLAMA_LINEARS = [
+    *(f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"),
+    *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")),
+]
+LLAMA_NORMS = [*(f"model.layers.0.{part}_layernorm" for part in ("input", "post_attention")), "model.norm"]
+LLAMA_MODULES = [
+    *LLAMA_LINEARS,
+    *LLAMA_NORMS,
+    "model.layers.0.self_attn",
+    "model.layers.0.mlp",
+    "model.embed_tokens",
+    "lm_head",
+]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 HUB_FILES = ["*.safetensors", *HUB_SETTINGS]
@@ -56,6 +70,27 @@ def look_at_model(section: ModelSection) -> None:
         raise UserError(_NO_GGUF.format(path))
     elif not path.exists():
         _require_hub_id(name, path)
+
+
+def stored_modules(section: ModelSection) -> tuple[list[str], list[str]]:
+    """Return the names of all modules of a model on this machine, and of its linears, by the headers of its files.
+
+    Both are empty for models that are not here yet, and for families that are stored under other names.
+
+    Raises:
+        UserError: for a file that is damaged or missing.
+    """
+    name = section.name_or_path or ""
+    if name.startswith(EMBEDDED_PREFIX):
+        return LLAMA_MODULES, LLAMA_LINEARS
+    path = Path(name).expanduser()
+    if not name or not path.is_dir() or _read_config(path, name).get("model_type") not in SAME_NAMES:
+        return [], []
+    tensors = {key: entry for file in weight_files(path) for key, entry in read_header(file)[0].items()}
+    names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
+    matrices = [key.removesuffix(".weight") for key in tensors if len(tensors[key]["shape"]) == 2]
+    holders = [name.rpartition(".")[0] for name in names]
+    return [*names, *holders, "lm_head"], [name for name in matrices if not name.endswith("embed_tokens")]
 
 
 def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "text") -> ResolvedModel:

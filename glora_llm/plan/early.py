@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from glora_llm.adapters.methods import check_method
+from glora_llm.adapters.targets import require_names
 from glora_llm.errors import Problems, UserError
-from glora_llm.models.resolve import look_at_model
+from glora_llm.models.resolve import look_at_model, stored_modules
 from glora_llm.schema import Recipe
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
 
@@ -28,6 +29,8 @@ def check_early(recipe: Recipe, world_size: int) -> None:
         first_look(recipe.data)
     with found.collected():
         check_method(recipe.adapter)
+    with found.collected():
+        _check_targets(recipe)
     for key in ("genome", "weights"):
         with found.collected():
             _require_there(f"adapter.{key}", getattr(recipe.adapter, key))
@@ -38,6 +41,15 @@ def check_early(recipe: Recipe, world_size: int) -> None:
     with found.collected():
         _require_writable(Path(recipe.output.dir))
     found.raise_all()
+
+
+def _check_targets(recipe: Recipe) -> None:
+    try:
+        modules, linears = stored_modules(recipe.model)
+    except UserError:  # the look at the model has it
+        return
+    if modules:
+        require_names(recipe.adapter, modules, {name.rpartition(".")[2] for name in linears})
 
 
 def _require_there(key: str, path: str | None) -> None:

@@ -43,7 +43,7 @@ def plan_run(recipe: Recipe, weights: bool, world_size: int) -> tuple[Plan, str]
 
 
 def describe_samples(plan: Plan) -> str:
-    """Return some training samples as text, each with its targets marked."""
+    """Return some training samples as text, each with its label tokens marked."""
     return "\n".join(f"sample {number}   {text}" for number, text in enumerate(plan.task.previews, 1))
 
 

@@ -60,8 +60,8 @@ class TextTask:
 
     @property
     def previews(self) -> list[str]:
-        """Some samples, each with its targets marked."""
-        return [f"targets marked: {text}" for text in self.data.previews]
+        """Some samples, each with its label tokens marked."""
+        return [f"label tokens marked: {text}" for text in self.data.previews]
 
     @cached_property
     def label_trie(self) -> LabelTrie | None:

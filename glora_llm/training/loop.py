@@ -186,7 +186,7 @@ def _metrics(
         "train/loss": result.loss,
         "train/lr": lr,
         "train/grad_norm": result.grad_norm,
-        "train/targets": result.targets,
+        "train/label_tokens": result.targets,
         **({} if scale is None else {"train/loss_scale": scale}),
         "train/samples": done * engine.settings.global_batch,
         "speed/seconds_per_step": seconds,

@@ -22,7 +22,7 @@ print("LOADED", [name for name in {HEAVY!r} if name in sys.modules], "CODE", cod
 """
 WRONG = [
     "model.name_or_path=./absent", "adapter.method=lorra", "adapter.slots=null", "training.deepspeed=zero7",
-    "adapter.weights=nowhere", "output.dir=model.yaml/run",
+    "adapter.weights=nowhere", "output.dir=model.yaml/run", "data.source=rows.jsonl",
 ]  # fmt: skip
 
 
@@ -50,10 +50,11 @@ def test_wrong_names_and_paths_are_answered_at_once_and_together(tmp_path: Path)
     assert time.monotonic() - began < 5  # a loaded machine; the processor's own time is below
     assert "LOADED [] CODE 2" in done.stdout, done.stderr
     assert float(done.stdout.split("CPU")[1]) < 1
-    assert "5 things are wrong:" in done.stderr
+    assert "6 things are wrong:" in done.stderr
     for number, said in enumerate(
         [
             "model.name_or_path './absent' does not exist",
+            "rows.jsonl",
             "adapter.method 'lorra' is unknown. Did you mean 'lora'?",
             "adapter.weights: there is no nowhere",
             "No DeepSpeed configuration 'zero7'",
@@ -64,6 +65,18 @@ def test_wrong_names_and_paths_are_answered_at_once_and_together(tmp_path: Path)
         line = next(line for line in done.stderr.splitlines() if line.startswith(f"{number}. "))
         assert said in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml"]
+
+
+@pytest.mark.parametrize("model", ["embedded:tiny-llama", "base"])
+def test_a_wrong_target_is_answered_at_once(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(embedded_folder("tiny-llama"), tmp_path / "base")
+    changes = [f"model.name_or_path={model}", "adapter.targets=[q_proj, v_prj]"]
+    command = [sys.executable, "-c", PROBE, "train", "--recipe", "tiny_cpu", *changes]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert "LOADED [] CODE 2" in done.stdout, done.stderr
+    assert (
+        "'v_prj' matches no module. Did you mean 'v_proj'? Linears of this model: down_proj, gate_proj" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,10 +98,10 @@ def test_numbers_that_no_launcher_gives(
 
 
 def test_what_is_wrong_with_data_and_model_is_said_together(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert dry("data.max_tokens=4", "adapter.targets=[q_proj, v_prj]") == 2
+    assert dry("data.max_tokens=4", "adapter.paths={query: {B: lora}}") == 2
     said = capsys.readouterr().err
     assert "2 things are wrong:" in said
-    assert "longer than data.max_tokens" in said and "'v_prj' matches no module. Did you mean 'v_proj'?" in said
+    assert "longer than data.max_tokens" in said and "adapter.paths 'query' matches none of the 14" in said
 
 
 def test_the_dry_run_shows_what_matters(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +111,7 @@ def test_the_dry_run_shows_what_matters(rows: Path, capsys: pytest.CaptureFixtur
     assert "weights    0.4 MB in safetensors files, whole" in out
     assert "attention segments" in out
     assert "warning    60 steps go over the 36 training samples" in out and "times; an adapter" in out
-    assert "sample 1   targets marked: " in out and "«" in out
+    assert "sample 1   label tokens marked: " in out and "«" in out
 
 
 def test_a_context_that_is_too_short_is_a_warning(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
