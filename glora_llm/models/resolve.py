@@ -17,6 +17,7 @@ SAME_NAMES = ("llama", "mistral", "qwen2", "qwen3")  # modules are called as the
 LLAMA_LINEARS = [
     *(f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"),
     *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")),
+    "lm_head",
 ]
 LLAMA_NORMS = [*(f"model.layers.0.{part}_layernorm" for part in ("input", "post_attention")), "model.norm"]
 LLAMA_MODULES = [
@@ -90,7 +91,8 @@ def stored_modules(section: ModelSection) -> tuple[list[str], list[str]]:
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     matrices = [key.removesuffix(".weight") for key in tensors if len(tensors[key]["shape"]) == 2]
     holders = [name.rpartition(".")[0] for name in names]
-    return [*names, *holders, "lm_head"], [name for name in matrices if not name.endswith("embed_tokens")]
+    linears = [name for name in matrices if not name.endswith("embed_tokens")]
+    return [*names, *holders, "lm_head"], [*linears, "lm_head"]  # which a file leaves out when it is tied
 
 
 def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "text") -> ResolvedModel:

@@ -87,7 +87,7 @@ def test_a_short_run_leaves_what_the_later_commands_need(trained: Path) -> None:
     ("more", "said"),
     [
         (["adapter.targets=[q_prj]"],
-         ["adapter.targets ['q_prj'] match no module", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"]),
+         ["adapter.targets: 'q_prj' matches no module. Did you mean 'q_proj'?", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"]),
         (["adapter.slots.D=vector"], ["Slot D scales the frozen bias b0, and this layer has none", "Set D to none"]),
         (["adapter.slots={A: none}"], ["has no trainable parameter"]),
         (["adapter.method=lorra", "adapter.slots=null"], ["adapter.method 'lorra' is unknown. Did you mean 'lora'?"]),
@@ -171,7 +171,7 @@ def test_wrong_data(
     [
         (["output.resume=never"], ["output.resume is never, and ", "step-2 is there. Choose another output.dir"]),
         (["training.lr=0.5"], ["holds a run of another recipe (training.lr: 0.01 there, 0.5 here)"]),
-        (["adapter.targets=[q_prj]"], ["holds a run of another recipe (adapter.targets: 'all-linear' there"]),
+        (["adapter.targets=[q_proj]"], ["holds a run of another recipe (adapter.targets: 'all-linear' there"]),
         (["training.global_batch=32", "model.quantization=nf4"],
          ["model.quantization: 'none' there, 'nf4' here; training.global_batch: 16 there, 32 here"]),
         (["training.deepspeed=zero9"], ["No DeepSpeed configuration 'zero9'"]),
