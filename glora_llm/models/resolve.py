@@ -20,14 +20,7 @@ LLAMA_LINEARS = [
     "lm_head",
 ]
 LLAMA_NORMS = [*(f"model.layers.0.{part}_layernorm" for part in ("input", "post_attention")), "model.norm"]
-LLAMA_MODULES = [
-    *LLAMA_LINEARS,
-    *LLAMA_NORMS,
-    "model.layers.0.self_attn",
-    "model.layers.0.mlp",
-    "model.embed_tokens",
-    "lm_head",
-]
+LLAMA_MODULES = [*LLAMA_LINEARS, *LLAMA_NORMS, "model.layers.0.self_attn", "model.layers.0.mlp", "model.embed_tokens"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 HUB_FILES = ["*.safetensors", *HUB_SETTINGS]

@@ -87,7 +87,7 @@ def test_a_short_run_leaves_what_the_later_commands_need(trained: Path) -> None:
     ("more", "said"),
     [
         (["adapter.targets=[q_prj]"],
-         ["adapter.targets: 'q_prj' matches no module. Did you mean 'q_proj'?", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"]),
+         ["adapter.targets: 'q_prj' matches no module. Did you mean 'q_proj'?", "gate_proj, k_proj, lm_head, o_proj"]),
         (["adapter.slots.D=vector"], ["Slot D scales the frozen bias b0, and this layer has none", "Set D to none"]),
         (["adapter.slots={A: none}"], ["has no trainable parameter"]),
         (["adapter.method=lorra", "adapter.slots=null"], ["adapter.method 'lorra' is unknown. Did you mean 'lora'?"]),

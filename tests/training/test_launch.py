@@ -191,7 +191,7 @@ def test_wrong_input_ends_with_code_2_and_one_message(tmp_path: Path) -> None:
     wrong = ["training.global_batch=20", "training.micro_batch=5", "adapter.targets=[qq]"]
     done = finished(launch("train.py", "--recipe", "tiny_cpu", *wrong, f"output.dir={tmp_path / 'wrong'}"))
     assert done.returncode == 2
-    assert done.stderr.count("match no module") + done.stdout.count("match no module") == 1
+    assert done.stderr.count("matches no module") + done.stdout.count("matches no module") == 1
     assert "q_proj" in done.stderr
 
 
