@@ -52,7 +52,7 @@ def _head(minutes: float) -> str:
         f"answer of the merged model, every command typed once. {minutes:.1f} minutes in all, {datetime.date.today()}, "
         f"{_processor()}, one process on the CPU, Python {platform.python_version()}. Written by\n"
         "`python scripts/first_hour.py --out docs/first_hour.md`; the data come from `tests/first_hour/make_data.py`. "
-        f"Of long outputs the last {SHOWN} lines are shown.\n"
+        f"Of long outputs the last {SHOWN} lines are shown, without libraries' warnings and progress bars.\n"
     )
 
 
@@ -98,9 +98,10 @@ def _run(folder: Path, command: list[str]) -> str:
 
 
 def _is_noise(line: str) -> bool:
-    """Tell whether a line is a warning of a library, or one of the steps between the first and the last."""
+    """Tell whether a line is a library's warning or progress bar, or a step between the first and the last."""
     step = re.match(r"step (\d+)/(\d+): loss", line)
-    return "Warning" in line or "warn(" in line or (step is not None and step[1] not in ("1", step[2]))
+    library = any(part in line for part in ("Warning", "warn(", "it/s]", "s/it]", "real_accelerator.py"))
+    return library or (step is not None and step[1] not in ("1", step[2]))
 
 
 if __name__ == "__main__":

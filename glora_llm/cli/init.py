@@ -42,8 +42,10 @@ def init(arguments: argparse.Namespace) -> int:
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out is {out}; a recipe's name ends in .yaml.")
     require_new(out)
+    from glora_llm.launch.quiet import bars_on_terminals_only
     from glora_llm.plan import new_recipe
 
+    bars_on_terminals_only()
     gpu_bytes = _gpu_bytes()
     base = arguments.base or new_recipe.choose_base(gpu_bytes)
     records = new_recipe.look_at(arguments.data, base, arguments.task)
