@@ -33,6 +33,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     if genome is None and section.genome is not None:
         genome = read_genome(Path(section.genome))
     torch.manual_seed(seed)
+    modules, linears = [name for name, _ in base.named_modules()], linear_suffixes(base)
     try:
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
         config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
@@ -40,16 +41,13 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     except (ValueError, TypeError) as error:
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
-        raise UserError(
-            f"adapter.targets {section.targets!r} match no module. {name_linears(linear_suffixes(base))}"
-        ) from error
+        raise UserError(f"adapter.targets {section.targets!r} match no module. {name_linears(linears)}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
             "a whole: give every slot that is to be trained."
         )
-    modules = [name.replace(".base_layer", "") for name, _ in base.named_modules()]
-    require_names(section, modules, linear_suffixes(base))
+    require_names(section, modules, linears)
     _require_matches(model, section, genome)
     return model
 
@@ -71,22 +69,20 @@ def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome |
             )
 
 
-def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
-    """Return the GLoRA layers of a PEFT model by their names in the base model."""
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that an adapter of any method is in, by their names in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {
         name.removeprefix(PEFT_ROOT): module
         for name, module in model.named_modules()
-        if isinstance(module, GLoRALinear)
+        if isinstance(module, BaseTunerLayer)
     }
 
 
-def adapted_names(model: nn.Module) -> list[str]:
-    """Return the names in the base model of all layers that an adapter of any method is in."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [
-        name.removeprefix(PEFT_ROOT) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    ]
+def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """Return the GLoRA layers of a PEFT model by their names in the base model."""
+    return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, GLoRALinear)}
 
 
 def adapted_with_bias(model: nn.Module) -> list[str]:

@@ -11,18 +11,8 @@ from glora_llm.launch.complaint import print_error, print_once
 from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
-COMMANDS = (
-    init,
-    train,
-    watch,
-    merge,
-    search,
-    evaluate,
-    vlora,
-    tokenizer,
-    recipes,
-    methods,
-)  # in the order of the help text
+# in the order of the help text
+COMMANDS = (init, train, watch, merge, search, evaluate, vlora, tokenizer, recipes, methods)
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.

@@ -14,8 +14,9 @@ from glora_llm.data.columns import Row, check_columns
 from glora_llm.data.formats import FORMATS, check_settings, readable
 from glora_llm.data.image_sources import locate_images
 from glora_llm.data.images import check_image_settings
+from glora_llm.data.local_sources import FileSource
 from glora_llm.data.readers import READERS, class_names, numbered, read_file, read_separated, require_text, suffix
-from glora_llm.data.sources import FileSource, Role, Sources, locate, locate_roles
+from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.table import Table
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection

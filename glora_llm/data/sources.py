@@ -1,96 +1,24 @@
 """data.source, data.validation and data.test -> rows: files, folders, hub data sets and the embedded one."""
 
 import hashlib
-import importlib.resources
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from glora_llm.data.bad_rows import BadRows
-from glora_llm.data.readers import READERS, numbered, read_file, suffix
+from glora_llm.data.local_sources import EMBEDDED, EmbeddedSource, FileSource
+from glora_llm.data.readers import READERS, numbered, suffix
 from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
-TWO, THREE = ("train", "test"), ("train", "validation", "test")
-EMBEDDED = {"banking77": TWO, "gsm8k": TWO, "gsm8k_chat": TWO, "tinyshakespeare": THREE}  # shipped: the splits
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Files that are read one after the other.
-
-    Args:
-        files: in the order of their rows.
-        documents: read plain text in long pieces, not line by line.
-    """
-
-    files: tuple[Traversable, ...]
-    documents: bool = False
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the names and contents, in hexadecimal."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            content = hashlib.sha256()
-            with file.open("rb") as stream:
-                while piece := stream.read(1 << 20):
-                    content.update(piece)
-            digest.update(f"{file.name}\0{content.hexdigest()}\0".encode())
-        return digest.hexdigest()
-
-    def read(self, bad: BadRows | None = None) -> Table:
-        """Return the rows of all files.
-
-        Raises:
-            UserError: as `read_file`; when there is no row; when two files name their class numbers differently.
-        """
-        return join((str(file), read_file(file, self.documents, bad)) for file in self.files)
-
-
-@dataclass(frozen=True)
-class EmbeddedSource:
-    """A split of a data set that the package ships.
-
-    Args:
-        name: one of EMBEDDED.
-        split: one of its splits.
-        documents: read plain text in long pieces instead of line by line.
-    """
-
-    name: str
-    split: str
-    documents: bool = False
-
-    @cached_property
-    def _folder(self) -> Traversable:
-        return importlib.resources.files("glora_llm.data") / self.name
-
-    @property
-    def _file(self) -> Traversable:
-        return next(file for file in self._folder.iterdir() if file.name.startswith(f"{self.split}."))
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the split's file, in hexadecimal."""
-        return FileSource((self._file,)).fingerprint()
-
-    def read(self, bad: BadRows | None = None) -> Table:
-        """Return the rows; those of banking77 with its 77 intents as label names."""
-        table = read_file(self._file, self.documents, bad)
-        if self.name != "banking77":
-            return table
-        names = json.loads((self._folder / "categories.json").read_text(encoding="utf-8"))
-        rows = [{"text": row["text"], "label": row["category"]} for row in table.rows]
-        return Table(rows, {"label": names}, table.places)
 
 
 @dataclass(frozen=True)
@@ -115,11 +43,19 @@ class HubSource:
             ) from error
 
     def fingerprint(self) -> str:
-        """Return the fingerprint that `datasets` gives the split; UserError when it cannot be loaded."""
+        """Return the fingerprint that `datasets` gives the split.
+
+        Raises:
+            UserError: when it cannot be loaded.
+        """
         return str(self._dataset._fingerprint)
 
     def read(self, bad: BadRows | None = None) -> Table:
-        """Return the rows of the split; UserError when it cannot be loaded."""
+        """Return the rows of the split.
+
+        Raises:
+            UserError: when it cannot be loaded.
+        """
         import datasets
 
         dataset = self._dataset
@@ -215,11 +151,14 @@ def locate(name: str, subset: str | None, split: str, documents: bool = False) -
     if name.startswith("embedded:"):
         wanted = name.removeprefix("embedded:")
         if wanted not in EMBEDDED:
-            raise UserError(f"Unknown embedded data set '{wanted}'; there is: {', '.join(EMBEDDED)}."
-                            f"{nearest(wanted, EMBEDDED)}")  # fmt: skip
+            raise UserError(
+                f"Unknown embedded data set '{wanted}'; there is: {', '.join(EMBEDDED)}.{nearest(wanted, EMBEDDED)}"
+            )
         if split not in EMBEDDED[wanted]:
-            raise UserError(f"embedded:{wanted} has no split '{split}'; there is: {', '.join(EMBEDDED[wanted])}."
-                            f"{nearest(split, EMBEDDED[wanted])}")  # fmt: skip
+            raise UserError(
+                f"embedded:{wanted} has no split '{split}'; there is: {', '.join(EMBEDDED[wanted])}."
+                f"{nearest(split, EMBEDDED[wanted])}"
+            )
         return EmbeddedSource(wanted, split, documents)
     path = find_path(name)
     if path is None and _looks_like_file(name):

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 5.0
+from glora_llm.training.metric_log import SECONDS_BETWEEN_LINES
+
 Item = TypeVar("Item")
 
 

@@ -22,7 +22,7 @@ from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.launch.device import choose_device
 from glora_llm.models.families import auto_class
-from glora_llm.models.fingerprint import fingerprint, weight_files
+from glora_llm.models.fingerprint import fingerprint, stored_bytes
 from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained_config
 from glora_llm.models.load import compute_dtype, linear_names, load_base, meta_model
 from glora_llm.models.quantised import quantised_linear
@@ -30,7 +30,7 @@ from glora_llm.models.stored import copy_tensors
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import ModelSection
 
-NOT_ENDED = "holds no model: the run has not ended. Train on, or name a checkpoint by --step."
+NOT_ENDED = "the run has not ended. Train on, or name a checkpoint by --step."
 MOST_OF_FREE = 0.8  # of a GPU's free memory, for weights; the rest is for what is computed
 BYTES_QUANTISED = {"int8": 1.0, "nf4": 0.57, "fp4": 0.57}  # a weight, the scales of its block included
 
@@ -80,7 +80,7 @@ def whole_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Pa
 
     if checkpoint is None:
         if not (model / "config.json").is_file():
-            raise UserError(f"{model} {NOT_ENDED}")
+            raise UserError(f"{model} holds no model: {NOT_ENDED}")
         fingerprint(model)  # reads the table of the weights: a file that was cut off is refused
         yield model
         return
@@ -146,7 +146,7 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
         UserError: when the folder holds no model.
     """
     config, where = _merged_config(folder), choose_device()
-    if not fits(sum(file.stat().st_size for file in weight_files(folder)), where):
+    if not fits(stored_bytes(folder), where):
         streamed = stream_merged(folder, where)
         if streamed is not None:
             return streamed
@@ -191,10 +191,10 @@ def _trained_base(plan: Plan, adapter: Path) -> Path:
     """Return the folder of the weights that are loaded: of the base, or of the model that was trained as a whole."""
     if plan.recipe.adapter.is_full:
         if not (adapter / "config.json").is_file():
-            raise UserError(f"{adapter} {NOT_ENDED}")
+            raise UserError(f"{adapter} holds no model: {NOT_ENDED}")
         return adapter
     if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step.")
+        raise UserError(f"{adapter} holds no adapter: {NOT_ENDED}")
     return plan.base.folder
 
 

@@ -48,7 +48,7 @@ ROUNDED = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What a result is compared with.
+    """The answers of the unmerged model, with which a result is compared.
 
     The linears of an int8 model round what they are given to 8 bits (those that GLoRA adapts do not). No merged model
     does, so the reference of an int8 run has the same unpacked weights in dense linears, and what rounding changes is

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from glora_llm.adapters.inject import inject
+from glora_llm.adapters.inject import inject, tuner_layers
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
-from glora_llm.evaluation.trained import fits
+from glora_llm.evaluation.trained import NOT_ENDED, fits
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.launch.device import choose_device
@@ -38,13 +39,10 @@ class AdapterLayers:
 
     def __init__(self, recipe: Recipe, base: Path, adapter: Path, steps: int):
         from peft import set_peft_model_state_dict
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        file = adapter / "adapter_model.safetensors"
+        file = adapter / ADAPTER_WEIGHTS
         if not file.is_file():
-            raise UserError(
-                f"{adapter} holds no adapter: the run has not ended. Train on, or name a checkpoint by --step."
-            )
+            raise UserError(f"{adapter} holds no adapter: {NOT_ENDED}")
         self.weights = load_file(file)
         hollow = _hollow(to_dense(meta_model(recipe.model, base)))
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
@@ -57,11 +55,7 @@ class AdapterLayers:
             raise UserError(
                 f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not."
             )
-        self.layers: dict[str, Any] = {
-            name.removeprefix(PEFT_ROOT): module
-            for name, module in self.model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        }
+        self.layers = tuner_layers(self.model)
         odd = [name for name, layer in self.layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
         if odd:
             raise UserError(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.evaluation.progress import progress
@@ -47,7 +48,7 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
         ranks[name] = len(up)
     tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
     with whole_folder(out) as folder:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
         _write_config(folder, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text()))
 
 

@@ -40,7 +40,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     size = stored.numbers() * getattr(torch, dtype).itemsize
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
-        for name in progress(list(stored.names()), "merge", "tensor"):
+        for name in progress(stored.names(), "merge", "tensor"):
             for written, value in _merged(name, stored, layers, base_dtype):
                 writer.add(written, value)
                 if written.endswith(".bias"):

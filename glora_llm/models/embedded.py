@@ -30,15 +30,6 @@ def names() -> dict[str, str]:
     return {name: EMBEDDED.get(name).description for name in EMBEDDED.names()}
 
 
-def require_embedded(name: str) -> None:
-    """Check that there is an embedded model of that name.
-
-    Raises:
-        UserError: naming those that there are.
-    """
-    EMBEDDED.get(name)
-
-
 def embedded_folder(name: str) -> Path:
     """Return the folder of the embedded model `name`; the first call makes it, in the cache.
 

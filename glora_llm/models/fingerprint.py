@@ -66,8 +66,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Return the bytes of the safetensors files of a folder; 0 where it holds none."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Return the bytes of the files that `weight_files` returns.
+
+    Raises:
+        UserError: as `weight_files`.
+    """
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def _no_weights(folder: Path) -> str:

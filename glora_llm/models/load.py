@@ -34,8 +34,7 @@ def load_base(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    # torch.compile fuses norms, rotary embedding and SwiGLU itself
-    liger = not section.compile and uses_liger(section.kernels, config.model_type, device)
+    liger = _uses_liger(section, config, device)
     if is_ours(folder):
         model = _build_ours(section, folder, config, device, shards)
     else:
@@ -125,9 +124,14 @@ def describe_kernels(section: ModelSection, folder: Path, device: "torch.device"
 
     config, dtype = AutoConfig.from_pretrained(folder, local_files_only=True), compute_dtype(section, device)
     attention = attention_arguments(section, config, device, dtype).get("attn_implementation", "transformers' choice")
-    liger = not section.compile and uses_liger(section.kernels, config.model_type, device)
+    liger = _uses_liger(section, config, device)
     words = f"{str(dtype).removeprefix('torch.')} on {device.type}, attention {attention}"
     return f"{words}, Liger kernels" if liger else words
+
+
+def _uses_liger(section: ModelSection, config: "PretrainedConfig", device: "torch.device") -> bool:
+    # torch.compile fuses norms, rotary embedding and SwiGLU itself
+    return not section.compile and uses_liger(section.kernels, config.model_type, device)
 
 
 def compute_dtype(section: ModelSection, device: "torch.device") -> "torch.dtype":

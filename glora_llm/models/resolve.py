@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm.errors import UserError
-from glora_llm.models.embedded import embedded_folder, require_embedded
+from glora_llm.models.embedded import EMBEDDED, embedded_folder
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of
 from glora_llm.models.fingerprint import fingerprint, read_header, weight_files
 from glora_llm.schema import ModelSection
@@ -24,7 +24,6 @@ LLAMA_MODULES = [*LLAMA_LINEARS, *LLAMA_NORMS, "model.layers.0.self_attn", "mode
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_SETTINGS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 HUB_FILES = ["*.safetensors", *HUB_SETTINGS]
-_NO_GGUF = "model.name_or_path {} is a file but no .gguf: give the folder that it is in"
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -55,15 +54,19 @@ def look_at_model(section: ModelSection) -> None:
     if name is None:  # a new model
         return
     if name.startswith(EMBEDDED_PREFIX):
-        require_embedded(name.removeprefix(EMBEDDED_PREFIX))
+        EMBEDDED.get(name.removeprefix(EMBEDDED_PREFIX))
         return
     path = Path(name).expanduser()
     if path.is_dir():
         _read_config(path, name)
-    elif path.is_file() and path.suffix != ".gguf":
-        raise UserError(_NO_GGUF.format(path))
-    elif not path.exists():
-        _require_hub_id(name, path)
+    elif path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model.name_or_path {path} is a file but no .gguf: give the folder that it is in")
+    elif path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "
+            "Give a folder, a .gguf file, a hub id such as meta-llama/Llama-2-7b-hf, or embedded:NAME."
+        )
 
 
 def stored_modules(section: ModelSection) -> tuple[list[str], list[str]]:
@@ -102,6 +105,7 @@ def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "te
     """
     name = section.name_or_path
     assert name is not None
+    look_at_model(section)
     folder, revision = _locate(name, section.revision, weights)
     _check_kind(folder, name, kind)
     here = weights or revision is None  # on this machine, or to be
@@ -119,27 +123,10 @@ def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str |
     if path.is_dir():
         return path.resolve(), None
     if path.is_file():
-        return _from_file(path), None
-    _require_hub_id(name, path)
+        from glora_llm.models.gguf import converted
+
+        return converted(path.resolve()), None
     return _download(name, revision, HUB_FILES if weights else HUB_SETTINGS)
-
-
-def _require_hub_id(name: str, path: Path) -> None:
-    """Check that a name that is no file here could be a model of the hub."""
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
-        raise UserError(
-            f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "
-            "Give a folder, a .gguf file, a hub id such as meta-llama/Llama-2-7b-hf, or embedded:NAME."
-        )
-
-
-def _from_file(path: Path) -> Path:
-    """Return the folder that a .gguf file was converted to."""
-    from glora_llm.models.gguf import converted
-
-    if path.suffix != ".gguf":
-        raise UserError(_NO_GGUF.format(path))
-    return converted(path.resolve())
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> tuple[Path, str]:

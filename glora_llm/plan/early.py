@@ -44,10 +44,7 @@ def check_early(recipe: Recipe, world_size: int) -> None:
 
 
 def _check_targets(recipe: Recipe) -> None:
-    try:
-        modules, linears = stored_modules(recipe.model)
-    except UserError:  # the look at the model has it
-        return
+    modules, linears = stored_modules(recipe.model)
     if modules:
         require_names(recipe.adapter, modules, {name.rpartition(".")[2] for name in linears})
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from glora_llm.adapters.config import read_genome
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.glora.supernet import inherit
@@ -47,7 +48,7 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
     Raises:
         UserError: when there is no supernet adapter, or the genome does not fit it or has no slot at all.
     """
-    file = supernet / "adapter_model.safetensors"
+    file = supernet / ADAPTER_WEIGHTS
     if not file.is_file():
         raise UserError(f"{supernet} holds no adapter: the run has not ended. Train on.")
     paths = read_genome(genome)
@@ -57,7 +58,7 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
     config = json.loads((supernet / "adapter_config.json").read_text())
     config |= {"supernet": None, "genome": genome_to_slots(paths)}
     out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "adapter_model.safetensors")
+    save_file(weights, out / ADAPTER_WEIGHTS)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 

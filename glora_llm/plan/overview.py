@@ -1,9 +1,10 @@
 """Describe a resolved recipe as text: model, adapter, data, batch and merge, before any weight is loaded."""
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
-from glora_llm.adapters.inject import adapted_layers, adapted_names, inject, without_adapter
+from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
 from glora_llm.errors import Problems, UserError
 from glora_llm.glora.path import Genome
@@ -20,6 +21,21 @@ from glora_llm.training import checkpoint
 from glora_llm.vlora import allocated
 
 MANY_EPOCHS = 10  # of an adapter over the same samples
+
+
+@dataclass(frozen=True)
+class EmptyModel:
+    """A model with its adapter and without weights.
+
+    Args:
+        model: what `adapters.inject` returned.
+        compute: dtype, attention and kernels in words.
+        obstacle: why the adapter cannot be merged; None where it can.
+    """
+
+    model: Any
+    compute: str
+    obstacle: str | None
 
 
 def plan_run(recipe: Recipe, weights: bool, world_size: int) -> tuple[Plan, str]:
@@ -60,28 +76,29 @@ def describe(plan: Plan) -> str:
     with found.collected():
         check_masters(recipe, dtype, plan.deepspeed.stage)
     with found.collected():
-        model = build_empty(recipe, plan.base, plan.steps, plan.genome)
+        empty = build_empty(recipe, plan.base, plan.steps, plan.genome)
     found.raise_all()
+    model = empty.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
     lines = [
         f"model      {plan.base.name}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
-        f"weights    {_describe_weights(plan.base)}",
-        f"compute    {load.describe_kernels(recipe.model, plan.base.folder, choose_device())}",
+        f"weights    {_describe_weights(plan)}",
+        f"compute    {empty.compute}",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
         *_describe_layers(model),
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {plan.batch_identity()}; {plan.steps} steps, {_epochs(plan):.2f} epochs",
         f"deepspeed  {recipe.training.deepspeed}; {2 * saved / 1e6:.0f} MB for two checkpoints",
-        f"merge      {_obstacle(recipe, model) or 'possible into a plain transformers model'}",
+        f"merge      {empty.obstacle or 'possible into a plain transformers model'}",
         *[f"warning    {text}" for text in _warnings(plan, without_adapter(model).config)],
     ]
     return "\n".join(lines)
 
 
-def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome | None) -> Any:
+def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome | None) -> EmptyModel:
     """Return the model with its adapter and without weights, after checking what can be checked on it.
 
     Raises:
@@ -90,18 +107,18 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
     """
     found = Problems()
     with found.collected():
-        load.describe_kernels(recipe.model, base.folder, choose_device())
+        compute = load.describe_kernels(recipe.model, base.folder, choose_device())
     with found.collected():
-        empty = load.meta_model(recipe.model, base.folder)
-        model = inject(empty, without_start(recipe.adapter), recipe.training.seed, steps, genome)
+        bare = load.meta_model(recipe.model, base.folder)
+        model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet
             space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
-        obstacle = _obstacle(recipe, model)
+        obstacle = unmerged(recipe.adapter) or merge_obstacle(without_adapter(model).config, model)
         if obstacle and recipe.merge.after_training:
             raise UserError(f"merge.after_training: {obstacle}")
     found.raise_all()
-    return model
+    return EmptyModel(model, compute, obstacle)
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -111,20 +128,17 @@ def _check_model(recipe: Recipe) -> None:
         build_empty(recipe, base, recipe.training.steps or 1, None)
 
 
-def _obstacle(recipe: Recipe, model: Any) -> str | None:
-    return unmerged(recipe.adapter) or merge_obstacle(without_adapter(model).config, model)
-
-
-def _describe_weights(base: ResolvedModel) -> str:
-    size = stored_bytes(base.folder)
-    if size:
-        return f"{size / 1e6:,.1f} MB in safetensors files, whole"
-    return "fetched from the hub when training starts" if base.revision else "random, drawn by the seed"
+def _describe_weights(plan: Plan) -> str:
+    if plan.recipe.model.config is not None:
+        return "random, drawn by the seed"
+    if not plan.base.fingerprint:  # nothing was looked at
+        return "fetched from the hub when training starts"
+    return f"{stored_bytes(plan.base.folder) / 1e6:,.1f} MB in safetensors files, whole"
 
 
 def _describe_layers(model: Any) -> list[str]:
     """Return how many layers of each kind are adapted; nothing where the whole model is trained."""
-    names = adapted_names(model)
+    names = tuner_layers(model)
     if not names:
         return []
     kinds = Counter(name.rpartition(".")[2] for name in names)

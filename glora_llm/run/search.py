@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from glora_llm import recipe as recipes
 from glora_llm.adapters.inject import adapted_layers
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import Passes, passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted
@@ -187,7 +188,7 @@ def _journal(folder: RunFolder, scorer: RowScorer, launch: Launch) -> Journal:
     file = folder.search / "journal.jsonl"
     told = None
     if launch.is_main_process:
-        adapter = (folder.adapter / "adapter_model.safetensors").read_bytes()
+        adapter = (folder.adapter / ADAPTER_WEIGHTS).read_bytes()
         identity = {
             "supernet": hashlib.sha256(adapter).hexdigest(),
             "rows": hashlib.sha256((scorer.rows.digest() + str(list(scorer.numbers))).encode()).hexdigest(),

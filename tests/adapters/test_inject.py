@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glora_llm.adapters.config import adapter_config
-from glora_llm.adapters.inject import adapted_names, adapted_with_bias, inject
+from glora_llm.adapters.inject import adapted_with_bias, inject, tuner_layers
 from glora_llm.adapters.weights import save_adapter, trainables
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
@@ -172,7 +172,7 @@ def test_each_name_must_be_of_the_model(method: str, keys: dict[str, Any], messa
 def test_a_single_name_is_a_list_of_one() -> None:
     assert section(targets="q_proj").targets == ["q_proj"]
     assert section(targets=r".*\.q_proj").targets == r".*\.q_proj"
-    assert len(adapted_names(inject(llama(), section(targets="q_proj"), seed=0, steps=20))) == 2
+    assert len(tuner_layers(inject(llama(), section(targets="q_proj"), seed=0, steps=20))) == 2
 
 
 @pytest.mark.parametrize("keys", [{"targets": "q_proj("}, {"paths": {"q_proj(": {"B": "lora"}}}])

@@ -17,17 +17,9 @@ from glora_llm.cli.main import command_parser, guarded
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.stop import StopRequest
 from glora_llm.plan.run_folder import RunFolder
+from tests.slow_imports import run_probed
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets", "numpy")
-PROBE = f"""
-import sys
-from glora_llm.cli import main
-try:
-    main(sys.argv[1:])
-finally:
-    print("HEAVY:", [name for name in {HEAVY!r} if name in sys.modules])
-"""
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +69,8 @@ def test_help_takes_less_than_a_second_of_processor_time() -> None:
     ids=" ".join,
 )
 def test_these_commands_import_nothing_heavy(command: list[str]) -> None:
-    assert "HEAVY: []" in python("-c", PROBE, *command).stdout
+    _, loaded, _ = run_probed(*command, cwd=ROOT)
+    assert loaded == set()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A run that has ended: its adapter damaged or gone, its checkpoints deleted, trained on, scored at a step."""
 
-import json
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from glora_llm.launch import ranks
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run import train as run_module
 from tests.in_process import alone, forget_launch, one_thread, train_in_process
+from tests.written_records import write_questions
 
 __all__ = ["alone", "one_thread"]
 WEIGHTS = "adapter_model.safetensors"
@@ -34,10 +34,7 @@ def settings(data: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n} and {n + 1}?", "completion": f" It is {2 * n + 1}."} for n in range(20)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_questions(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """Before training: a wrong word is answered at once, all that is wrong together, and what matters is shown."""
 
-import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,14 +9,9 @@ import pytest
 from glora_llm.cli import main
 from glora_llm.models.embedded import embedded_folder
 from tests.in_process import alone  # noqa: F401 - a fixture
+from tests.plan.local_recipes import rows_of
+from tests.slow_imports import run_probed
 
-HEAVY = ("torch", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets")
-PROBE = f"""
-import sys, time
-from glora_llm.cli import main
-code = main(sys.argv[1:])
-print("LOADED", [name for name in {HEAVY!r} if name in sys.modules], "CODE", code, "CPU", time.process_time())
-"""
 WRONG = [
     "model.name_or_path=./absent", "adapter.method=lorra", "adapter.slots=null", "training.deepspeed=zero7",
     "adapter.weights=nowhere", "output.dir=model.yaml/run", "data.source=rows.jsonl",
@@ -30,10 +22,7 @@ WRONG = [
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with 40 records of instructions."""
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "mine.jsonl"
-    records = [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(40)]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
+    return Path(rows_of("alpaca", 40, tmp_path / "mine.jsonl"))
 
 
 def dry(*more: str) -> int:
@@ -44,12 +33,10 @@ def dry(*more: str) -> int:
 
 def test_wrong_names_and_paths_are_answered_at_once_and_together(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").touch()
-    command = [sys.executable, "-c", PROBE, "train", "--recipe", "tiny_cpu", *WRONG]
     began = time.monotonic()
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    done, loaded, seconds = run_probed("train", "--recipe", "tiny_cpu", *WRONG, cwd=tmp_path)
     assert time.monotonic() - began < 5  # a loaded machine; the processor's own time is below
-    assert "LOADED [] CODE 2" in done.stdout, done.stderr
-    assert float(done.stdout.split("CPU")[1]) < 1
+    assert done.returncode == 2 and loaded <= {"numpy"} and seconds < 1, done.stderr
     assert "6 things are wrong:" in done.stderr
     for number, said in enumerate(
         [
@@ -71,9 +58,8 @@ def test_wrong_names_and_paths_are_answered_at_once_and_together(tmp_path: Path)
 def test_a_wrong_target_is_answered_at_once(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(embedded_folder("tiny-llama"), tmp_path / "base")
     changes = [f"model.name_or_path={model}", "adapter.targets=[q_proj, v_prj]"]
-    command = [sys.executable, "-c", PROBE, "train", "--recipe", "tiny_cpu", *changes]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
-    assert "LOADED [] CODE 2" in done.stdout, done.stderr
+    done, loaded, _ = run_probed("train", "--recipe", "tiny_cpu", *changes, cwd=tmp_path)
+    assert done.returncode == 2 and loaded <= {"numpy"}, done.stderr
     assert (
         "'v_prj' matches no module. Did you mean 'v_proj'? Linears of this model: down_proj, gate_proj" in done.stderr
     )

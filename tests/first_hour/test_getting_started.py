@@ -1,6 +1,5 @@
 """Every command of docs/getting_started.md does what the page says: the page is parsed, and its commands are run."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from glora_llm import recipe
 from glora_llm.cli import main
 from glora_llm.cli.main import command_parser
 from tests.in_process import alone, train_in_process  # noqa: F401 - a fixture
+from tests.plan.local_recipes import rows_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
@@ -30,8 +30,7 @@ SMALL = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with `mine.jsonl`, 40 records of instructions."""
     made = tmp_path_factory.mktemp("hour")
-    records = [{"instruction": f"add 2 and {n}", "input": "", "output": f"{2 + n}"} for n in range(40)]
-    (made / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows_of("alpaca", 40, made / "mine.jsonl")
     (made / "recipes").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)

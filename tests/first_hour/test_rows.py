@@ -1,13 +1,12 @@
 """Rows of a user's own file, as the command shows and refuses them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from glora_llm.cli import main
+from tests.slow_imports import run_probed
 
 
 def command(source: Path | str, out: Path, *more: str) -> list[str]:
@@ -16,15 +15,6 @@ def command(source: Path | str, out: Path, *more: str) -> list[str]:
         "data.chat_template=none", "data.validation=4", "data.test=null", "data.max_rows=null",
         "data.max_test_rows=null", "data.max_tokens=512", f"output.dir={out}", *more,
     ]  # fmt: skip
-
-
-PROBE = """
-import sys
-from glora_llm.cli import main
-code = main(sys.argv[1:])
-print("slow:", [name for name in ("torch", "transformers", "peft", "deepspeed", "datasets") if name in sys.modules])
-sys.exit(code)
-"""
 
 
 @pytest.mark.parametrize(
@@ -38,11 +28,8 @@ sys.exit(code)
 )
 def test_a_no_comes_before_slow_imports(keys: list[str], told: str, tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(turns(f"answer {n}") + "\n" for n in range(20)))
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *command("chats.jsonl", tmp_path / "run", *keys)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and told in done.stderr and "slow: []" in done.stdout
+    done, loaded, _ = run_probed(*command("chats.jsonl", tmp_path / "run", *keys), cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and loaded <= {"numpy"}
 
 
 def turns(answer: str | None) -> str:

@@ -20,6 +20,7 @@ from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.train import base_identity
 from glora_llm.schema import Recipe
+from tests.written_records import write_questions
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 3], [1, 90, 91, 92, 93, 94, 95, 3]])
@@ -64,10 +65,7 @@ def here(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty questions and answers."""
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n} and {n + 1}?", "completion": f" It is {2 * n + 1}."} for n in range(20)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+    return write_questions(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
 @pytest.fixture(scope="session")
