@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ def values(step: int, run: int = 0) -> dict[str, float]:
 
 
 def log_steps(folder: Path, start: int, stop: int, run: int = 0) -> None:
+    """Log steps as one launch does: in another second than the launch before it, by which TensorBoard orders files."""
+    began = [int(file.name.split(".")[3]) for file in folder.glob("tensorboard/events.*")]
+    while int(time.time()) <= max(began, default=0):
+        time.sleep(0.05)
     log = MetricLog(folder, start, total=8, enabled=True)
     for step in range(start + 1, stop + 1):
         log.scalars(step, values(step, run))
