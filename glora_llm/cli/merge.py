@@ -34,7 +34,7 @@ def add_command(commands: Any, style: Any) -> None:
     parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
     parser.add_argument(
-        "--no-compare", dest="compare", action="store_false", help="write the result without comparing it"
+        "--no-compare", dest="compared", action="store_false", help="write the result without comparing it"
     )
     parser.set_defaults(command=merge)
 
@@ -47,6 +47,7 @@ def merge(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from glora_llm.merge.command import merge_run
 
-    a = arguments
-    merge_run(a.run, a.out, a.dtype, a.to, a.quantize, a.step, a.genome, a.compare)
+    given = vars(arguments)
+    names = ("dtype", "to", "quantize", "step", "genome", "compared")
+    merge_run(arguments.run, arguments.out, **{name: given[name] for name in names})
     return 0

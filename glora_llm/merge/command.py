@@ -1,9 +1,6 @@
 """`glora-llm merge RUN --out DIR`: write, reload with plain transformers, compare, report."""
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +14,10 @@ from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_model
 from glora_llm.launch.device import choose_device
+from glora_llm.merge.choices import MergeChoices
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.model_merge import write_merged
+from glora_llm.merge.published import REPORT, exact_float32, published
 from glora_llm.merge.sample import comparison_batches
 from glora_llm.merge.verify import (
     Answers,
@@ -38,7 +37,6 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.schema import Recipe
 
-REPORT = "merge_report.json"
 # Parts of the report on an int8 run -> what each compares with the unmerged model of unpacked weights.
 ROUNDED = {
     "int8": "for itself, the trained int8 model (its linears round their inputs)",
@@ -65,16 +63,7 @@ class Reference:
     answers: Answers
 
 
-def merge_run(
-    run: Path,
-    out: Path,
-    dtype: str | None = None,
-    to: str = "model",
-    quantize: str | None = None,
-    step: int | None = None,
-    genome: Path | None = None,
-    compared: bool = True,
-) -> None:
+def merge_run(run: Path, out: Path, **choices: Any) -> None:
     """Merge or export what a run trained, verify it against the unmerged model, and write merge_report.json.
 
     The data of the run need not be here, but those of images.
@@ -82,30 +71,27 @@ def merge_run(
     Args:
         run: the run folder.
         out: the folder to make.
-        dtype: of the written weights; None: the recipe's merge.dtype.
-        to: `model`, or `lora` for a plain LoRA adapter.
-        quantize: `nf4` quantises the merged model again; None: the recipe's merge.quantize.
-        step: a kept checkpoint; None: the end of the run.
-        genome: of a supernet; None: RUN/genome.json.
-        compared: False: the result is not compared with the unmerged model, and the report says so.
+        choices: fields of `MergeChoices`.
 
     Raises:
         UserError: when something does not fit; nothing is written then.
         CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
     """
+    chosen = MergeChoices(**choices)
+    to = chosen.to
     folder = RunFolder(run)
-    weights, checkpoint = trained_weights(folder, step)
-    recipe, adapter = deployed(folder, weights, genome)
+    weights, checkpoint = trained_weights(folder, chosen.step)
+    recipe, adapter = deployed(folder, weights, chosen.genome)
     is_full = recipe.adapter.is_full
     if is_full and to == "lora":
         raise UserError(f"--to lora exports GLoRA adapters, and {run} trained a whole model. Use --to model.")
     plan = make_plan(recipe_for_merge(folder, recipe))
     base_dtype = require_same_base(folder, plan)
-    quantize = quantize or recipe.merge.quantize
-    if to == "lora" and (dtype or quantize == "nf4"):
+    quantize = chosen.quantize or recipe.merge.quantize
+    if to == "lora" and (chosen.dtype or quantize == "nf4"):
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
     require_new(out)
-    wanted = "float32" if to == "lora" else dtype or recipe.merge.dtype
+    wanted = "float32" if to == "lora" else chosen.dtype or recipe.merge.dtype
     print(f"{'exporting' if to == 'lora' else 'merging'} {run} into {out}", flush=True)
     with exact_float32(), whole_model(plan, folder.model, checkpoint) if is_full else nullcontext(adapter) as trained:
         with published(out) as working:
@@ -115,7 +101,7 @@ def merge_run(
                 write_lora(plan, trained, working, base_dtype)
             else:
                 write_merged(plan, trained, working, base_dtype, wanted)
-            reference = _reference(plan, folder, trained, base_dtype) if compared else None
+            reference = _reference(plan, folder, trained, base_dtype) if chosen.compared else None
             values = _verify(plan, reference, trained, working, base_dtype, wanted, to)
         _print(out, "the result", values, plan.task.scored)
         for name, title in ROUNDED.items():
@@ -123,7 +109,7 @@ def merge_run(
                 _print(out, title, values[name], plan.task.scored)
         if quantize == "nf4":
             _requantise(plan, out, reference, values)
-    usual = genome is None and to == "model" and step is None and quantize == "none"
+    usual = chosen.is_usual and quantize == "none"
     if usual and out.resolve() == (run / "merged").resolve():
         _score_merged(folder, recipe, out)
 
@@ -186,50 +172,6 @@ def _score_merged(folder: RunFolder, recipe: Recipe, out: Path) -> None:
         print(f"The test rows were not scored. {error}")
         return
     folder.update_summary({"test_merged": score_model(plan, load_merged(out), "test")})
-
-
-@contextlib.contextmanager
-def published(out: Path) -> Iterator[Path]:
-    """Give a folder to write and to verify in; it gets the name `out` when both are done.
-
-    A folder that was written and could not be verified, or failed, is kept as OUT.failed, with a report that says why.
-
-    Raises:
-        CheckFailed: when verification fails, or there is not enough memory for it.
-    """
-    working, failed = out.with_name(f".merging-{out.name}"), out.with_name(f"{out.name}.failed")
-    shutil.rmtree(working, ignore_errors=True)
-    try:
-        yield working
-    except BaseException as error:
-        if not working.exists():
-            raise
-        shutil.rmtree(failed, ignore_errors=True)
-        working.rename(failed)
-        if not (failed / REPORT).exists():
-            said = f"not verified: {type(error).__name__}: {error}"
-            (failed / REPORT).write_text(json.dumps({"error": said}, indent=1) + "\n")
-        if isinstance(error, CheckFailed | UserError):
-            raise type(error)(f"{error} It is in {failed}.") from None
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise CheckFailed(
-                f"There was not enough memory to verify the result, which is in {failed}: {error} Free some memory and "
-                "merge again; DS_ACCELERATOR=cpu keeps the merge off the GPU."
-            ) from error
-        error.add_note(f"What was written could not be verified. It is in {failed}.")
-        raise
-    working.rename(out)
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Let products of float32 matrices be float32 products on a GPU too, whatever training allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _requantise(plan: Plan, out: Path, reference: Reference | None, values: dict[str, Any]) -> None:

@@ -153,11 +153,12 @@ def test_merge_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_folde
     assert cli.main(["merge", str(run_folder), "--out", "b", "--to", "lora", "--dtype", "float32", "--step", "4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "c", "--quantize", "nf4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "d", "--genome", "g.json", "--no-compare"]) == 0
-    assert [given for given, _ in calls] == [
-        (run_folder, Path("a"), None, "model", None, None, None, True),
-        (run_folder, Path("b"), "float32", "lora", None, 4, None, True),
-        (run_folder, Path("c"), None, "model", "nf4", None, None, True),
-        (run_folder, Path("d"), None, "model", None, None, Path("g.json"), False),
+    usual = {"dtype": None, "to": "model", "quantize": None, "step": None, "genome": None, "compared": True}
+    assert calls == [
+        ((run_folder, Path("a")), usual),
+        ((run_folder, Path("b")), usual | {"dtype": "float32", "to": "lora", "step": 4}),
+        ((run_folder, Path("c")), usual | {"quantize": "nf4"}),
+        ((run_folder, Path("d")), usual | {"genome": Path("g.json"), "compared": False}),
     ]
 
 
