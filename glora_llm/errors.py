@@ -1,4 +1,4 @@
-"""The two exceptions that a user may cause, how several are told at once, and how names are suggested."""
+"""The exceptions that a user may cause, how several are told at once, and how names are suggested."""
 
 import contextlib
 import difflib
@@ -7,6 +7,10 @@ from collections.abc import Iterable, Iterator
 
 class UserError(Exception):
     """Bad input: the message says what was got, what was expected and what to do. Entry points exit with code 2."""
+
+
+class AdapterError(UserError, ValueError):
+    """Bad input to the tuner itself, which users of PEFT catch as ValueError."""
 
 
 class CheckFailed(Exception):

@@ -38,6 +38,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
         config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
         model = get_peft_model(base, config)
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error

@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from glora_llm.errors import UserError
+from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.path import LayerPath, genome_from_slots, make_path, path_for
 from glora_llm.glora.supernet import SlotChoices, slot_choices
 from glora_llm.schema.slots import COMPOSITIONS, DEFAULT_SLOTS
@@ -43,6 +43,8 @@ class GLoRAConfig(PeftConfig):
         modules_to_save: modules trained and saved in full.
         d_without_bias: what to do where D is asked for and the layer has no bias: `error`, or `none` (leave D out).
         seed: draws the start of the `up` factors; None: torch's default generator.
+        init_weights: True: the adapter changes nothing at the start; False: every number of it starts at random (the
+            meaning of PEFT's methods; for tests).
     """
 
     target_modules: str | list[str] | None = field(default="all-linear")
@@ -59,14 +61,23 @@ class GLoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     d_without_bias: str = "error"
     seed: int | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = GLORA_LLM
-        if self.composition not in COMPOSITIONS:
-            raise UserError(f"composition is '{self.composition}'; expected {' or '.join(COMPOSITIONS)}.")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        try:
+            self._check()
+        except UserError as error:
+            raise AdapterError(str(error)) from None
+
+    def _check(self) -> None:
+        if self.composition not in COMPOSITIONS:
+            raise UserError(f"composition is '{self.composition}'; expected {' or '.join(COMPOSITIONS)}.")
+        if self.rank < 1:
+            raise UserError(f"`rank` should be a positive integer value but the value passed is {self.rank}")
         self._genome = None if self.genome is None else genome_from_slots(self.genome)
         self.path_of("")
 

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from glora_llm.errors import UserError
+from glora_llm.errors import AdapterError
 from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
@@ -52,13 +52,15 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self._unmerged: nn.Module | None = None
+        # The original base while merged. In a list, so that it is no submodule: it would be in state_dict and in the
+        # number of parameters beside the merged weight.
+        self._unmerged: list[nn.Module] = []
 
     def update_layer(self, adapter_name: str, config: GLoRAConfig, path: LayerPath, generator: Any = None) -> None:
         """Allocate the slots of one adapter.
 
         Raises:
-            UserError: for D on a layer without bias, where it does nothing.
+            AdapterError: for D on a layer without bias, where it does nothing.
         """
         choices = config.choices
         if choices:
@@ -66,7 +68,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         elif config.d_without_bias == "none" and self.b0 is None:
             path = path.without("D")
         if path["D"].mode != "none" and self.b0 is None:
-            raise UserError(
+            raise AdapterError(
                 "Slot D scales the frozen bias b0, and this layer has none, so D would train nothing. "
                 "Set D to none, or give it by `paths` to the layers that have a bias."
             )
@@ -79,8 +81,16 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
                 getattr(self, f"slot_{slot}")[adapter_name] = make_choices(slot, choices[slot], *shape)
         for slot, spec in () if choices else path.active():
             getattr(self, f"slot_{slot}")[adapter_name] = make_slot(slot, spec, *shape)
+        if not config.init_weights:
+            self._draw(adapter_name, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _draw(self, adapter_name: str, generator: torch.Generator | None) -> None:
+        """Give every parameter of an adapter a small random value, as PEFT's `init_weights=False` does."""
+        for parameter in self._parameters_of(adapter_name):
+            if parameter.device.type != "meta":
+                nn.init.normal_(parameter, std=0.05, generator=generator)
 
     def slots(self, adapter_name: str, read: Callable[[Tensor], Tensor] | None = None) -> Slots:
         """Return the current values of an adapter's slots on its path, with their autograd history.
@@ -98,11 +108,13 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         """Return f(x), (..., O), for x (..., I)."""
         names = kwargs.pop("adapter_names", None)
         if names is not None:
-            return self._mixed_batch(x, names)
+            self._check_mixed_batch(x, names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if names is not None:
+            return self._mixed_batch(x, names, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.path]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
@@ -119,7 +131,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         else:
-            x = x.to(compute_dtype(self.get_base_layer()) or given)
+            x = x.to(compute_dtype(self.base_layer) or given)
         dropout = self.dropout[adapter_name]
         dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
         dtype, read = x.dtype, None
@@ -151,18 +163,28 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     @property
     def b0(self) -> Tensor | None:
         """The frozen bias, (O), or None."""
-        layer: Any = self.get_base_layer()
+        layer: Any = self._original()
         bias: Tensor | None = layer.bias
         return bias
 
     def _merged_dtype(self) -> torch.dtype:
-        return compute_dtype(self.get_base_layer()) or self._input_dtype
+        return compute_dtype(self._original()) or self._input_dtype
 
-    def _mixed_batch(self, x: Tensor, names: list[str]) -> Tensor:
-        """Rows of one batch through different adapters; `__base__` is the frozen layer (inference only)."""
+    def _check_mixed_batch(self, x: Tensor, names: list[str]) -> None:
+        """Refuse what PEFT's LoRA refuses, in its words."""
         if len(names) != len(x):
-            raise ValueError(f"adapter_names has {len(names)} entries for a batch of {len(x)} rows")
-        y = self.base_layer(x)
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Rows of one batch through different adapters; `__base__` is the frozen layer (inference only)."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         for name in set(names) & set(self.path):
             rows = [index for index, other in enumerate(names) if other == name]
             y[rows] = self._one(x[rows], name).to(y.dtype)
@@ -175,7 +197,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         Every adapter acts on the original W0, so their order does not matter.
         """
         dtype = torch.promote_types(self._merged_dtype(), torch.float32)
-        w0 = dense_weight(self.get_base_layer(), self._merged_dtype()).to(dtype)
+        w0 = dense_weight(self._original(), self._merged_dtype()).to(dtype)
         b0 = None if self.b0 is None else self.b0.to(dtype)
         weight, bias = w0.clone(), b0
         for name in adapter_names:
@@ -194,23 +216,30 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.path]
         if not names:
             return
-        if self._unmerged is not None:
-            self.base_layer = self._unmerged
-        names = self.merged_adapters + names
-        weight, bias = self.merged_weight(names)
+        merged = self.merged_adapters + names
+        weight, bias = self.merged_weight(merged)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ValueError(f"Merging {', '.join(names)} gives values that are not finite; the adapter seems broken")
-        self._unmerged = self.base_layer
-        self.base_layer = dense_model.dense_linear(weight, bias, self._merged_dtype())
-        self.merged_adapters = names
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        linear = dense_model.dense_linear(weight, bias, self._merged_dtype())
+        self._unmerged, self.base_layer, self.merged_adapters = [self._original()], linear, merged
 
     def unmerge(self) -> None:
         """Put the original base layer back, bit for bit."""
-        if self._unmerged is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer, self._unmerged = self._unmerged, None
+        self.base_layer, self._unmerged = self._original(), []
         self.merged_adapters = []
+
+    def _original(self) -> nn.Module:
+        """Return the frozen base layer, whether an adapter is merged or not."""
+        return self._unmerged[0] if self._unmerged else self.base_layer
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move or cast the original base too, which is no submodule while merged."""
+        for module in self._unmerged:
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
         return "glora_llm." + super().__repr__()

@@ -4,16 +4,20 @@ Its PEFT type is GLORA_LLM (GLORA is PEFT's own tuner, which ties A to B and D t
 layers). Importing this module registers it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    register_peft_method,
+)
 from torch import nn
 
-from glora_llm.errors import UserError
+from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.layer import GLoRALinear
@@ -24,7 +28,8 @@ class GLoRAModel(BaseTuner):
 
     prefix = "slot_"
     tuner_layer_cls = GLoRALinear
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # for target_modules=None, as LoRA; the default is all-linear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(
         self,
@@ -45,7 +50,7 @@ class GLoRAModel(BaseTuner):
         try:
             layer.update_layer(adapter_name, peft_config, peft_config.path_of(current_key), generator)
         except UserError as error:
-            raise UserError(f"{current_key}: {error}") from None
+            raise AdapterError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         if layer is not target:
@@ -57,23 +62,33 @@ class GLoRAModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
-        """PEFT calls this around every forward pass: `adapter_names` must reach the layers by a hook."""
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **__: Any
+    ) -> Iterator[None]:
+        """PEFT calls this around every forward pass and `generate`: `adapter_names` must reach the layers by a hook.
+
+        Layers are those of GLoRA and PEFT's copies of `modules_to_save`. Refusals are those of PEFT's LoRA, in its
+        words. Beam search repeats every row `num_beams` times, but for an encoder, which sees the rows once.
+        """
         if adapter_names is None:
             yield
             return
-        layers = [module for module in self.modules() if isinstance(module, GLoRALinear)]
-        unknown = sorted(set(adapter_names) - {"__base__"} - {name for layer in layers for name in layer.path})
-        if self.training or unknown:
-            why = "the model is in training mode" if self.training else f"there is no adapter {', '.join(unknown)}"
-            raise ValueError(f"adapter_names cannot be used: {why}")
-
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return args, kwargs | {"adapter_names": adapter_names}
-
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for module in self.modules() if isinstance(module, GLoRALinear) for name in module.path}
+        unknown = sorted(set(adapter_names) - {"__base__"} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         with ExitStack() as stack:
-            for layer in layers:
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if isinstance(num_beams, int) and num_beams > 1:
+                if not isinstance(adapter_names, list | tuple):
+                    raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+                _pass_names(self, [name for name in adapter_names for _ in range(num_beams)], stack)
+                encoder = _encoder(self.model)
+                if encoder is not None:
+                    _pass_names(encoder, adapter_names, stack)  # a later hook overwrites an earlier one
+            else:
+                _pass_names(self, adapter_names, stack)
             yield
 
     def _generator(self, config: GLoRAConfig, adapter_name: str) -> torch.Generator | None:
@@ -92,11 +107,29 @@ class GLoRAModel(BaseTuner):
         return model
 
 
+def _pass_names(module: nn.Module, names: Sequence[str], stack: ExitStack) -> None:
+    """Give `adapter_names` to every forward pass of the layers inside `module`, until the stack is closed."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"adapter_names": names}
+
+    for layer in module.modules():
+        if isinstance(layer, GLoRALinear | AuxiliaryTrainingWrapper):
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _encoder(model: Any) -> nn.Module | None:
+    """Return the encoder of an encoder-decoder; None for other models, whose `get_encoder` returns themselves."""
+    encoder: nn.Module | None = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return None if encoder is model else encoder
+
+
 def _wrap(target: nn.Module, name: str, input_dtype: torch.dtype | None) -> GLoRALinear:
     if not isinstance(target, nn.Linear):
-        raise UserError(
-            f"'{name}' is a {type(target).__name__}; GLoRA adapts nn.Linear and bitsandbytes' Linear4bit and "
-            "Linear8bitLt. Choose other adapter.targets."
+        kind = str(target).partition("\n")[0]
+        raise AdapterError(
+            f"Target module {kind} is not supported. '{name}' is a {type(target).__name__}; GLoRA adapts nn.Linear and "
+            "bitsandbytes' Linear4bit and Linear8bitLt. Choose other adapter.targets."
         )
     return GLoRALinear(target, input_dtype)
 

@@ -96,12 +96,12 @@ class AdapterLayers:
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
-            raise UserError(f"{name}: {error}") from error
+            raise UserError(f"{name}: a merged value is not finite. {error}") from error
         linear: nn.Linear = layer.get_base_layer()
         weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
         layer.base_layer, layer.merged_adapters = hollow, []
         if hasattr(layer, "_unmerged"):
-            layer._unmerged = None
+            layer._unmerged = []
         layer.to("cpu")
         return weight, bias
 

@@ -74,6 +74,6 @@ def test_not_finite_values_are_not_merged(fill: Fill) -> None:
     layer.set_adapter("default")
     with torch.no_grad():
         layer.slot_E["default"].vector.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"default gives values that are not finite"):
+    with pytest.raises(ValueError, match=r"The adapter default seems to be broken"):
         layer.merge(safe_merge=True)
     assert not layer.merged and layer.get_base_layer() is base
