@@ -83,8 +83,8 @@ def read_run(path: Path) -> Compared:
     losses: list[float] = []
     validation: list[tuple[int, float, float]] = []
     for line in lines:
-        if "speed/seconds_per_step" in line:
-            passed = (line["step"] - (steps[-1] if steps else 0)) * line["speed/seconds_per_step"]
+        if "train/seconds_per_step" in line:
+            passed = (line["step"] - (steps[-1] if steps else 0)) * line["train/seconds_per_step"]
             seconds.append((seconds[-1] if seconds else 0.0) + passed)
             steps.append(line["step"])
             losses.append(np.nan if line["train/loss"] is None else line["train/loss"])

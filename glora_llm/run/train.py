@@ -35,6 +35,7 @@ from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
 from glora_llm.training.batch import Batch
 from glora_llm.training.diagnosis import first_bad_module
+from glora_llm.training.hyperparameters import compared_settings
 from glora_llm.training.loop import Hooks, Schedule, ValidationLeft, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
 from glora_llm.training.sharding import undivided
@@ -184,6 +185,7 @@ class Run:
             file = self.folder.checkpoints / f"step-{start}"
             self.log.say(f"resumed after step {start} of {self.plan.steps} from {file}")
         self.log.text("recipe", recipes.dump(self.plan.recipe))
+        self.log.begin(compared_settings(self.plan.recipe, self.parts.trained))
 
     def _say_memory(self) -> None:
         """Log what each process holds, and warn where ZeRO 3 leaves or left the model whole."""
@@ -239,8 +241,8 @@ class Run:
         if not self.processes.is_main_process:
             return
         parts.saver.save_result(tensors)
-        scores = {f"final/{name}": value for name, value in (validation | test).items()}
-        self.log.hyperparameters(recipes.flat(self.plan.recipe), scores)
+        self.log.test_scores(total, test)
+        self.log.end(compared_settings(self.plan.recipe, parts.trained), validation, test)
         self._record(
             {
                 "steps": total,

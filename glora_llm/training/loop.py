@@ -189,10 +189,10 @@ def _metrics(
         "train/label_tokens": result.targets,
         **({} if scale is None else {"train/loss_scale": scale}),
         "train/samples": done * engine.settings.global_batch,
-        "speed/seconds_per_step": seconds,
-        f"speed/{log.unit}_per_second": tokens / seconds,
-        "speed/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world_size),
-        "memory/peak_gb": peak_memory_gb(engine.device),
+        "train/seconds_per_step": seconds,
+        f"train/{log.unit}_per_second": tokens / seconds,
+        "train/model_flop_utilisation": flops / seconds / (cost.peak_flops * engine.world_size),
+        "train/peak_memory_gb": peak_memory_gb(engine.device),
     }
 
 

@@ -4,12 +4,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from glora_llm.atomic import write_text
+from glora_llm.training.hyperparameters import TEST, end_summaries, start_summary
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no progress bar
 
@@ -25,7 +27,7 @@ def charts(unit: str) -> dict[str, dict[str, list[Any]]]:
             "loss": ["Multiline", ["train/loss", "validation/loss"]],
             "validation scores": ["Multiline", [r"validation/(?!loss|perplexity).*"]],
             "learning rate": ["Multiline", ["train/lr"]],
-            "throughput": ["Multiline", [f"speed/{unit}_per_second"]],
+            "throughput": ["Multiline", [f"train/{unit}_per_second"]],
             "gradient norm": ["Multiline", ["train/grad_norm"]],
         }
     }
@@ -99,11 +101,44 @@ class MetricLog:
         if self.enabled:
             self.tensorboard.add_text(name, "```\n" + text + "\n```")
 
-    def hyperparameters(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Show the run in TensorBoard's HParams tab with its final metrics."""
+    def begin(self, settings: dict[str, str | float]) -> None:
+        """Show the run, which is still going on, in TensorBoard's tab HParams.
+
+        Args:
+            settings: of `compared_settings`.
+        """
         if self.enabled:
-            plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-            self.tensorboard.add_hparams(plain, metrics, run_name=".")
+            self._add(start_summary(str(self.file.parent), settings))
+
+    def end(self, settings: dict[str, str | float], validation: Iterable[str], test: Iterable[str]) -> None:
+        """Show the settings and the final scores in TensorBoard's tab HParams.
+
+        Args:
+            settings: of `compared_settings`.
+            validation, test: names of the scores, such as `validation/loss` and `test/loss`.
+        """
+        if self.enabled:
+            for summary in end_summaries(settings, _without_split(validation), _without_split(test)):
+                self._add(summary)
+
+    def _add(self, summary: Any) -> None:
+        writer: Any = self.tensorboard.file_writer
+        writer.add_summary(summary)
+
+    def test_scores(self, step: int, values: dict[str, float]) -> None:
+        """Put the test scores into the charts of the validation, as a dot of a run of their own.
+
+        Args:
+            step: the last one.
+            values: under names such as `test/loss`.
+        """
+        if not self.enabled or not values:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.file.parent / "tensorboard" / TEST), purge_step=step) as board:
+            for name, value in zip(_without_split(values), values.values(), strict=True):
+                board.add_scalar(f"validation/{name}", value, step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Move the bar, or print a line at most every five seconds (always the first and the last)."""
@@ -111,7 +146,7 @@ class MetricLog:
             return
         brief = (
             f"loss {values['train/loss']:.4f}, lr {values['train/lr']:.2e}, grad norm {values['train/grad_norm']:.3g}, "
-            f"{values[f'speed/{self.unit}_per_second']:.0f} {self.unit}/s"
+            f"{values[f'train/{self.unit}_per_second']:.0f} {self.unit}/s"
         )
         self.bar.set_postfix_str(brief, refresh=False)
         self.bar.update(step - self.bar.n)
@@ -119,7 +154,7 @@ class MetricLog:
         if not self.terminal and (
             now - self.last_line >= SECONDS_BETWEEN_LINES or step in (self.start + 1, self.total)
         ):
-            left = (self.total - step) * values["speed/seconds_per_step"]
+            left = (self.total - step) * values["train/seconds_per_step"]
             print(f"step {step}/{self.total}: {brief}, {_clock(left)} left", flush=True)
             self.last_line = now
 
@@ -139,6 +174,11 @@ class MetricLog:
         if self.enabled:
             self.bar.close()
             self.tensorboard.close()
+
+
+def _without_split(names: Iterable[str]) -> list[str]:
+    """Return `loss` for `validation/loss` and `test/loss`."""
+    return [name.partition("/")[2] for name in names]
 
 
 def _clock(seconds: float) -> str:

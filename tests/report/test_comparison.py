@@ -25,7 +25,7 @@ def write_run(folder: Path, vlora: str = "", factor: float = 1.0, accuracy: floa
     (folder / "recipe.yaml").write_text(recipes.dump(recipes.load(str(folder / "own.yaml"))))
     lines = []
     for number in range(step, 81, step):
-        lines.append({"step": number, "train/loss": factor * 80 / number, "speed/seconds_per_step": 0.5 * factor})
+        lines.append({"step": number, "train/loss": factor * 80 / number, "train/seconds_per_step": 0.5 * factor})
         if number % 40 == 0:
             lines.append({"step": number, "validation/loss": factor * 3})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

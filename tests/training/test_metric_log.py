@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
 
+from glora_llm.recipe import load
+from glora_llm.training.hyperparameters import compared_settings
 from glora_llm.training.metric_log import MetricLog
 
 
@@ -18,8 +19,8 @@ def values(step: int, run: int = 0) -> dict[str, float]:
         "train/loss": 5.0 - step / 8 + run,
         "train/lr": step / 16,
         "train/grad_norm": 0.5,
-        "speed/tokens_per_second": 100.0 + step,
-        "speed/seconds_per_step": 0.5,
+        "train/tokens_per_second": 100.0 + step,
+        "train/seconds_per_step": 0.5,
     }
 
 
@@ -95,25 +96,30 @@ def test_a_new_start_in_the_same_folder_forgets_the_old_one(tmp_path: Path) -> N
     assert_both_say_the_same(tmp_path)
 
 
-def test_hyperparameters_stand_in_the_hparams_tab(tmp_path: Path) -> None:
-    log = MetricLog(tmp_path, 0, total=8, enabled=True)
-    log.scalars(8, values(8))
-    log.hyperparameters(
-        {"training.lr": 1e-3, "training.steps": 8, "data.packing": True, "model.name_or_path": "x",
-         "adapter.targets": ["q_proj", "v_proj"], "model.revision": None},
-        {"final/test/loss": 0.25},
-    )  # fmt: skip
+def test_compared_settings_name_slots_in_a_few_words() -> None:
+    def slots(*changes: str) -> object:
+        recipe = load("tiny_cpu", list(changes))
+        return compared_settings(recipe, trained=10)["slots"]
+
+    assert slots() == "A lora, B lora, C, E"
+    assert slots("adapter.slots=null", "adapter.preset=ssf") == "A, D, E"
+    assert slots("adapter.slots=null", "adapter.method=lora") == "none"
+    assert slots("adapter.slots=null", "adapter.paths=sample") == "a supernet"
+    assert (
+        slots("adapter.slots={E: scalar}", "adapter.paths={q_proj: {B: lora}}") == "E scalar; others by adapter.paths"
+    )
+
+
+def test_test_scores_are_a_dot_in_the_charts_of_the_validation(tmp_path: Path) -> None:
+    log_steps(tmp_path, 0, 8)
+    log = MetricLog(tmp_path, 8, total=8, enabled=True)
+    log.test_scores(8, {"test/loss": 1.0})
+    log.test_scores(8, {})
     log.close()
-    board = in_tensorboard(tmp_path)
-    assert [event.value for event in board.Scalars("final/test/loss")] == [0.25]
-    content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    given = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    kinds = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in given.items()}
-    assert kinds == {
-        "training.lr": 1e-3, "training.steps": 8, "data.packing": True, "model.name_or_path": "x",
-        "adapter.targets": "['q_proj', 'v_proj']", "model.revision": "None",
-    }  # fmt: skip
-    assert {folder.name for folder in (tmp_path / "tensorboard").iterdir() if folder.is_dir()} == set()
+    assert_both_say_the_same(tmp_path)  # nothing is added to the run itself
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "test")).Reload()
+    assert board.Tags()["scalars"] == ["validation/loss"]
+    assert [(event.step, event.value) for event in board.Scalars("validation/loss")] == [(8, 1.0)]
 
 
 def test_text_stands_in_tensorboard(tmp_path: Path) -> None:
@@ -139,7 +145,9 @@ def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.Capt
     log = MetricLog(tmp_path, 0, total=8, enabled=False)
     log.scalars(1, values(1))
     log.text("recipe", "x")
-    log.hyperparameters({"a": 1}, {"b": 2.0})
+    log.begin({"a": 1})
+    log.test_scores(1, {"test/loss": 2.0})
+    log.end({"a": 1}, ["validation/loss"], ["test/loss"])
     log.progress(1, values(1))
     log.say("hello")
     log.close()
