@@ -36,8 +36,10 @@ ALLOWED = {
     # Scores and merges are commands of their own: like a run, they start from a plan.
     "evaluation": BELOW_PLAN | {"plan", "report"},
     "merge": BELOW_PLAN | {"evaluation", "plan"},
+    # An import writes a run folder, and reads it by the merge's own code.
+    "foreign": BELOW_PLAN | {"merge", "recipe"},
     "run": BELOW_RUN,
-    "cli": BELOW_RUN | {"run"},
+    "cli": BELOW_RUN | {"foreign", "run"},
     "__main__": {"cli"},
 }
 ROOT_MODULES = {"__init__", "__main__", "atomic", "errors", "recipe", "registry"}

@@ -5,14 +5,26 @@ import sys
 from collections.abc import Callable, Sequence
 
 from glora_llm import __version__
-from glora_llm.cli import evaluate, init, merge, methods, recipes, search, tokenizer, train, vlora, watch
+from glora_llm.cli import (
+    evaluate,
+    import_adapter,
+    init,
+    merge,
+    methods,
+    recipes,
+    search,
+    tokenizer,
+    train,
+    vlora,
+    watch,
+)
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.complaint import print_error, print_once
 from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 # in the order of the help text
-COMMANDS = (init, train, watch, merge, search, evaluate, vlora, tokenizer, recipes, methods)
+COMMANDS = (init, train, watch, merge, search, evaluate, import_adapter, vlora, tokenizer, recipes, methods)
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.
