@@ -21,8 +21,8 @@ class Inputs(NamedTuple):
 
     x: Tensor  # (T, I)
     dropped: Tensor | None = None  # (T, I), x after dropout: the input of the factors of A and B; None: x itself
-    a_down: Tensor | None = None  # (I, r_A) product, (O, r_A) hadamard
-    a_up: Tensor | None = None  # (r_A, I)
+    a_down: Tensor | None = None  # (I, r_A) product, (O, r_A) hadamard and block
+    a_up: Tensor | None = None  # (r_A, I), (r_A, I/64) block
     b_down: Tensor | None = None  # (O, r_B)
     b_up: Tensor | None = None  # (r_B, I)
     gain: Tensor | None = None  # (O) or (1): A in mode vector or scalar
@@ -101,10 +101,10 @@ class OnePass(torch.autograd.Function):
         through: list[Tensor] = []
         if kept.gain is not None and kept.plain is not None:
             # da = sum over rows of dy * (x W0'), (O)
-            found["gain"] = _reduce_like(kept.gain, dy * kept.plain)
+            found["gain"] = reduce_like(kept.gain, dy * kept.plain)
         if kept.shift is not None:
             # db = sum over rows of dy * sum(x), (O)
-            found["shift"] = _reduce_like(kept.shift, dy * kept.x.sum(1, keepdim=True))
+            found["shift"] = reduce_like(kept.shift, dy * kept.x.sum(1, keepdim=True))
         dthin = None
         if kept.thin is not None:
             dthin = _scaled_mm(dy, kept.down.t(), common)  # dU = s dy [W0 A_d | B_d], (T, r)
@@ -126,7 +126,7 @@ class OnePass(torch.autograd.Function):
             # dA_d = W0' (s dy' U_A), (I, r_A), and dc = W0' dbias, (I), by one thin product
             products = _cat(through) @ weight
             found["a_down"], found["c"] = products[:a_rank].t(), products[-1]
-        return None, None, *_only(wanted, found)
+        return None, None, *only_wanted(wanted, found)
 
 
 def _input_gradients(
@@ -200,7 +200,7 @@ class Hadamard(torch.autograd.Function):
         found["a_down"] = a_scale * (dproduct @ s.a_up.t())
         # dA_u = s_A A_d' (dW * W0), (r_A, I)
         found["a_up"] = a_scale * (s.a_down.t() @ dproduct)
-        return None, None, *_only(wanted, found)
+        return None, None, *only_wanted(wanted, found)
 
 
 def _hadamard_input_gradients(
@@ -217,7 +217,7 @@ def _hadamard_input_gradients(
     if s.shift is not None:
         dx += (dy * s.shift).sum(1, keepdim=True)
         # db = sum over rows of dy * sum(x), (O)
-        dshift = _reduce_like(s.shift, dy * s.x.sum(1, keepdim=True))
+        dshift = reduce_like(s.shift, dy * s.x.sum(1, keepdim=True))
     return dx, ddropped, dshift
 
 
@@ -278,7 +278,7 @@ def _rank(up: Tensor | None) -> int:
     return 0 if up is None else up.shape[0]
 
 
-def _only(wanted: Inputs, found: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+def only_wanted(wanted: Inputs, found: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
     """Return the gradients in the order of the inputs, None where none is wanted."""
     return tuple(found.get(name) if want else None for name, want in wanted._asdict().items())
 
@@ -290,6 +290,6 @@ def with_prompt(bias: Tensor | None, prompt: Tensor | None) -> Tensor | None:
     return prompt if bias is None else bias + prompt
 
 
-def _reduce_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+def reduce_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Sum a (T, O) gradient to the parameter's shape: (O) for a vector, (1) for a scalar."""
     return gradient.sum(0) if parameter.numel() > 1 else gradient.sum().reshape(1)

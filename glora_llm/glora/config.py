@@ -36,8 +36,8 @@ class GLoRAConfig(PeftConfig):
         genome: layer name -> slots, as in a genome file, instead of `slots` and `paths`; a layer that it does not name
             has no slot.
         supernet: {modes: slot -> modes, ranks}: allocate all of them, a path is drawn at every micro step.
-        rank: r of mode lora.
-        alpha: mode lora is scaled by alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
+        rank: r of modes lora and block.
+        alpha: modes lora and block are scaled by alpha / rank, or alpha / sqrt(rank) if `rank_stabilized`.
         composition: of A in mode lora: `product` W0 (A_d A_u), or `hadamard` W0 * (A_d A_u).
         dropout: of the input of the low-rank factors.
         modules_to_save: modules trained and saved in full.
@@ -79,7 +79,7 @@ class GLoRAConfig(PeftConfig):
         if self.rank < 1:
             raise UserError(f"`rank` should be a positive integer value but the value passed is {self.rank}")
         self._genome = None if self.genome is None else genome_from_slots(self.genome)
-        self.path_of("")
+        self._check_composition()
 
     @property
     def choices(self) -> SlotChoices | None:
@@ -88,12 +88,23 @@ class GLoRAConfig(PeftConfig):
             return None
         return slot_choices(self.supernet.get("modes"), self.supernet.get("ranks") or [self.rank], self.alpha)
 
+    def _check_composition(self) -> None:
+        """Refuse `hadamard` where no layer has A in mode lora, of which it is, and one has mode block."""
+        paths = [self.path_of(""), *(self._path(slots) for slots in self.paths.values())]
+        modes = {path["A"].mode for path in paths}
+        fixed = self._genome is None and self.supernet is None
+        if fixed and self.composition == "hadamard" and "block" in modes and "lora" not in modes:
+            raise UserError(
+                "composition hadamard is of slot A in mode lora, and A is in mode block here, whose gains multiply W0 "
+                "by themselves. Leave composition at product."
+            )
+
+    def _path(self, slots: dict[str, Any]) -> LayerPath:
+        return make_path(slots, self.rank, self.alpha, self.rank_stabilized)
+
     def path_of(self, name: str) -> LayerPath:
         """Return the path of the layer `name`."""
         if self._genome is not None:
             return self._genome.get(name, LayerPath(()))
-
-        def build(slots: dict[str, Any]) -> LayerPath:
-            return make_path(slots, self.rank, self.alpha, self.rank_stabilized)
-
-        return path_for(name, build(self.slots), {pattern: build(slots) for pattern, slots in self.paths.items()})
+        patterns = {pattern: self._path(slots) for pattern, slots in self.paths.items()}
+        return path_for(name, self._path(self.slots), patterns)

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.glora.block import FrozenWeight, scaled_by_block
+from glora_llm.schema.slots import BLOCK
+
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return W0 of a linear as a dense (O, I) tensor.
@@ -37,6 +40,61 @@ def _dequantize_4bit(weight: Any) -> Tensor:
 
     dense: Tensor = dequantize_4bit(weight.detach(), weight.quant_state)
     return dense
+
+
+def block_scales(weight: Any) -> Tensor:
+    """Return the scales (absmax) of a 4-bit weight, (O, I/64) in float32, the quantisation of the scales undone.
+
+    Args:
+        weight: of bitsandbytes' `Linear4bit`, quantised in blocks of 64 where 64 divides I.
+    """
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = weight.quant_state
+    scales: Tensor = state.absmax
+    if state.nested:
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    return scales.float().view(state.shape[0], -1)
+
+
+def unpack(weight: Any, scales: Tensor) -> Tensor:
+    """Return a 4-bit weight with other block scales (O, I/64) as a dense matrix (O, I), in its own dtype."""
+    state = weight.quant_state
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.detach(), scales.reshape(-1), state.blocksize, state.quant_type, state.shape, state.dtype
+    )
+    return dense
+
+
+def has_block_scales(weight: Any) -> bool:
+    """Tell whether a weight is in 4 bits, with one scale for each block of 64 values along a row."""
+    state = getattr(weight, "quant_state", None)
+    return state is not None and state.blocksize == BLOCK and state.shape[1] % BLOCK == 0
+
+
+def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> FrozenWeight:
+    """Return the ways in which A in mode block reads the frozen weight of a linear, in `dtype`.
+
+    Args:
+        layer: as in `dense_weight`.
+    """
+
+    def scale(factors: Tensor) -> Tensor:
+        weight: Any = layer.weight
+        if has_block_scales(weight):
+            return unpack(weight, block_scales(weight) * factors).to(dtype)
+        return scaled_by_block(dense_weight(layer, dtype), factors)
+
+    def times(c: Tensor) -> Tensor:
+        weight: Any = layer.weight
+        if has_block_scales(weight):
+            from bitsandbytes import matmul_4bit
+
+            product: Tensor = matmul_4bit(c[None], weight.detach(), quant_state=weight.quant_state)
+            return product[0]
+        return torch.mv(dense_weight(layer, dtype), c)
+
+    return FrozenWeight(lambda: dense_weight(layer, dtype), scale, times)
 
 
 def _dequantize_8bit(layer: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glora_llm.errors import AdapterError
 from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
-from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
+from glora_llm.glora.frozen_weight import compute_dtype, dense_weight, frozen_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.modes import make_slot, slot_values
 from glora_llm.glora.path import LayerPath, slots_with
@@ -148,6 +148,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
                 self.slots(adapter_name, read),
                 self.composition[adapter_name],
                 dropped,
+                frozen_weight(self.base_layer, dtype) if self.path[adapter_name]["A"].mode == "block" else None,
             )
         return y if torch.is_autocast_enabled(device) else y.to(given)
 

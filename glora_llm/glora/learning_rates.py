@@ -26,5 +26,5 @@ def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: flo
         for slot in SLOTS:
             for mode in getattr(layer, f"slot_{slot}").modules():
                 for name, parameter in mode.named_parameters(recurse=False):
-                    zero_start = name == "down"
+                    zero_start = name.endswith("down")
                     yield id(parameter), factors[slot] * (loraplus_ratio if zero_start else 1.0)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.errors import UserError
 from glora_llm.glora.path import SlotSpec
+from glora_llm.schema.slots import BLOCK
 
 Read = Callable[[Tensor], Tensor]  # a parameter -> what stands for it in the graph
 
@@ -33,6 +35,52 @@ class Lora(nn.Module):
             nn.init.kaiming_uniform_(self.up, a=math.sqrt(5), generator=generator)
 
 
+class Block(nn.Module):
+    """Gains of A, `scale * block_down @ block_up`, (O, I/64): one for each block of 64 values along a row of W0.
+
+    The blocks are those that share a scale in a 4-bit weight, so the gains change its scales and none of its codes.
+    block_down (O, r) is zero, block_up (r, I/64) Kaiming.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        spec: its rank.
+        generator: draws `block_up`; the default generator if None.
+
+    Raises:
+        UserError: where 64 does not divide I, or the rank is above I/64.
+    """
+
+    def __init__(self, out_features: int, in_features: int, spec: SlotSpec, generator: torch.Generator | None = None):
+        super().__init__()
+        blocks = blocks_of(in_features)
+        if spec.rank > blocks:
+            raise UserError(
+                f"Slot A in mode block has rank {spec.rank}, and a row of {in_features} inputs has {blocks} blocks of "
+                f"{BLOCK}, so a rank above {blocks} adds nothing. Set adapter.rank={blocks} or less, or give this "
+                "layer a rank of its own by adapter.paths."
+            )
+        self.block_down = nn.Parameter(torch.zeros(out_features, spec.rank))
+        self.block_up = nn.Parameter(torch.empty(spec.rank, blocks))
+        if self.block_up.device.type != "meta":
+            nn.init.kaiming_uniform_(self.block_up, a=math.sqrt(5), generator=generator)
+
+
+def blocks_of(in_features: int) -> int:
+    """Return I/64, the number of blocks in a row.
+
+    Raises:
+        UserError: where 64 does not divide I.
+    """
+    if in_features % BLOCK:
+        raise UserError(
+            f"Slot A in mode block has one gain for each {BLOCK} inputs of a layer, and this one has {in_features}, "
+            f"which {BLOCK} does not divide. Give this layer another mode by adapter.paths (vector is lossless in 4 "
+            "bits too), or leave it out of the targets."
+        )
+    return in_features // BLOCK
+
+
 class Vector(nn.Module):
     """A slot as one vector of `size` elements, zero at the start."""
 
@@ -50,7 +98,7 @@ class Scalar(nn.Module):
 
 
 class Choices(nn.Module):
-    """All modes that a slot of a supernet may have, under the names that each has alone: down, up, vector, scalar."""
+    """All modes that a slot of a supernet may have, under the names that each has alone."""
 
     def __init__(self, modes: Iterable[nn.Module]):
         super().__init__()
@@ -66,15 +114,17 @@ def make_slot(
     out_features: int,
     in_features: int,
     generator: torch.Generator | None = None,
-) -> Lora | Vector | Scalar:
+) -> Lora | Block | Vector | Scalar:
     """Return the parameters of one slot of a linear of shape (O, I).
 
     Shapes in mode lora: A (I, r)(r, I) as a product, (O, r)(r, I) as hadamard; B (O, r)(r, I); C (I, r)(r, 1).
-    In mode vector: A, B, D, E (O); C (I).
+    In mode block: A (O, r)(r, I/64). In mode vector: A, B, D, E (O); C (I).
     """
     if spec.mode == "lora":
         rows = in_features if slot == "C" or (slot == "A" and composition == "product") else out_features
         return Lora(rows, 1 if slot == "C" else in_features, spec, generator)
+    if spec.mode == "block":
+        return Block(out_features, in_features, spec, generator)
     if spec.mode == "vector":
         return Vector(in_features if slot == "C" else out_features)
     return Scalar()
@@ -88,6 +138,11 @@ def slot_values(slot: str, spec: SlotSpec, owner: Any, read: Read) -> dict[str, 
         read: what stands for a parameter in the graph.
     """
     key = slot.lower()
+    if spec.mode == "block":
+        down, blocks = read(owner.block_down), read(owner.block_up)
+        if down.shape[1] != spec.rank:
+            down, blocks = down[:, : spec.rank].contiguous(), blocks[: spec.rank]
+        return {"a_down": down, "a_blocks": blocks, "a_scale": spec.scale}
     if spec.mode != "lora":
         return {{"A": "a_gain", "B": "b_shift"}.get(slot, key): read(getattr(owner, spec.mode))}
     down, up = read(owner.down), read(owner.up)

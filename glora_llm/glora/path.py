@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.schema.slots import SLOT_MODES, SLOTS
+from glora_llm.schema.slots import LOSSLESS_MODES, RANKED_MODES, SLOT_MODES, SLOTS
 
 PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
 
@@ -27,8 +27,8 @@ class SlotSpec:
 
     Args:
         mode: an entry of `SLOT_MODES[slot]`.
-        rank: r of mode lora (ignored by the others).
-        scale: factor on the slot in mode lora: alpha / r, or alpha / sqrt(r) with rank stabilisation.
+        rank: r of modes lora and block (ignored by the others).
+        scale: factor on the slot in these modes: alpha / r, or alpha / sqrt(r) with rank stabilisation.
     """
 
     mode: str
@@ -57,6 +57,10 @@ class LayerPath:
         """Tell whether the merged layer needs a bias: C or E is active."""
         return self["C"].mode != "none" or self["E"].mode != "none"
 
+    def lossy_slots(self) -> list[str]:
+        """Return the slots that change more of a 4-bit weight than the scales of its blocks."""
+        return [slot for slot, spec in self.active() if spec.mode not in LOSSLESS_MODES[slot]]
+
 
 Genome = dict[str, LayerPath]
 
@@ -83,7 +87,7 @@ def make_path(slots: Mapping[str, Any], rank: int, alpha: float, rank_stabilized
         if mode not in SLOT_MODES[slot]:
             known = ", ".join(SLOT_MODES[slot])
             raise UserError(f"Slot {slot} has no mode '{mode}'; it has: {known}.{nearest(mode, SLOT_MODES[slot])}")
-        if mode == "lora":
+        if mode in RANKED_MODES:
             slot_rank, slot_alpha = given.get("rank") or rank, given.get("alpha") or alpha
             scale = slot_alpha / (slot_rank**0.5 if rank_stabilized else slot_rank)
             specs.append((slot, SlotSpec(mode, slot_rank, scale)))
@@ -102,9 +106,11 @@ def path_for(name: str, default: LayerPath, patterns: Mapping[str, LayerPath]) -
 
 
 def genome_to_slots(genome: Genome) -> dict[str, dict[str, Any]]:
-    """Return a genome as plain values: layer name -> slot -> mode, or {mode, rank, scale} of mode lora."""
+    """Return a genome as plain values: layer name -> slot -> mode, or {mode, rank, scale} of modes lora and block."""
     return {
-        name: {slot: dataclasses.asdict(spec) if spec.mode == "lora" else spec.mode for slot, spec in path.active()}
+        name: {
+            slot: dataclasses.asdict(spec) if spec.mode in RANKED_MODES else spec.mode for slot, spec in path.active()
+        }
         for name, path in genome.items()
     }
 
@@ -134,7 +140,7 @@ def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
     """Read what `genome_to_slots` returned.
 
     Raises:
-        UserError: for an unknown slot or mode, or mode lora without rank and scale.
+        UserError: for an unknown slot or mode, or mode lora or block without rank and scale.
     """
     return {name: _path_from_slots(name, slots) for name, slots in layers.items()}
 
@@ -145,11 +151,11 @@ def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
         values = {"mode": given} if isinstance(given, str) else given
         if not isinstance(values, dict) or not isinstance(values.get("mode"), str):
             raise UserError(f"genome: slot {slot} of {name} has no mode: {given}.")
-        if values["mode"] == "lora":
+        if values["mode"] in RANKED_MODES:
             rank, scales[slot] = values.get("rank"), values.get("scale")
             if type(rank) is not int or rank < 1 or type(scales[slot]) not in (int, float):
-                known = '{"mode": "lora", "rank": 8, "scale": 2.0}'
-                raise UserError(f"genome: slot {slot} of {name}: mode lora is {known}.")
+                known = f'{{"mode": "{values["mode"]}", "rank": 8, "scale": 2.0}}'
+                raise UserError(f"genome: slot {slot} of {name}: mode {values['mode']} is {known}.")
     try:
         path = make_path(slots, rank=1, alpha=1.0)
     except UserError as error:

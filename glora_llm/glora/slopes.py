@@ -16,6 +16,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.modes import slot_values
 from glora_llm.glora.path import slots_with
+from glora_llm.schema.slots import BLOCK
 
 
 def slopes(layers: Mapping[str, GLoRALinear], loss: Callable[[], Tensor]) -> Tensor:
@@ -81,6 +82,9 @@ def first_order(gradient: Tensor, total: Tensor, w0: Tensor, b0: Tensor | None, 
             found += s.a_scale * (((w0 @ s.a_down).t() @ gradient) * s.a_up).sum()
         else:
             found += s.a_scale * ((s.a_down.t() @ (gradient * w0)) * s.a_up).sum()
+    if s.a_down is not None and s.a_blocks is not None:
+        by_block = (gradient * w0).unflatten(1, (-1, BLOCK)).sum(2)
+        found += s.a_scale * ((s.a_down.t() @ by_block) * s.a_blocks).sum()
     if s.a_gain is not None:
         found += (s.a_gain * (gradient * w0).sum(1)).sum()
     if s.b_down is not None and s.b_up is not None:

@@ -14,20 +14,25 @@ from torch import Tensor, nn
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.modes import Choices, make_slot
 from glora_llm.glora.path import PEFT_ROOT, Genome, LayerPath, SlotSpec, slots_with
-from glora_llm.schema.slots import SLOT_MODES, SLOTS
+from glora_llm.schema.slots import RANKED_MODES, SLOT_MODES, SLOTS, SUPERNET_MODES
 
 SlotChoices = dict[str, tuple[SlotSpec, ...]]  # slot -> what it may be, the largest first
 
 
-MODE_OF = {"down": "lora", "up": "lora"}  # parameter -> mode; the others are named after their mode
+MODE_OF = {
+    "down": "lora",
+    "up": "lora",
+    "block_down": "block",
+    "block_up": "block",
+}  # parameter -> mode; the others are named after their mode
 
 
 def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int], alpha: float) -> SlotChoices:
-    """Return what each slot may be; mode lora once for each rank, all at the scale alpha / largest rank.
+    """Return what each slot may be; modes lora and block once for each rank, all at the scale alpha / largest rank.
 
     Args:
-        modes: slot -> modes allowed; a slot that is not given may be anything of `SLOT_MODES`.
-        ranks: of mode lora.
+        modes: slot -> modes allowed; a slot that is not given may be anything of `SUPERNET_MODES`.
+        ranks: of modes lora and block.
 
     Raises:
         UserError: for an unknown slot or mode, or a slot without any.
@@ -38,7 +43,7 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
         raise UserError(f"Unknown GLoRA slot '{unknown[0]}'; there are A, B, C, D and E.")
     found: SlotChoices = {}
     for slot in SLOTS:
-        allowed = given.get(slot, SLOT_MODES[slot])
+        allowed = given.get(slot, SUPERNET_MODES[slot])
         wrong = [mode for mode in allowed if mode not in SLOT_MODES[slot]]
         if wrong or not allowed:
             known = ", ".join(SLOT_MODES[slot])
@@ -46,12 +51,13 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
             hint = nearest(wrong[0], SLOT_MODES[slot]) if wrong else ""
             raise UserError(f"Slot {slot} has {what}; it has: {known}.{hint}")
         sizes = sorted(set(ranks), reverse=True)
-        loras = tuple(SlotSpec("lora", rank, alpha / sizes[0]) for rank in sizes)
         found[slot] = tuple(
             spec
             for mode in SLOT_MODES[slot]
             if mode in allowed
-            for spec in (loras if mode == "lora" else (SlotSpec(mode),))
+            for spec in (
+                [SlotSpec(mode, rank, alpha / sizes[0]) for rank in sizes] if mode in RANKED_MODES else [SlotSpec(mode)]
+            )
         )
     return found
 
@@ -65,7 +71,7 @@ def largest_path(choices: SlotChoices, has_bias: bool) -> LayerPath:
 def make_choices(
     slot: str, specs: Sequence[SlotSpec], composition: str, out_features: int, in_features: int, generator: Any
 ) -> Choices:
-    """Return the parameters of all modes of one slot; mode lora at its largest rank."""
+    """Return the parameters of all modes of one slot; modes with a rank at their largest."""
     first: dict[str, SlotSpec] = {}
     for spec in specs:
         if spec.mode != "none":
@@ -122,9 +128,9 @@ def inherit(weights: Mapping[str, Tensor], genome: Genome) -> dict[str, Tensor]:
 
 
 def _first_ranks(tensor: Tensor, spec: SlotSpec, part: str, where: str) -> Tensor:
-    if spec.mode != "lora":
+    if spec.mode not in RANKED_MODES:
         return tensor
-    dimension = 1 if part == "down" else 0
+    dimension = 1 if part.endswith("down") else 0
     if spec.rank > tensor.shape[dimension]:
         raise UserError(f"genome: {where} has rank {spec.rank}; the supernet has up to {tensor.shape[dimension]}.")
     return tensor.narrow(dimension, 0, spec.rank).contiguous()

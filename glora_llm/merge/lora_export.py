@@ -87,12 +87,12 @@ def _require_lora_form(layers: dict[str, GLoRALinear]) -> None:
     for name, layer in layers.items():
         path = layer.path["default"]
         hadamard = layer.composition["default"] == "hadamard" and path["A"].mode == "lora"
-        if hadamard or path["A"].mode in ("vector", "scalar") or path["B"].mode in ("vector", "scalar"):
+        if hadamard or path["A"].mode in ("block", "vector", "scalar") or path["B"].mode in ("vector", "scalar"):
             wrong.append(name)
     if wrong:
         raise UserError(
-            f"{len(wrong)} layers have no plain LoRA form (A or B as vector or scalar, or a hadamard A), the first: "
-            f"{wrong[0]}. Merge them instead: glora-llm merge RUN --out DIR."
+            f"{len(wrong)} layers have no plain LoRA form (A or B as vector or scalar, A as block, or a hadamard A), "
+            f"the first: {wrong[0]}. Merge them instead: glora-llm merge RUN --out DIR."
         )
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from glora_llm.glora.path import Genome, SlotSpec
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
-from glora_llm.schema.slots import SLOTS
+from glora_llm.schema.slots import RANKED_MODES, SLOTS
 from glora_llm.search.archive import Scored
 from glora_llm.search.driver import Progress
 
@@ -176,7 +176,7 @@ def modes(genome: Genome) -> Figure:
     figure.suptitle("Mode of each slot of each layer")
     figure.supxlabel(_layer_label(columns), size=10)
     figure.supylabel("Slot", size=10)
-    names = [f"lora, rank {rank}" if mode == "lora" else mode for mode, rank in colours]
+    names = [f"{mode}, rank {rank}" if rank else mode for mode, rank in colours]
     handles = [Patch(facecolor=colour, label=name) for colour, name in zip(colours.values(), names, strict=True)]
     figure.legend(handles=handles, loc="outside right upper", title="Mode", frameon=False, alignment="left")
     return figure
@@ -200,15 +200,17 @@ def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
 
 
 def _mode_key(spec: SlotSpec) -> tuple[str, int]:
-    return spec.mode, spec.rank if spec.mode == "lora" else 0
+    return spec.mode, spec.rank if spec.mode in RANKED_MODES else 0
 
 
 def _mode_colours(specs: Iterable[SlotSpec]) -> dict[tuple[str, int], str]:
     """Return a colour of each (mode, rank) that occurs: ranks from light to dark, then vector, scalar and none."""
     found = {_mode_key(spec) for spec in specs}
-    ranks = sorted(key for key in found if key[0] == "lora")
-    shades = np.linspace(0.4, 1.0, len(ranks)) if len(ranks) > 1 else [0.8] * len(ranks)
-    colours = {key: to_hex(matplotlib.colormaps["Blues"](shade)) for key, shade in zip(ranks, shades, strict=True)}
+    colours: dict[tuple[str, int], str] = {}
+    for mode, shading in (("lora", "Blues"), ("block", "Greens")):
+        ranks = sorted(key for key in found if key[0] == mode)
+        shades = np.linspace(0.4, 1.0, len(ranks)) if len(ranks) > 1 else [0.8] * len(ranks)
+        colours |= {key: to_hex(matplotlib.colormaps[shading](shade)) for key, shade in zip(ranks, shades, strict=True)}
     rest = {("vector", 0): "#F0B429", ("scalar", 0): VERMILLION, ("none", 0): "#E4E4E4"}
     return colours | {key: colour for key, colour in rest.items() if key in found}
 

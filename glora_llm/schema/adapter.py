@@ -13,7 +13,7 @@ class SlotSetting(Section):
     """One slot of a path, where the rank or alpha differs from the adapter's."""
 
     mode: Mode = key(..., "how the slot is parameterised")
-    rank: PositiveInt | None = key(None, "rank of mode lora; none: adapter.rank")
+    rank: PositiveInt | None = key(None, "rank of modes lora and block; none: adapter.rank")
     alpha: Annotated[float, Field(gt=0)] | None = key(None, "none: adapter.alpha")
 
 
@@ -23,8 +23,12 @@ Slots = dict[Slot, Mode | SlotSetting]
 class SupernetSection(Section):
     """The choices of a supernet (`adapter.paths: sample`): at every micro step each layer draws a path of these."""
 
-    modes: dict[Slot, list[Mode]] | None = key(None, "modes allowed, by slot; a slot that is not named may be any")
-    ranks: list[PositiveInt] = key([8, 4, 2], "ranks of mode lora; smaller ones share the first columns of the largest")
+    modes: dict[Slot, list[Mode]] | None = key(
+        None, "modes allowed, by slot; a slot that is not named may be any but block"
+    )
+    ranks: list[PositiveInt] = key(
+        [8, 4, 2], "ranks of modes lora and block; smaller ones share the first columns of the largest"
+    )
     draws: Literal["shared", "per_rank"] = key(
         "shared", "shared: all processes draw the same paths; per_rank: each its own"
     )
@@ -36,8 +40,8 @@ class AdapterSection(Section):
     method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
     preset: Preset | None = key(None, "a system that GLoRA generalises, as slots (instead of `slots`)")
     targets: str | list[str] = key("all-linear", "all-linear, module names, or a regular expression on the whole name")
-    rank: PositiveInt = key(8, "rank of every slot in mode lora")
-    alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora is scaled by alpha / rank")
+    rank: PositiveInt = key(8, "rank of every slot in mode lora or block")
+    alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora or block is scaled by alpha / rank")
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     composition: Composition = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
     slots: Slots | None = key(None, "mode (or mode, rank, alpha) by slot; default A lora, B lora, C vector, E vector")
@@ -94,6 +98,11 @@ class AdapterSection(Section):
             raise ValueError(f"{name} says all about the slots: adapter.{chosen[0]}=null takes {chosen[0]} away")
         if self.supernet and not self.is_supernet:
             raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
+        if self.preset == "lossless4" and self.dropout:
+            raise ValueError(
+                "dropout is of the input of the low-rank factors of A and B, and preset lossless4 has none: "
+                "adapter.dropout=0 takes it away"
+            )
         only_glora = ("preset", "slots", "paths", "genome", "lr_factors")
         given = [n for n in only_glora if getattr(self, n) is not None]
         if self.method != "glora" and given:

@@ -3,21 +3,30 @@
 from typing import Literal, get_args
 
 Slot = Literal["A", "B", "C", "D", "E"]
-Mode = Literal["lora", "vector", "scalar", "none"]
-Preset = Literal["lora", "ssf", "repadapter", "bitfit", "ia3_like", "hira"]
+Mode = Literal["lora", "block", "vector", "scalar", "none"]
+Preset = Literal["lora", "ssf", "repadapter", "bitfit", "ia3_like", "hira", "lossless4"]
 Composition = Literal["product", "hadamard"]  # of A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)
 
 SLOTS: tuple[str, ...] = get_args(Slot)
 COMPOSITIONS: tuple[str, ...] = get_args(Composition)
 
-# The modes of each slot. A supernet allocates their parameters, and a search chooses among them.
+# The modes of each slot.
 SLOT_MODES: dict[str, tuple[str, ...]] = {
-    "A": ("lora", "vector", "scalar", "none"),
+    "A": ("lora", "block", "vector", "scalar", "none"),
     "B": ("lora", "vector", "scalar", "none"),
     "C": ("lora", "vector", "none"),
     "D": ("vector", "scalar", "none"),
     "E": ("vector", "scalar", "none"),
 }
+# What a supernet allocates, and a search chooses among, where a recipe does not say: the modes of the paper. Mode block
+# has to be named, because not every layer can have it.
+SUPERNET_MODES: dict[str, tuple[str, ...]] = {
+    slot: tuple(mode for mode in modes if mode != "block") for slot, modes in SLOT_MODES.items()
+}
+RANKED_MODES = ("lora", "block")  # two thin factors: these have a rank, and are scaled by alpha / rank
+BLOCK = 64  # values of a row of W0 that have one gain in mode block: those that share a scale in a 4-bit weight
+# Modes that change nothing of a 4-bit weight but the scales of its blocks, or that are a bias of their own.
+LOSSLESS_MODES: dict[str, tuple[str, ...]] = SLOT_MODES | {"A": ("block", "vector", "scalar", "none"), "B": ("none",)}
 DEFAULT_SLOTS: dict[str, str] = {"A": "lora", "B": "lora", "C": "vector", "D": "none", "E": "vector"}
 
 # The systems that GLoRA generalises. A preset sets the composition too where the system depends on it.
@@ -28,5 +37,6 @@ PRESETS: dict[str, dict[str, str]] = {
     "repadapter": {"A": "lora", "C": "vector"},
     "ia3_like": {"A": "vector"},
     "hira": {"A": "lora"},
+    "lossless4": {"A": "block", "C": "vector", "E": "vector"},
 }
 PRESET_COMPOSITION = {"repadapter": "product", "hira": "hadamard"}

@@ -18,6 +18,7 @@ from glora_llm.glora.modes import slot_numel
 from glora_llm.glora.path import Genome, LayerPath, SlotSpec, slots_with
 from glora_llm.glora.supernet import SlotChoices, require_known
 from glora_llm.schema import SearchSection
+from glora_llm.schema.slots import RANKED_MODES
 from glora_llm.search.limits import limits
 
 Code = NDArray[np.uint8]
@@ -229,7 +230,7 @@ def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: 
 
 
 def _text(spec: SlotSpec) -> str:
-    return f"lora of rank {spec.rank}" if spec.mode == "lora" else spec.mode
+    return f"{spec.mode} of rank {spec.rank}" if spec.mode in RANKED_MODES else spec.mode
 
 
 def _odds(specs: Sequence[SlotSpec], spec: SlotSpec) -> float:

@@ -60,10 +60,10 @@ def fill() -> Fill:
 def llama() -> Llama:
     """Return what builds the same random LLaMA at each call."""
 
-    def build(**keys: object) -> LlamaForCausalLM:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 2}
+    def build(**keys: Any) -> LlamaForCausalLM:
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **keys)).eval()
+        return LlamaForCausalLM(LlamaConfig(**(sizes | heads | {"initializer_range": 0.2} | keys))).eval()
 
     return build

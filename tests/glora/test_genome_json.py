@@ -80,7 +80,7 @@ def test_what_is_no_object_of_layers_shows_one(text: str) -> None:
         ({"B": 8}, "slot B of NAME has no mode: 8."),
         ({"B": ["lora", 8]}, "slot B of NAME has no mode: ['lora', 8]."),
         ({"B": {"mode": 8}}, "slot B of NAME has no mode: {'mode': 8}."),
-        ({"A": "vektor"}, "NAME: Slot A has no mode 'vektor'; it has: lora, vector, scalar, none. Did you mean 'vec"),
+        ({"A": "vektor"}, "NAME: Slot A has no mode 'vektor'; it has: lora, block, vector, scalar, none. Did you m"),
         ({"C": {"mode": "scalar"}}, "NAME: Slot C has no mode 'scalar'; it has: lora, vector, none."),
         ({"F": "vector"}, "NAME: Unknown GLoRA slot 'F'; there are A, B, C, D and E."),
     ],

@@ -164,7 +164,10 @@ def test_other_modules_are_named(targets: list[str], kind: str, llama: Llama) ->
     ("keys", "message"),
     [
         ({"composition": "sum"}, "composition is 'sum'; expected product or hadamard."),
-        ({"slots": {"A": "vectr"}}, "Slot A has no mode 'vectr'; it has: lora, vector, scalar, none. Did you mean"),
+        (
+            {"slots": {"A": "vectr"}},
+            "Slot A has no mode 'vectr'; it has: lora, block, vector, scalar, none. Did you mean",
+        ),
         ({"paths": {"q_proj": {"C": "scalar"}}}, "Slot C has no mode 'scalar'"),
     ],
 )

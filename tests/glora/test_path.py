@@ -20,7 +20,7 @@ from tests.glora.paths import all_paths
 
 def test_the_slot_table_is_the_paper_s() -> None:
     assert list(SLOT_MODES) == ["A", "B", "C", "D", "E"]
-    assert {slot: len(modes) for slot, modes in SLOT_MODES.items()} == {"A": 4, "B": 4, "C": 3, "D": 3, "E": 3}
+    assert {slot: len(modes) for slot, modes in SLOT_MODES.items()} == {"A": 5, "B": 4, "C": 3, "D": 3, "E": 3}
     assert [slot for slot, modes in SLOT_MODES.items() if "lora" in modes] == ["A", "B", "C"]
     assert [slot for slot, modes in SLOT_MODES.items() if "scalar" not in modes] == ["C"]
     assert all("none" in modes and "vector" in modes for modes in SLOT_MODES.values())
@@ -67,7 +67,7 @@ def test_scaling_one_is_expressible() -> None:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"A": "lroa"}, "Slot A has no mode 'lroa'; it has: lora, vector, scalar, none. Did you mean 'lora'?"),
+        ({"A": "lroa"}, "Slot A has no mode 'lroa'; it has: lora, block, vector, scalar, none. Did you mean 'lora'?"),
         ({"C": "scaler"}, "Slot C has no mode 'scaler'; it has: lora, vector, none."),
         ({"D": "lora"}, "Slot D has no mode 'lora'; it has: vector, scalar, none."),
         ({"E": {"mode": "vectr"}}, "it has: vector, scalar, none. Did you mean 'vector'?"),
@@ -116,6 +116,7 @@ def test_presets_are_valid_paths() -> None:
         "repadapter": {"A": "lora", "C": "vector"},
         "ia3_like": {"A": "vector"},
         "hira": {"A": "lora"},
+        "lossless4": {"A": "block", "C": "vector", "E": "vector"},
     }
     assert PRESET_COMPOSITION == {"repadapter": "product", "hira": "hadamard"}
     assert [slot for slot, _ in make_path(DEFAULT_SLOTS, 4, 4.0).active()] == ["A", "B", "C", "E"]

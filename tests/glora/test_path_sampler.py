@@ -12,7 +12,7 @@ from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.path import LayerPath, SlotSpec
 from glora_llm.glora.path_sampler import Supernet, draw_path
 from glora_llm.glora.supernet import slot_choices
-from glora_llm.schema.slots import SLOT_MODES
+from glora_llm.schema.slots import SUPERNET_MODES
 
 CHOICES = slot_choices(None, [8, 4, 2], 16.0)
 NAMES = [f"model.layers.{number}.{name}" for number in range(4) for name in ("q_proj", "up_proj")]
@@ -88,7 +88,7 @@ def test_modes_and_ranks_are_drawn_evenly(stream: str) -> None:
     """Along each of the names that a draw depends on."""
     names = ("seed", "step", "micro step", "layer", "rank")
     paths = [draw_path(CHOICES, True, *[n if name == stream else 7 for name in names]) for n in range(3000)]
-    for slot, modes in SLOT_MODES.items():
+    for slot, modes in SUPERNET_MODES.items():
         assert chi_square(Counter(path[slot].mode for path in paths), len(modes)) < 5
         if "lora" in modes:
             assert chi_square(Counter(path[slot].rank for path in paths if path[slot].mode == "lora"), 3) < 5
@@ -97,9 +97,9 @@ def test_modes_and_ranks_are_drawn_evenly(stream: str) -> None:
 def test_slots_are_drawn_on_their_own() -> None:
     """Two slots of one layer have every pair of modes equally often."""
     paths = [draw_path(CHOICES, True, 0, step, 0, "layer") for step in range(4000)]
-    for one, other in itertools.combinations(SLOT_MODES, 2):
+    for one, other in itertools.combinations(SUPERNET_MODES, 2):
         pairs = Counter((path[one].mode, path[other].mode) for path in paths)
-        assert chi_square(pairs, len(SLOT_MODES[one]) * len(SLOT_MODES[other])) < 5
+        assert chi_square(pairs, len(SUPERNET_MODES[one]) * len(SUPERNET_MODES[other])) < 5
 
 
 def test_every_draw_is_allowed() -> None:

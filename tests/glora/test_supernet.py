@@ -14,11 +14,11 @@ from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS, lr_factors
 from glora_llm.glora.path import LayerPath, SlotSpec
 from glora_llm.glora.path_sampler import draw_path
-from glora_llm.glora.supernet import slot_choices
+from glora_llm.glora.supernet import MODE_OF, slot_choices
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.schema import ModelSection
-from glora_llm.schema.slots import SLOT_MODES, SLOTS
+from glora_llm.schema.slots import SLOTS, SUPERNET_MODES
 from tests.glora.conftest import Fill, Llama, glora
 from tests.glora.paths import all_paths
 
@@ -57,8 +57,8 @@ def drawn_part(name: str, value: Tensor, path: LayerPath) -> Tensor | None:
     """Return what a path reads of a supernet's parameter (`slot_A.default.down`), or None."""
     slot, kind = name.partition("slot_")[2][0], name.rpartition(".")[2]
     spec = path[slot]
-    if spec.mode == "lora" and kind in ("down", "up"):
-        return value[:, : spec.rank] if kind == "down" else value[: spec.rank]
+    if spec.rank and MODE_OF.get(kind) == spec.mode:
+        return value[:, : spec.rank] if kind.endswith("down") else value[: spec.rank]
     return value if spec.mode == kind else None
 
 
@@ -257,15 +257,15 @@ def test_choices_are_the_largest_first() -> None:
     assert found["B"] == (*(SlotSpec("lora", rank, 0.5) for rank in (16, 4, 2)), SlotSpec("none"))
     assert found["D"] == (SlotSpec("scalar"),)
     for slot in "ACE":
-        assert tuple(dict.fromkeys(spec.mode for spec in found[slot])) == SLOT_MODES[slot]
+        assert tuple(dict.fromkeys(spec.mode for spec in found[slot])) == SUPERNET_MODES[slot]
 
 
 @pytest.mark.parametrize(
     ("modes", "message"),
     [
         ({"F": ["lora"]}, "Unknown GLoRA slot 'F'; there are A, B, C, D and E."),
-        ({"A": ["lora", "vectr"]}, "Slot A has no mode 'vectr'; it has: lora, vector, scalar, none. Did you mean "
-         "'vector'?"),
+        ({"A": ["lora", "vectr"]}, "Slot A has no mode 'vectr'; it has: lora, block, vector, scalar, none. Did you "
+         "mean 'vector'?"),
         ({"C": ["scalar"]}, "Slot C has no mode 'scalar'; it has: lora, vector, none."),
         ({"E": []}, "Slot E has no mode left; it has: vector, scalar, none."),
     ],
