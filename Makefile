@@ -44,7 +44,7 @@ quickstart: $(STAMP)  ## train RECIPE on every GPU, or on RANKS processes of the
 	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $$micro $(ARGS)
 
 test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are skipped where there is none)
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 $(TESTS)
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
 	@$(IN_VENV) python -m pytest -q -m "not slow and not launch" $(TESTS)

@@ -27,8 +27,13 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is no CUDA device; keep a list of all tests, whatever is left out."""
+    """Skip the tests marked `gpu` where there is no CUDA device; keep a list of all tests, whatever is left out.
+
+    Files with slow tests come first: of several workers none then begins a long file when the others are done.
+    """
     config.stash[COLLECTED] = list(items)
+    slow = {item.path for item in items if item.get_closest_marker("launch") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -1,4 +1,8 @@
-"""The supernet's draws, a function of (seed, step, micro step, layer): ranks agree, and a resumed run repeats them."""
+"""The supernet's draws, a function of (seed, step, micro batch, layer).
+
+Micro batches are counted in the order of the step's samples, over all processes: any number of processes trains the
+same supernet, and a resumed run repeats its draws.
+"""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +17,7 @@ def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> LayerPat
 
     Args:
         choices: slot -> what it may be; D is left out where the layer has no bias.
-        stream: what the draw depends on: seed, step, micro step, name of the layer, and the rank where ranks differ.
+        stream: what the draw depends on: seed, step, number of the micro batch, name of the layer.
     """
     generator = random.Random("/".join(map(str, stream)))
     drawn = []
@@ -32,17 +36,19 @@ class Supernet:
     Args:
         layers: by name.
         seed: of the run.
-        rank: of this process where ranks draw differently; None: all draw the same.
     """
 
-    def __init__(self, layers: Mapping[str, GLoRALinear], seed: int, rank: int | None = None):
-        self.layers, self.seed, self.rank = layers, seed, rank
+    def __init__(self, layers: Mapping[str, GLoRALinear], seed: int):
+        self.layers, self.seed = layers, seed
 
-    def draw(self, step: int, micro_step: int) -> None:
-        """Give every layer a path for one micro step."""
-        end = () if self.rank is None else (self.rank,)
+    def draw(self, step: int, number: int) -> None:
+        """Give every layer a path for one micro batch.
+
+        Args:
+            number: of the micro batch among those of the step on all processes.
+        """
         for name, layer in self.layers.items():
-            stream = (self.seed, step, micro_step, name, *end)
+            stream = (self.seed, step, number, name)
             layer.path["default"] = draw_path(layer.choices["default"], layer.b0 is not None, *stream)
 
     def largest(self) -> None:

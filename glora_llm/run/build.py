@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from glora_llm.adapters.config import reads_base
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
@@ -21,6 +21,7 @@ from glora_llm.models.families import layers
 from glora_llm.models.sharded_load import Shards
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.run.resumed import Resumed, describe_changes, layout
 from glora_llm.run.saving import Clock, Saver
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
@@ -45,6 +46,7 @@ class TrainingParts:
         saver: writes checkpoints and the final weights.
         clock: of the run.
         start: optimizer steps that are done already.
+        changes: what differs from the launch that did them, in words.
         load_peak_gb: the most memory that building all of this took, GB.
     """
 
@@ -57,15 +59,8 @@ class TrainingParts:
     saver: Saver
     clock: Clock
     start: int
+    changes: list[str]
     load_peak_gb: float
-
-
-class Resumed(NamedTuple):
-    """The content of a checkpoint."""
-
-    folder: Path
-    tensors: dict[str, Tensor]
-    trainer: dict[str, Any]
 
 
 def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
@@ -97,16 +92,20 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     if method is not None:
         update_state = method.step
         engine.adam.optimizer.register_step_post_hook(lambda *_: update_state())
-    start, clock = 0, Clock(began)
+    start, changes, clock = 0, [], Clock(began)
     if resumed is not None:
+        now = layout(recipe, engine.stage, engine.world_size)
+        changes = describe_changes(resumed.trainer.get("layout", {}), now, recipe)
         start, clock = int(resumed.trainer["step"]), Clock(began, resumed.trainer["seconds"])
         engine.restore(resumed.tensors, resumed.trainer["applied"], resumed.trainer.get("loss_scale", {}))
         if method is not None:
             load_state(method, resumed.folder / "adapter")
     saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock)
     vlora_stack = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
-    supernet, load_peak_gb = _supernet(plan, model, processes), peak_memory_gb(device)
-    return TrainingParts(model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, load_peak_gb)
+    supernet, load_peak_gb = _supernet(plan, model), peak_memory_gb(device)
+    return TrainingParts(
+        model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb
+    )
 
 
 def _shards(plan: Plan) -> Shards | None:
@@ -143,9 +142,7 @@ def _set_weights(model: nn.Module, items: Sequence[Trainable], resumed: Resumed 
         load_start(model, list(items), Path(adapter))
 
 
-def _supernet(plan: Plan, model: nn.Module, processes: Processes) -> Supernet:
+def _supernet(plan: Plan, model: nn.Module) -> Supernet:
     """Return the layers whose paths are drawn; none of them where the recipe fixes the paths."""
-    adapter = plan.recipe.adapter
-    drawn, section = adapted_layers(model) if adapter.is_supernet else {}, adapter.supernet
-    process_rank = processes.process_rank if section and section.draws == "per_rank" else None
-    return Supernet(drawn, plan.recipe.training.seed, process_rank)
+    drawn = adapted_layers(model) if plan.recipe.adapter.is_supernet else {}
+    return Supernet(drawn, plan.recipe.training.seed)

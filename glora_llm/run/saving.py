@@ -14,6 +14,7 @@ from glora_llm.merge.whole_model import write_model
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import final_fault
+from glora_llm.run.resumed import layout
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
 
@@ -90,6 +91,7 @@ class Saver:
             "loss_scale": engine.loss_scale.state_dict(),
             "samples": step * training.global_batch,
             "seed": training.seed,
+            "layout": layout(self.plan.recipe, engine.stage, engine.world_size),
             "data_digest": self.data_digest,
             "seconds": self.clock.seconds(),
         }

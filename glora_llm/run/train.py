@@ -183,7 +183,9 @@ class Run:
         start = self.parts.start
         if start:
             file = self.folder.checkpoints / f"step-{start}"
-            self.log.say(f"resumed after step {start} of {self.plan.steps} from {file}")
+            self.log.say(
+                "\n".join([f"resumed after step {start} of {self.plan.steps} from {file}", *self.parts.changes])
+            )
         self.log.text("recipe", recipes.dump(self.plan.recipe))
         self.log.begin(compared_settings(self.plan.recipe, self.parts.trained))
 

@@ -21,16 +21,13 @@ Slots = dict[Slot, Mode | SlotSetting]
 
 
 class SupernetSection(Section):
-    """The choices of a supernet (`adapter.paths: sample`): at every micro step each layer draws a path of these."""
+    """The choices of a supernet (`adapter.paths: sample`): for every micro batch each layer draws a path of these."""
 
     modes: dict[Slot, list[Mode]] | None = key(
         None, "modes allowed, by slot; a slot that is not named may be any but block"
     )
     ranks: list[PositiveInt] = key(
         [8, 4, 2], "ranks of modes lora and block; smaller ones share the first columns of the largest"
-    )
-    draws: Literal["shared", "per_rank"] = key(
-        "shared", "shared: all processes draw the same paths; per_rank: each its own"
     )
 
 

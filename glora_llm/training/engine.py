@@ -104,7 +104,8 @@ class Engine:
         the last micro batch: until then it only launches work.
 
         Args:
-            before_micro_step: is called with the number of each micro batch (a supernet draws its paths then).
+            before_micro_step: is called with the number that each micro batch has among those of the step on all
+                processes, in the order of its samples.
             told_to_end: whether this process was told to end; asked at every micro batch, for all processes. The rest
                 of the step is then left out.
         """
@@ -118,7 +119,7 @@ class Engine:
                 return StepResult(math.nan, 0, math.nan, skipped=False, told_to_end=True, abandoned=True)
             if index + 1 < len(batches):
                 self.end_vote.cast(told_to_end())
-            before_micro_step(index)
+            before_micro_step(index * self.world_size + self.process_rank)
             loss = self.ds(**to_device(batch, self.device))
             share = loss * scale
             if self.penalty is not None and index == 0:

@@ -1,4 +1,7 @@
-"""The training loop. All that is random in it is a function of (seed, step, process): a resumed run repeats it."""
+"""The training loop. All that is random in it is a function of (seed, step, micro batch), and a resumed run repeats it.
+
+Micro batches are counted over all processes, so the number of processes changes nothing that is random either.
+"""
 
 import contextlib
 import random
@@ -40,7 +43,8 @@ class Hooks:
         validate: step -> validation metrics, or None where there is no validation data. Raises ValidationLeft.
         save: (step) writes a checkpoint.
         diagnose: batches -> name of the first module with a non-finite output, for the message when training stops.
-        before_micro_step: (step, number of the micro batch), before its forward pass (a supernet draws its paths).
+        before_micro_step: (step, number of the micro batch among those of the step on all processes), before its
+            forward pass (a supernet draws its paths).
         observe: step -> further numbers that are logged with the step's own; all processes call it.
         stop: the request to end, which one process may have got.
     """
@@ -75,9 +79,13 @@ class Schedule:
         return step == self.total or (every is not None and step % every == 0)
 
 
-def seed_step(seed: int, step: int, process_rank: int) -> None:
-    """Seed every generator for one step of one process: no random state needs to be carried over a restart."""
-    mixed = (seed * 1_000_003 + step) * 65_537 + process_rank
+def seed_micro_step(seed: int, step: int, number: int) -> None:
+    """Seed every generator for one micro batch: no random state needs to be carried over a restart.
+
+    Args:
+        number: of the micro batch among those of the step on all processes.
+    """
+    mixed = (seed * 1_000_003 + step) * 65_537 + number
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)  # noqa: NPY002 - libraries draw from the global one
     torch.manual_seed(mixed % 2**63)
@@ -96,10 +104,9 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         last_validation = _validate(schedule, hooks, log, schedule.start, save=False)
     for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
-        seed_step(settings.seed, step, engine.process_rank)
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
-        result = engine.train_step(batches, lr, partial(hooks.before_micro_step, step), hooks.stop.made)
+        result = engine.train_step(batches, lr, partial(_begin_micro_step, hooks, settings.seed, step), hooks.stop.made)
         if result.abandoned:
             raise _end(schedule, hooks, log, step, save=not bad and step > saved)
         bad = bad + (not result.overflow) if result.skipped else 0
@@ -126,6 +133,11 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             hooks.save(done)
             saved = done
     return last_validation
+
+
+def _begin_micro_step(hooks: Hooks, seed: int, step: int, number: int) -> None:
+    seed_micro_step(seed, step, number)
+    hooks.before_micro_step(step, number)
 
 
 def _is_validation_missing(schedule: Schedule, log: MetricLog, device: torch.device) -> bool:

@@ -18,17 +18,17 @@ CHOICES = slot_choices(None, [8, 4, 2], 16.0)
 NAMES = [f"model.layers.{number}.{name}" for number in range(4) for name in ("q_proj", "up_proj")]
 
 
-def supernet(seed: int = 0, rank: int | None = None, modes: dict[str, list[str]] | None = None) -> Supernet:
+def supernet(seed: int = 0, modes: dict[str, list[str]] | None = None) -> Supernet:
     """Eight layers, of which those of q_proj have a bias."""
     made = {}
     for name in NAMES:
         made[name] = GLoRALinear(nn.Linear(6, 4, bias="q_proj" in name).requires_grad_(False))
         made[name].update_layer("default", GLoRAConfig(supernet={"modes": modes, "ranks": [8, 4, 2]}), LayerPath(()))
-    return Supernet(made, seed, rank)
+    return Supernet(made, seed)
 
 
-def drawn(net: Supernet, step: int, micro_step: int) -> list[LayerPath]:
-    net.draw(step, micro_step)
+def drawn(net: Supernet, step: int, number: int) -> list[LayerPath]:
+    net.draw(step, number)
     return [layer.path["default"] for layer in net.layers.values()]
 
 
@@ -51,10 +51,8 @@ def test_whatever_names_a_draw_changes_it() -> None:
     base = drawn(supernet(), 5, 1)
     others = {
         "step": drawn(supernet(), 6, 1),
-        "micro step": drawn(supernet(), 5, 2),
+        "micro batch": drawn(supernet(), 5, 2),
         "seed": drawn(supernet(seed=1), 5, 1),
-        "rank 0": drawn(supernet(rank=0), 5, 1),
-        "rank 1": drawn(supernet(rank=1), 5, 1),
         "shifted": drawn(supernet(), 1, 5),
     }
     for one, other in itertools.combinations([base, *others.values()], 2):
@@ -83,10 +81,10 @@ def chi_square(counts: Counter[Any], wanted: int) -> float:
     return (chi - (wanted - 1)) / np.sqrt(2 * max(1, wanted - 1))
 
 
-@pytest.mark.parametrize("stream", ["step", "micro step", "layer", "seed", "rank"])
+@pytest.mark.parametrize("stream", ["step", "micro batch", "layer", "seed"])
 def test_modes_and_ranks_are_drawn_evenly(stream: str) -> None:
     """Along each of the names that a draw depends on."""
-    names = ("seed", "step", "micro step", "layer", "rank")
+    names = ("seed", "step", "micro batch", "layer")
     paths = [draw_path(CHOICES, True, *[n if name == stream else 7 for name in names]) for n in range(3000)]
     for slot, modes in SUPERNET_MODES.items():
         assert chi_square(Counter(path[slot].mode for path in paths), len(modes)) < 5

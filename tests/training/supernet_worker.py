@@ -23,18 +23,12 @@ from glora_llm.run import train as run
 PARTITIONED = "zero3_partitioned"
 STAGES = ("zero0", "zero1", "zero2", "zero3", PARTITIONED)
 MICRO_BATCH = {"one": 4, "several": 2}  # micro steps of an optimizer step -> micro batch of a rank
-KINDS = tuple(f"{draws}-{micro_steps}" for draws in ("shared", "per_rank") for micro_steps in MICRO_BATCH)
-TRAINED = tuple(
-    f"{stage}-{kind}"
-    for kind in KINDS
-    for stage in STAGES
-    if kind in ("shared-several", "per_rank-one") or stage not in ("zero1", "zero2")
-)
-RESUMED = ("zero1-shared-several", "zero3-per_rank-several", f"{PARTITIONED}-shared-one")
-SEARCHED = "zero1-shared-several"  # what all searches search
+TRAINED = (*(f"{stage}-several" for stage in STAGES), "zero0-one", f"{PARTITIONED}-one")
+RESUMED = ("zero1-several", "zero3-several", f"{PARTITIONED}-one")
+SEARCHED = "zero1-several"  # what all searches search
 SEARCHES = ("additive-zero1", "additive-zero3", "evolution-zero1", f"evolution-{PARTITIONED}")
 BUDGETS = ("3k", "1.5k")
-drawn: list[tuple[int, int, Any]] = []  # step, micro step, path of every layer
+drawn: list[tuple[int, int, Any]] = []  # step, number of the micro batch, path of every layer
 whole = Supernet.draw
 
 
@@ -57,10 +51,10 @@ def settings(out: Path) -> list[str]:
 
 
 def trained_as(out: Path, name: str) -> list[str]:
-    """Return the overrides of the training STAGE-DRAWS-MICRO_STEPS."""
-    stage, draws, micro_steps = name.split("-")
+    """Return the overrides of the training STAGE-MICRO_STEPS."""
+    stage, micro_steps = name.split("-")
     micro_batch = f"training.micro_batch={MICRO_BATCH[micro_steps]}"
-    return [*settings(out), "search=null", deepspeed(out, stage), micro_batch, f"adapter.supernet.draws={draws}"]
+    return [*settings(out), "search=null", deepspeed(out, stage), micro_batch]
 
 
 def searched_as(out: Path, strategy: str, stage: str) -> list[str]:
@@ -75,11 +69,11 @@ def deepspeed(out: Path, stage: str) -> str:
     return f"training.deepspeed={out / f'{stage}.json' if stage == PARTITIONED else stage}"
 
 
-def noted(self: Supernet, step: int, micro_step: int) -> None:
+def noted(self: Supernet, step: int, number: int) -> None:
     """Draw, and note what every layer will compute."""
-    whole(self, step, micro_step)
+    whole(self, step, number)
     genome = {name: layer.path["default"] for name, layer in self.layers.items()}
-    drawn.append((step, micro_step, genome_to_slots(genome)))
+    drawn.append((step, number, genome_to_slots(genome)))
 
 
 def go(folder: Path, overrides: list[str], processes: ranks.Processes) -> None:

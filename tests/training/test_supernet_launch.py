@@ -1,4 +1,4 @@
-"""Supernets on two gloo ranks: who draws what, every ZeRO stage alike, and one search whoever runs it."""
+"""Supernets on two gloo ranks: what is drawn, every ZeRO stage alike, and one search whoever runs it."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from tests.run.test_train import write_rows
 from tests.training.launching import ROOT, environment, finished, launch, metrics
 from tests.training.supernet_worker import (
     BUDGETS,
-    KINDS,
+    MICRO_BATCH,
     PARTITIONED,
     RESUMED,
     SEARCHED,
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def drawn(run: Path, rank: int) -> list[Any]:
-    """Return (step, micro step, paths of all layers), as the layers of one rank held them."""
+    """Return (step, number of the micro batch, paths of all layers), as the layers of one rank held them."""
     found: list[Any] = json.loads((run / f"draws-{rank}.json").read_text())
     return found
 
@@ -68,26 +68,25 @@ def adapter(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_micro_step_draws_anew_on_the_ranks_that_are_to(runs: Path, name: str) -> None:
-    mine, other = (drawn(runs / name, rank) for rank in range(2))
-    micro_steps = 1 if name.endswith("one") else 2
-    places = [[step, micro] for step in range(3) for micro in range(micro_steps)]
-    assert [entry[:2] for entry in mine] == [entry[:2] for entry in other] == places
-    assert len({json.dumps(entry[2]) for entry in mine}) == len(places)
-    same = [one[2] == two[2] for one, two in zip(mine, other, strict=True)]
-    assert all(same) if "shared" in name else not any(same)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_process_draws_what_two_draw(runs: Path, kind: str, tiny: ResolvedModel) -> None:
-    """Draws are a function of seed, step, micro step and layer, and of the rank where ranks differ."""
-    checked = recipe.load("tiny_cpu_search", [*trained_as(runs, f"zero0-{kind}"), "output.dir=x"])
-    model = inject(meta_model(checked.model, tiny.folder), checked.adapter, checked.training.seed, 3)
+def test_every_micro_batch_draws_paths_of_its_own(runs: Path, name: str) -> None:
+    """Process p has the numbers p, p + 2, ... of each step."""
+    micro_steps, seen = 1 if name.endswith("one") else 2, set()
     for rank in range(2):
-        supernet = Supernet(adapted_layers(model), checked.training.seed, rank if kind.startswith("per") else None)
-        for step, micro_step, paths in drawn(runs / f"zero0-{kind}", rank):
-            supernet.draw(step, micro_step)
-            assert genome_to_slots({name: layer.path["default"] for name, layer in supernet.layers.items()}) == paths
+        mine = drawn(runs / name, rank)
+        assert [entry[:2] for entry in mine] == [[s, 2 * k + rank] for s in range(3) for k in range(micro_steps)]
+        seen |= {json.dumps(entry[2]) for entry in mine}
+    assert len(seen) == 3 * 2 * micro_steps
+
+
+@pytest.mark.parametrize("micro_steps", MICRO_BATCH)
+def test_draws_are_a_function_of_what_they_are_named_by(runs: Path, micro_steps: str, tiny: ResolvedModel) -> None:
+    """Seed, step, number of the micro batch, and layer: whoever draws."""
+    checked = recipe.load("tiny_cpu_search", [*trained_as(runs, f"zero0-{micro_steps}"), "output.dir=x"])
+    model = inject(meta_model(checked.model, tiny.folder), checked.adapter, checked.training.seed, 3)
+    supernet = Supernet(adapted_layers(model), checked.training.seed)
+    for step, number, paths in (entry for rank in range(2) for entry in drawn(runs / f"zero0-{micro_steps}", rank)):
+        supernet.draw(step, number)
+        assert genome_to_slots({name: layer.path["default"] for name, layer in supernet.layers.items()}) == paths
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -116,7 +115,7 @@ def test_every_stage_trains_the_supernet_of_stage_zero(runs: Path, name: str) ->
 
 
 def computed(paths: list[dict[str, Any]], name: str) -> bool:
-    """Tell whether a parameter is on one of the paths of a micro step."""
+    """Tell whether a parameter is on one of the paths of a step."""
     layer, slot_and_part = name.removeprefix("base_model.model.").split(".slot_")
     slot, _, part = slot_and_part.replace(".default", "").partition(".")
     mode = {"down": "lora", "up": "lora"}.get(part, part)
