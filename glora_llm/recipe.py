@@ -12,38 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.files.yaml_text import Dumper, Location, parse
 from glora_llm.schema import Recipe
 
-Location = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `3e-4` is a number, `no` and `on` are words, `010` and `1:30` are no numbers."""
-
-
-_TAG = "tag:yaml.org,2002:"
-_REPLACED = {_TAG + kind for kind in ("bool", "int", "float", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_TAG + "bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(_TAG + "int", re.compile(r"^[-+]?(?:0|[1-9]\d*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _TAG + "float",
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.nan$"),
-    list("-+0123456789."),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or YAML 1.2 would read as something else."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
-}
+LONGEST_SHOWN = 120  # characters of a value in a message
 
 
 @dataclasses.dataclass
@@ -90,9 +62,14 @@ def find_recipe(name: str) -> Path:
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_dir() or not path.exists():
-            raise UserError(f"No recipe file '{name}' (looked in {Path.cwd()}).")
+        if not path.is_file():
+            why = ": it is a folder, and a recipe is a file" if path.is_dir() else f" (looked in {Path.cwd()})"
+            raise UserError(f"No recipe file '{name}'{why}.")
         return path
+    if path.is_file():
+        raise UserError(
+            f"'{name}' is a file whose name ends in no .yaml: rename it, so that no name of a recipe is meant."
+        )
     known = named_recipes()
     if name not in known:
         raise UserError(f"No recipe '{name}'; there is: {', '.join(sorted(known))}.{nearest(name, known)}")
@@ -111,16 +88,15 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = find_recipe(name)
     try:
-        text = file.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        text = file.read_text(encoding="utf-8-sig")
+        values, lines = parse(text, lambda line: f"{file}, line {line}")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text: {error}") from error
+        raise UserError(f"{file} cannot be read as text: {error}. Save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected sections (model, adapter, data, ...), got {_kind(values)}.")
-    origins = Origins(str(file), _lines(root, str(file)), {})
+    origins = Origins(str(file), lines, {})
     for override in overrides:
         _apply(values, override, origins)
     return validate(values, origins)
@@ -137,12 +113,12 @@ def validate(values: dict[str, Any], origins: Origins) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML from which the run can be started again."""
     values = recipe.model_dump(mode="json", exclude_none=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def value_text(value: Any) -> str:
     """Return a plain value as it is written behind `section.key=` on a command line."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -152,36 +128,19 @@ def flat(recipe: Recipe) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}
 
 
-def _lines(root: yaml.Node | None, file: str) -> dict[Location, int]:
-    """Return the line of every key and list entry, and refuse a key that stands twice in one mapping."""
-    found: dict[Location, int] = {}
-    todo: list[tuple[Location, yaml.Node | None]] = [((), root)]
-    while todo:
-        at, node = todo.pop()
-        inside: list[tuple[Location, yaml.Node, yaml.Node]] = []
-        if isinstance(node, yaml.MappingNode):
-            inside = [((*at, name.value), name, value) for name, value in node.value]
-        elif isinstance(node, yaml.SequenceNode):
-            inside = [((*at, index), value, value) for index, value in enumerate(node.value)]
-        for location, mark, value in inside:
-            line = mark.start_mark.line + 1
-            if location in found:
-                dotted = ".".join(map(str, location))
-                raise UserError(f"{file}, line {line}: '{dotted}' stands on line {found[location]} already.")
-            found[location] = line
-            todo.append((location, value))
-    return found
-
-
 def _apply(values: dict[str, Any], override: str, origins: Origins) -> None:
     name, equals, text = override.partition("=")
     parts = name.split(".")
     whole = name in Recipe.model_fields  # `search=null` takes a section away
     if not equals or not all(parts) or (len(parts) < 2 and not whole):
         raise UserError(f"'{override}' is not an override: expected section.key=value, such as training.lr=1e-4.")
+    place = f"command line, {override[:LONGEST_SHOWN]}"
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
+        value = parse(text, lambda _: place)[0]
+    except yaml.YAMLError as error:
+        if text[0] in "[{'\"*&!":  # else a text that only looks like YAML: `Answer: {a}: {b}`
+            why = getattr(error, "problem", None) or error
+            raise UserError(f"{place}: not valid YAML: {why}. Close what is open.") from None
         value = text
     spot: Any = values
     for part in parts[:-1]:
@@ -231,13 +190,18 @@ def _message(location: Location, items: Sequence[Any], origins: Origins) -> str:
     expected = " or ".join(dict.fromkeys(_expected(other["msg"]) for other in items))
     choices = re.findall(r"'([^']*)'", " ".join(str(other.get("ctx", {}).get("expected", "")) for other in items))
     hint = nearest(str(item["input"]), choices)
-    return f"{where}: {dotted}: got {item['input']!r} ({_kind(item['input'])}), expected {expected}.{hint}"
+    shown = repr(item["input"])
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    if isinstance(item["input"], dict) and "text" in expected.split(" or "):
+        hint = " Put quotes around a text that holds a colon or braces."
+    return f"{where}: {dotted}: got {shown} ({_kind(item['input'])}), expected {expected}.{hint}"
 
 
 def _expected(message: str) -> str:
     """Return pydantic's `Input should be ...` in a recipe's words."""
     text = re.sub(r"^(Input|Keys) should be ", "", message)
     text = re.sub(r"a valid dictionary or instance of \w+", "a section of keys", text)
+    text = re.sub(r"^\w+ should have (at (?:least|most) \d+) items? after validation, not \d+$", r"\1 entries", text)
     words = {"dictionary": "a mapping", "tuple": "a list", "list": "a list", "string": "text", "strings": "text"}
     words |= {"number": "a number", "integer": "an integer", "boolean": "true or false"}
     return re.sub(r"^(?:a valid )?(\w+)$", lambda match: words.get(match[1], match[0]), text)

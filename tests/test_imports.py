@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = [*MODULES, *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]
 
 # Unit (a folder or a root module of the package) -> the units that it may import, from the ground floor up.
-BASE = {"atomic", "errors", "registry", "schema"}
+BASE = {"atomic", "errors", "files", "registry", "schema"}
 BELOW_PLAN = BASE | {"adapters", "data", "glora", "launch", "models", "search", "tasks", "training", "vlora"}
 BELOW_RUN = BELOW_PLAN | {"evaluation", "merge", "plan", "recipe", "report"}
 ALLOWED = {
@@ -21,7 +21,8 @@ ALLOWED = {
     "schema": set(),
     "registry": {"errors"},
     "atomic": {"errors"},
-    "recipe": {"errors", "schema"},
+    "files": {"errors"},
+    "recipe": {"errors", "files", "schema"},
     "launch": BASE,
     "glora": BASE | {"models"},
     "vlora": BASE,
@@ -45,6 +46,7 @@ ALLOWED = {
 ROOT_MODULES = {"__init__", "__main__", "atomic", "errors", "recipe", "registry"}
 LIGHT = {
     "atomic": {"filelock"},
+    "files": {"yaml"},
     "recipe": {"yaml", "pydantic"},
     "schema": {"pydantic"},
     "errors": set(),

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from glora_llm.adapters.inject import adapted_with_bias
 from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError
+from glora_llm.glora.path import Genome
 from glora_llm.models.bias import bias_support, bias_switch
-from glora_llm.schema import Recipe
+from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 
+RANKED_METHODS = ("glora", "lora", "rslora", "dora", "adalora", "hira")  # adapter.rank is r of a product of two factors
 COMPILED_METHODS = ("glora", "lora", "rslora", "full")  # their layers trace without a graph break
 
 
@@ -108,6 +111,35 @@ def check_search(recipe: Recipe) -> None:
         raise UserError("search.metric label_accuracy is of label words; of images it is exact_match (their accuracy).")
     if recipe.data.validation is None:
         raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
+
+
+def check_ranks(recipe: Recipe, model: nn.Module, genome: Genome | None) -> None:
+    """Check that no rank is above the smaller side of every linear of a model: all of them could hold any matrix.
+
+    Raises:
+        UserError: naming the rank and the largest one that a layer can use.
+    """
+    sides = [min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    wanted, most = _largest_rank(recipe.adapter, genome), max(sides, default=0)
+    if sides and wanted > most:
+        raise UserError(
+            f"A rank of {wanted} is above the smaller side of every linear of this model, at most {most}: more than "
+            "that changes nothing. Lower it (adapter.rank, the rank of a slot, of the supernet or of the genome)."
+        )
+
+
+def _largest_rank(section: AdapterSection, genome: Genome | None) -> int:
+    if section.method not in RANKED_METHODS:
+        return 0
+    if genome is not None:
+        return max((spec.rank for path in genome.values() for _, spec in path.active()), default=0)
+    if section.is_supernet:
+        return max((section.supernet or SupernetSection()).ranks)
+    slots = [section.slots or {}, *(section.paths.values() if isinstance(section.paths, dict) else ())]
+    own = [given.rank or 0 for chosen in slots for given in chosen.values() if isinstance(given, SlotSetting)]
+    modes = [given for chosen in slots for given in chosen.values() if not isinstance(given, SlotSetting)]
+    uses_rank = section.method != "glora" or section.slots is None or "lora" in modes
+    return max([section.rank if uses_rank else 0, *own])
 
 
 def merge_obstacle(config: Any, model: Any) -> str | None:

@@ -12,7 +12,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.models import load
 from glora_llm.models.fingerprint import stored_bytes
 from glora_llm.models.resolve import ResolvedModel, resolve
-from glora_llm.plan.checks import check_float16, check_masters, merge_obstacle
+from glora_llm.plan.checks import check_float16, check_masters, check_ranks, merge_obstacle
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.step_memory import without_start
 from glora_llm.schema import Recipe
@@ -55,6 +55,12 @@ def plan_run(recipe: Recipe, weights: bool, world_size: int) -> tuple[Plan, str]
         with found.collected():
             _check_model(recipe)
     found.raise_all()
+    warmup = recipe.training.warmup
+    if warmup >= 1 and warmup > plan.steps:
+        raise UserError(
+            f"training.warmup is {warmup:.0f} steps, and the run has {plan.steps}: it would never reach training.lr. "
+            "Give fewer, or a share of the steps (0.03)."
+        )
     return plan, describe(plan)
 
 
@@ -110,6 +116,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         compute = load.describe_kernels(recipe.model, base.folder, choose_device())
     with found.collected():
         bare = load.meta_model(recipe.model, base.folder)
+        check_ranks(recipe, bare, genome)
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from glora_llm.schema.section import PositiveInt, Section, key
+from glora_llm.schema.section import Rank, Section, key
 from glora_llm.schema.slots import Composition, Mode, Preset, Slot
 
 
@@ -13,7 +13,7 @@ class SlotSetting(Section):
     """One slot of a path, where the rank or alpha differs from the adapter's."""
 
     mode: Mode = key(..., "how the slot is parameterised")
-    rank: PositiveInt | None = key(None, "rank of modes lora and block; none: adapter.rank")
+    rank: Rank | None = key(None, "rank of modes lora and block; none: adapter.rank")
     alpha: Annotated[float, Field(gt=0)] | None = key(None, "none: adapter.alpha")
 
 
@@ -26,9 +26,16 @@ class SupernetSection(Section):
     modes: dict[Slot, list[Mode]] | None = key(
         None, "modes allowed, by slot; a slot that is not named may be any but block"
     )
-    ranks: list[PositiveInt] = key(
+    ranks: Annotated[list[Rank], Field(min_length=1)] = key(
         [8, 4, 2], "ranks of modes lora and block; smaller ones share the first columns of the largest"
     )
+
+    @field_validator("ranks", mode="after")
+    @classmethod
+    def _each_once(cls, ranks: list[int]) -> list[int]:
+        if len(set(ranks)) < len(ranks):
+            raise ValueError(f"{ranks} names a rank twice")
+        return ranks
 
 
 class AdapterSection(Section):
@@ -37,7 +44,7 @@ class AdapterSection(Section):
     method: str = key("glora", "glora; a PEFT method: lora, rslora, dora, adalora, ia3, ...; or full: the whole model")
     preset: Preset | None = key(None, "a system that GLoRA generalises, as slots (instead of `slots`)")
     targets: str | list[str] = key("all-linear", "all-linear, module names, or a regular expression on the whole name")
-    rank: PositiveInt = key(8, "rank of every slot in mode lora or block")
+    rank: Rank = key(8, "rank of every slot in mode lora or block")
     alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora or block is scaled by alpha / rank")
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     composition: Composition = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")

@@ -6,12 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Rank = Annotated[int, Field(gt=0, le=65_536)]
 
 
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no coercion by looks, read-only once made."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def key(default: Any, text: str, unit: str = "", **limits: Any) -> Any:

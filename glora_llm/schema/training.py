@@ -6,15 +6,21 @@ from pydantic import Field, model_validator
 
 from glora_llm.schema.section import PositiveInt, Section, key
 
+LARGEST_LR = 1000
+Batch = Annotated[int, Field(gt=0, le=10_000_000)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainingSection(Section):
     """The optimisation. Every number has one owner: DeepSpeed's file says auto for what stands here."""
 
     deepspeed: str = key("zero1", "a name in ds_configs/ (zero0 .. zero3, zero2_offload, zero3_offload) or a file")
-    global_batch: PositiveInt = key(..., "samples (packed rows, with packing) of one optimizer step", "samples")
-    micro_batch: PositiveInt = key(..., "samples of one forward pass on one process", "samples")
+    global_batch: Batch = key(..., "samples (packed rows, with packing) of one optimizer step", "samples")
+    micro_batch: Batch = key(..., "samples of one forward pass on one process", "samples")
     steps: PositiveInt | None = key(None, "optimizer steps (or give epochs)", "steps")
-    epochs: Annotated[float, Field(gt=0)] | None = key(None, "passes over the training data (or give steps)", "epochs")
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = key(
+        None, "passes over the training data (or give steps)", "epochs"
+    )
     lr: Annotated[float, Field(gt=0)] = key(..., "peak learning rate", "1/step")
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine and linear end at 0")
     warmup: Annotated[float, Field(ge=0)] = key(0.03, "below 1: share of the steps; else: steps", "share or steps")
@@ -22,7 +28,7 @@ class TrainingSection(Section):
         "adamw", "torch's AdamW (DeepSpeed's CPU Adam with offload), or one of bitsandbytes"
     )
     weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "on matrices only, never on vectors, scalars or biases")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates", strict=False)
+    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="Adam's decay rates", strict=False)
     eps: Annotated[float, Field(gt=0)] = key(1e-8, "Adam's epsilon")
     max_grad_norm: Annotated[float, Field(ge=0)] = key(1.0, "clip the global gradient norm; 0: do not")
     tf32: bool = key(
@@ -39,6 +45,10 @@ class TrainingSection(Section):
     def _steps_or_epochs(self) -> "TrainingSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs: training.steps=null takes the recipe's away")
+        if self.lr > LARGEST_LR:
+            raise ValueError(f"lr is {self.lr:g}, and above {LARGEST_LR} nothing learns; common are 1e-5 to 1e-2")
+        if self.warmup > 1 and self.warmup % 1:
+            raise ValueError(f"warmup {self.warmup} is no whole number of steps; a share of the steps is below 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}: "
