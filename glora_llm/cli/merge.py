@@ -13,7 +13,7 @@ alike.
 examples:
   glora-llm merge runs/llama2_glora --out merged             loads in stock transformers
   glora-llm merge runs/llama2_glora --out lora --to lora     exact, as a PEFT LoRA adapter
-  glora-llm merge runs/llama2_glora --out merged --quantize nf4  4-bit again, and what that costs
+  glora-llm merge runs/llama2_glora --out merged --quantize nf4  4 bits, and what that costs
   glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the last
 
 The two are compared on the sample that the run kept, else on text that ships; the run's data need
@@ -30,7 +30,9 @@ def add_command(commands: Any, style: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the recipe's)"
     )
-    parser.add_argument("--quantize", choices=("none", "nf4"), help="quantise the result (default: the recipe's)")
+    parser.add_argument(
+        "--quantize", choices=("none", "nf4", "nf4_lossless"), help="write 4 bits (default: the recipe's)"
+    )
     parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
     parser.add_argument(

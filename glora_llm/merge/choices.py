@@ -11,7 +11,7 @@ class MergeChoices:
     Attributes:
         dtype: of the written weights; None: the recipe's merge.dtype.
         to: `model`, or `lora` for a plain LoRA adapter.
-        quantize: `nf4` quantises the merged model again; None: the recipe's merge.quantize.
+        quantize: `nf4` writes 4 bits, `nf4_lossless` only where no code changes; None: the recipe's merge.quantize.
         step: a kept checkpoint; None: the end of the run.
         genome: of a supernet; None: RUN/genome.json.
         compared: False: the result is not compared with the unmerged model, and the report says so.

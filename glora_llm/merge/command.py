@@ -16,6 +16,7 @@ from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.choices import MergeChoices
 from glora_llm.merge.lora_export import write_lora
+from glora_llm.merge.lossless import losses_of, merge_lossless
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.published import REPORT, exact_float32, published
 from glora_llm.merge.sample import comparison_batches
@@ -32,6 +33,7 @@ from glora_llm.merge.whole_model import write_dense
 from glora_llm.models.load import load_base
 from glora_llm.plan.elsewhere import recipe_for_merge, recipe_for_scores
 from glora_llm.plan.genome import deployed
+from glora_llm.plan.lossless import refuse_losses
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import trained_weights
@@ -88,11 +90,19 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
     plan = make_plan(recipe_for_merge(folder, recipe))
     base_dtype = require_same_base(folder, plan)
     quantize = chosen.quantize or recipe.merge.quantize
-    if to == "lora" and (chosen.dtype or quantize == "nf4"):
+    if to == "lora" and (chosen.dtype or quantize != "none"):
         raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
+    losses = "the whole model was trained" if is_full else losses_of(plan, adapter) if quantize != "none" else None
+    if losses and quantize == "nf4_lossless":
+        raise UserError(refuse_losses(losses))
     require_new(out)
     wanted = "float32" if to == "lora" else chosen.dtype or recipe.merge.dtype
     print(f"{'exporting' if to == 'lora' else 'merging'} {run} into {out}", flush=True)
+    if quantize != "none" and not losses:
+        with exact_float32():
+            written = getattr(torch, chosen.dtype) if chosen.dtype else base_dtype
+            merge_lossless(plan, folder, adapter, out, (base_dtype, written), chosen.compared)
+        return
     with exact_float32(), whole_model(plan, folder.model, checkpoint) if is_full else nullcontext(adapter) as trained:
         with published(out) as working:
             if is_full:
@@ -108,7 +118,7 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
             if name in values:
                 _print(out, title, values[name], plan.task.scored)
         if quantize == "nf4":
-            _requantise(plan, out, reference, values)
+            _requantise(plan, out, reference, values | {"not_lossless": losses})
     usual = chosen.is_usual and quantize == "none"
     if usual and out.resolve() == (run / "merged").resolve():
         _score_merged(folder, recipe, out)
@@ -183,7 +193,7 @@ def _requantise(plan: Plan, out: Path, reference: Reference | None, values: dict
     Raises:
         CheckFailed: when the twin agrees too seldom, or there is no memory for it; the dense folder stays then.
     """
-    print("quantising the merged model to nf4", flush=True)
+    print(f"quantising the merged model to nf4 again, because {values['not_lossless']}", flush=True)
     stays = f"The dense merged model is in {out}, and no nf4 model was written."
     try:
         with whole_folder(out) as quantised:

@@ -54,9 +54,9 @@ class FolderWriter:
         self._files: list[Path] = []
         self._place: dict[str, int] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor."""
-        tensor = (tensor.to(self.dtype) if tensor.is_floating_point() else tensor).cpu()
+    def add(self, name: str, tensor: Tensor, keep_dtype: bool = False) -> None:
+        """Write one tensor; with `keep_dtype` a floating-point one in its own dtype."""
+        tensor = (tensor.to(self.dtype) if tensor.is_floating_point() and not keep_dtype else tensor).cpu()
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._bytes + size > self.limit:
             self._flush()

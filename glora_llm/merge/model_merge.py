@@ -41,21 +41,16 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
         for name in progress(stored.names(), "merge", "tensor"):
-            for written, value in _merged(name, stored, layers, base_dtype):
+            for written, value in merged_tensors(name, stored, layers, base_dtype):
                 writer.add(written, value)
                 if written.endswith(".bias"):
                     biased.add(written.removesuffix(".bias"))
-        _zero_biases(config, layers, layers.decoder, biased, writer)
-        head, embedding = layers.replaced("lm_head.weight"), layers.replaced("model.embed_tokens.weight")
-        if head is None and embedding is not None:
-            head = stored.get("model.embed_tokens.weight")  # the unmerged head stays the frozen embedding
-        if head is not None and "lm_head.weight" not in stored:  # one of both was trained in full: no longer the same
-            config.tie_word_embeddings = False
-            writer.add("lm_head.weight", head)
-        _write_settings(plan, config, writer.folder, dtype)
+        zero_biases(config, layers, layers.decoder, biased, writer)
+        add_untied_head(config, layers, stored, writer)
+        write_settings(plan, config, writer.folder, dtype)
 
 
-def _merged(
+def merged_tensors(
     name: str, stored: StoredTensors, layers: AdapterLayers, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what the merged model stores for one tensor of the base (a weight may bring a bias along)."""
@@ -77,7 +72,7 @@ def _merged(
         yield name, stored.get(name)
 
 
-def _zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: set[str], writer: FolderWriter) -> None:
+def zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: set[str], writer: FolderWriter) -> None:
     """Turn on the config's bias switches that the merged layers need, with zeros where a layer has no bias."""
     for suffix in sorted({name.rpartition(".")[2] for name in biased & linears}):
         switch = bias_switch(config, suffix)
@@ -90,7 +85,18 @@ def _zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: 
             writer.add(f"{name}.bias", torch.zeros(module.out_features))
 
 
-def _write_settings(plan: Plan, config: Any, folder: Path, dtype: str) -> None:
+def add_untied_head(config: Any, layers: AdapterLayers, stored: StoredTensors, writer: FolderWriter) -> None:
+    """Write the output head where it was the embedding, and one of both was trained in full: no longer the same."""
+    head, embedding = layers.replaced("lm_head.weight"), layers.replaced("model.embed_tokens.weight")
+    if head is None and embedding is not None:
+        head = stored.get("model.embed_tokens.weight")  # the unmerged head stays the frozen embedding
+    if head is not None and "lm_head.weight" not in stored:
+        config.tie_word_embeddings = False
+        writer.add("lm_head.weight", head)
+
+
+def write_settings(plan: Plan, config: Any, folder: Path, dtype: str) -> None:
+    """Write config.json, and what goes with the base: its tokenizer and how it generates."""
     config.dtype = getattr(torch, dtype)
     config.use_cache = True
     config.save_pretrained(folder)

@@ -13,6 +13,7 @@ from glora_llm.models import load
 from glora_llm.models.fingerprint import stored_bytes
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.plan.checks import check_float16, check_masters, check_ranks, merge_obstacle
+from glora_llm.plan.lossless import find_losses, refuse_losses
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.step_memory import without_start
 from glora_llm.schema import Recipe
@@ -117,6 +118,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
     with found.collected():
         bare = load.meta_model(recipe.model, base.folder)
         check_ranks(recipe, bare, genome)
+        names = set(load.linear_names(bare))
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet
@@ -124,6 +126,10 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         obstacle = unmerged(recipe.adapter) or merge_obstacle(without_adapter(model).config, model)
         if obstacle and recipe.merge.after_training:
             raise UserError(f"merge.after_training: {obstacle}")
+        if recipe.merge.quantize == "nf4_lossless" and not recipe.adapter.is_supernet:
+            losses = find_losses(recipe, {name: layer for name, layer in tuner_layers(model).items() if name in names})
+            if losses:
+                raise UserError(refuse_losses(losses))
     found.raise_all()
     return EmptyModel(model, compute, obstacle)
 

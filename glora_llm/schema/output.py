@@ -22,7 +22,11 @@ class MergeSection(Section):
     min_nf4_top1_agreement: Annotated[float, Field(ge=0, le=1)] = key(
         0.8, "fail below this share for the model that quantize makes, against unmerged; the dense one stays"
     )
-    quantize: Literal["none", "nf4"] = key("none", "re-quantise the merged model, and report what that costs")
+    quantize: Literal["none", "nf4", "nf4_lossless"] = key(
+        "none",
+        "nf4: write the merged model in 4 bits, with the base's own codes where the slots allow that, else quantised "
+        "again, and report what it costs; nf4_lossless: refuse all that changes a code",
+    )
 
 
 class OutputSection(Section):
