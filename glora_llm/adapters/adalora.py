@@ -3,14 +3,19 @@
 PEFT computes both. This calls them at the right place of the training loop, and keeps the state of PEFT's allocator.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from glora_llm.errors import UserError
+from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.schema import AdapterSection
 
 ALLOCATOR_TENSORS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # importance of each factor, its mean and its uncertainty
+
+FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
 class AdaLoRA:
@@ -68,6 +73,52 @@ class AdaLoRA:
             kind, _, parameter = name.partition("/")
             getattr(self.tuner.rankallocator, kind)[parameter] = tensor
         self.steps_done, self.config.rank_pattern = values["step"], values["rank_pattern"] or None
+
+
+def freeze_rank_numbers(model: nn.Module) -> None:
+    """Freeze what the scale is divided by, which PEFT lets go of on a model without weights."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+
+
+def kept_ranks(rank_pattern: Mapping[str, list[bool]]) -> dict[str, list[bool]]:
+    """Return which ranks each factor of a saved adapter still has, by the name that it is saved under.
+
+    Args:
+        rank_pattern: of the saved PEFT configuration: `LAYER.lora_E` -> one flag a rank.
+    """
+    layers = {name.removesuffix(".default").rpartition(".")[0]: kept for name, kept in rank_pattern.items()}
+    return {f"{PEFT_ROOT}{layer}.{factor}": kept for layer, kept in layers.items() for factor in FACTORS}
+
+
+def pruned_shape(whole: tuple[int, ...], kept: list[bool], name: str) -> tuple[int, ...]:
+    """Return the shape that a factor is saved in: A (r, I) and E (r, 1) without pruned rows, B (O, r) without columns.
+
+    Raises:
+        UserError: when the saved adapter began with another number of ranks.
+    """
+    side = 1 if name.endswith("lora_B") else 0
+    if whole[side] != len(kept):
+        raise UserError(
+            f"adapter.weights: {name} began with {len(kept)} ranks, and here with {whole[side]} (1.5 x adapter.rank). "
+            "Set the rank that it was trained with."
+        )
+    return tuple(sum(kept) if place == side else size for place, size in enumerate(whole))
+
+
+def spread(saved: Tensor, kept: list[bool], fresh: Tensor, name: str) -> Tensor:
+    """Return a whole factor with the saved ranks at their places. Pruned ones are zero in E, and fresh in A and B.
+
+    Args:
+        saved: the factor without its pruned ranks.
+        kept: one flag a rank.
+        fresh: the factor as it was drawn, in its whole shape.
+    """
+    whole = torch.zeros_like(fresh) if name.endswith("lora_E") else fresh.clone()
+    places = torch.tensor(kept, device=fresh.device)
+    (whole.T if name.endswith("lora_B") else whole)[places] = (saved.T if name.endswith("lora_B") else saved).to(whole)
+    return whole
 
 
 def _distance_to_identity(gram: Tensor) -> Tensor:

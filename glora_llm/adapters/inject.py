@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.adapters.targets import name_linears, require_names
 from glora_llm.errors import UserError
@@ -44,6 +45,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
         raise UserError(f"adapter.targets {section.targets!r} match no module. {name_linears(linears)}") from error
+    if section.method == AdaLoRA.name:
+        freeze_rank_numbers(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "

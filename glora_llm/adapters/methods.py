@@ -81,11 +81,46 @@ REFUSED: dict[str, str] = {
 }
 
 
+_REWRITES = (
+    "it changes the base's weights, and what it trains is right on the changed base alone: merged into the original or "
+    "served on it, it would be wrong"
+)
+# starts of PEFT (adapter.peft.init_lora_weights, up to a number of iterations) that are refused -> why
+REFUSED_STARTS: dict[str, str] = {
+    **dict.fromkeys(["pissa", "olora", "corda", "lora_ga", "loftq"], _REWRITES),
+    "eva": "it is made of activations over the data, which are not computed here, and plain LoRA would be trained",
+}
+STARTS = (True, False, "gaussian", "orthogonal", "mica")  # of LoRA, which leave the base as it is
+
+
+def check_start(section: AdapterSection) -> None:
+    """Check that a start which PEFT computes leaves the base's weights as they are.
+
+    Raises:
+        UserError: for one that rewrites them, or that PEFT computes only where it is asked to by another call.
+    """
+    wanted = section.peft or {}
+    if wanted.get("kasa_config") is not None:
+        raise UserError(f"adapter.peft.kasa_config does not train here: {_REWRITES}. Take it away.")
+    start = wanted.get("init_lora_weights", True)
+    refused = refused_start(start)
+    known = ", ".join(str(name).lower() for name in STARTS)
+    if refused:
+        raise UserError(f"adapter.peft.init_lora_weights {start} does not train here: {refused}. There is: {known}.")
+    if start not in STARTS:
+        raise UserError(f"adapter.peft.init_lora_weights '{start}' is unknown. There is: {known}.")
+
+
+def refused_start(start: Any) -> str | None:
+    """Return why a value of PEFT's `init_lora_weights` is refused, or None."""
+    return REFUSED_STARTS.get(start.lower().partition("_niter_")[0]) if isinstance(start, str) else None
+
+
 def check_method(section: AdapterSection) -> None:
     """Check that a recipe's method trains here.
 
     Raises:
-        UserError: for an unknown method, or one that does not train here, with the reason.
+        UserError: for an unknown method, or a method or a start of it that does not train here, with the reason.
     """
     name = section.method
     if name in REFUSED:
@@ -96,6 +131,7 @@ def check_method(section: AdapterSection) -> None:
         raise UserError(
             f"adapter.method '{name}' is unknown.{nearest(name, METHODS)} There is: {', '.join(sorted(METHODS))}."
         )
+    check_start(section)
 
 
 def unmerged(section: AdapterSection) -> str | None:

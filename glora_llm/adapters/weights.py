@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
+from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
 from glora_llm.errors import UserError
 from glora_llm.glora.learning_rates import lr_factors
 from glora_llm.schema import AdapterSection
 from glora_llm.training import checkpoint
 from glora_llm.training.optim import Trainable
 from glora_llm.training.sharding import set_whole, whole_shape
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # as PEFT names it
 
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
@@ -36,28 +37,56 @@ def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
 def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
     """Set the trained parameters to the weights of an adapter folder of the same slots; all processes call it together.
 
+    Ranks that AdaLoRA had pruned begin as zero again, so the function is the same.
+
     Args:
         model: the PEFT model that `inject` returned.
 
     Raises:
-        UserError: when the folder is damaged, or a weight is missing, left over, or of another shape.
+        UserError: as `check_weights`.
     """
-    file = folder / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise UserError(f"adapter.weights: {folder} holds no {ADAPTER_WEIGHTS}.")
+    check_weights(model, items, folder)
+    weights, names = load_file(folder / ADAPTER_WEIGHTS), _saved_names(model, items)
+    for item in items:
+        name, pruned = names[item.name], _pruned(folder).get(names[item.name])
+        whole = weights[name] if pruned is None else spread(weights[name], pruned, item.parameter.detach(), name)
+        set_whole(item.parameter, whole)
+
+
+def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
+    """Check that an adapter folder holds what `items` can begin with; reads no weight, and needs none in the model.
+
+    Raises:
+        UserError: when the folder is damaged or of another configuration, or a weight is missing, left over, or of
+            another shape.
+    """
+    require_weights(folder)
     problem = adapter_fault(folder)
     if problem:
         raise UserError(f"adapter.weights: {folder} is damaged: {problem}.")
-    weights, names = load_file(file), _saved_names(model, items)
+    require_same_function(model.peft_config["default"], folder)
+    names = _saved_names(model, items)
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"adapter.weights: {folder / ADAPTER_WEIGHTS} is no safetensors file: {error}.") from None
+    patterns = _pruned(folder)
     for item in items:
-        name, shape = names[item.name], whole_shape(item.parameter)
-        weight = weights.pop(name, None)
-        if weight is None or weight.shape != shape:
-            got = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
-            raise UserError(f"adapter.weights: {name} {got} in {folder}; expected {shape}.")
-        set_whole(item.parameter, weight)
-    if weights:
-        raise UserError(f"adapter.weights: {folder} has {next(iter(weights))}, which this adapter has not.")
+        name = names[item.name]
+        expected, got = tuple(whole_shape(item.parameter)), shapes.pop(name, None)
+        if name in patterns:
+            expected = pruned_shape(expected, patterns[name], name)
+        if got != expected:
+            what = "is missing" if got is None else f"has shape {got}"
+            raise UserError(f"adapter.weights: {name} {what} in {folder}; expected {expected}.")
+    if shapes:
+        raise UserError(f"adapter.weights: {folder} has {next(iter(shapes))}, which this adapter has not.")
+
+
+def _pruned(folder: Path) -> dict[str, list[bool]]:
+    """Return, of each factor of an AdaLoRA adapter whose ranks were pruned, which ranks were kept."""
+    return kept_ranks((saved_config(folder) or {}).get("rank_pattern") or {})
 
 
 def _saved_names(model: Any, items: list[Trainable]) -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS, adapter_fault
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
+from glora_llm.adapters.weights import adapter_fault
 from glora_llm.errors import UserError
 
 CONFIG = "adapter_config.json"

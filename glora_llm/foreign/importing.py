@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from glora_llm import recipe as recipes
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.foreign.files import READ, ForeignFiles, find_files

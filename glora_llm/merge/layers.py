@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.inject import inject, tuner_layers
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED, fits
 from glora_llm.glora.dense_model import dense_linear

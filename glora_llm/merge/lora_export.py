@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.evaluation.progress import progress

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from glora_llm.adapters.methods import check_method
+from glora_llm.adapters.start import require_weights
 from glora_llm.adapters.targets import require_names
 from glora_llm.errors import Problems, UserError
 from glora_llm.models.resolve import look_at_model, stored_modules
@@ -35,6 +36,8 @@ def check_early(recipe: Recipe, world_size: int) -> None:
         with found.collected():
             _require_there(f"adapter.{key}", getattr(recipe.adapter, key))
     with found.collected():
+        _check_start(recipe.adapter.weights)
+    with found.collected():
         find_deepspeed_config(recipe.training.deepspeed)
     with found.collected():
         accumulation(recipe.training, world_size)
@@ -47,6 +50,11 @@ def _check_targets(recipe: Recipe) -> None:
     modules, linears = stored_modules(recipe.model)
     if modules:
         require_names(recipe.adapter, modules, {name.rpartition(".")[2] for name in linears})
+
+
+def _check_start(weights: str | None) -> None:
+    if weights is not None and Path(weights).exists():
+        require_weights(Path(weights))
 
 
 def _require_there(key: str, path: str | None) -> None:

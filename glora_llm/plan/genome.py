@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from glora_llm.adapters.config import read_genome
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.glora.supernet import inherit

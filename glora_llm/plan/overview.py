@@ -2,10 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
+from glora_llm.adapters.start import require_same_base
+from glora_llm.adapters.weights import check_weights, trainables
 from glora_llm.errors import Problems, UserError
 from glora_llm.glora.path import Genome
 from glora_llm.launch.device import choose_device
@@ -120,6 +123,9 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         check_ranks(recipe, bare, genome)
         names = set(load.linear_names(bare))
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
+        if recipe.adapter.weights is not None:
+            check_weights(model, trainables(model, recipe.adapter, 1.0), Path(recipe.adapter.weights))
+            require_same_base(Path(recipe.adapter.weights), base.fingerprint)
         if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet
             space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)

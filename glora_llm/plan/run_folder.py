@@ -128,8 +128,6 @@ class RunFolder:
         """Return the command that trains an ended run's weights on with other data or settings, in a new folder."""
         if not self.has_ended or not all(key.startswith(("training.", "data.")) for key in differing):
             return ""
-        if there["adapter.method"] == "adalora":  # it prunes ranks; what is left is no start for the full ranks
-            return ""
         changed, more = {key: here.get(key) for key in differing}, ""
         before, after = there.get("training.steps"), here.get("training.steps")
         if before and after and after > before:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS, adapter_fault
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
+from glora_llm.adapters.weights import adapter_fault
 from glora_llm.errors import UserError
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe

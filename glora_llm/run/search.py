@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from glora_llm import recipe as recipes
 from glora_llm.adapters.inject import adapted_layers
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import Passes, passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted

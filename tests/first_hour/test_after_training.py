@@ -1,5 +1,6 @@
 """A run that has ended: its adapter damaged or gone, its checkpoints deleted, trained on, scored at a step."""
 
+import json
 import re
 import shlex
 import shutil
@@ -185,6 +186,34 @@ def test_a_damaged_start_is_refused(run: Path, data: Path, capsys: pytest.Captur
     flip(run / "adapter" / WEIGHTS)
     assert again(data, run.with_name("new"), f"adapter.weights={run / 'adapter'}") == 2
     assert f"adapter.weights: {run / 'adapter'} is damaged: {WEIGHTS} differs" in capsys.readouterr().err
+
+
+def test_the_start_of_another_base_is_refused(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = json.loads((run / "base.json").read_text())
+    (run / "base.json").write_text(json.dumps(written | {"name": "another/base", "fingerprint": "0"}))
+    for start in ("adapter", "checkpoints/step-1/adapter"):
+        assert again(data, run.with_name("new"), f"adapter.weights={run / start}") == 2
+        assert "was trained on another/base, and this recipe has another base" in capsys.readouterr().err
+    assert not run.with_name("new").exists()
+
+
+def test_the_commands_of_the_page_train_on(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "resume_and_merge.md").read_text(encoding="utf-8")
+    found = re.search(r"### Train on from an adapter\n.*?```bash\n(.*?)```", page, re.DOTALL)
+    assert found
+    commands = [shlex.split(line) for line in found[1].replace("step-100", "step-1").splitlines()]
+    assert len(commands) == 4
+    monkeypatch.chdir(run.parent)
+    run.rename("RUN")
+    Path("OTHER.jsonl").write_text(data.read_text().replace("What", "Which"))
+    for _, *arguments in commands:
+        try:
+            assert main([*arguments, "training.steps=1"] if arguments[0] == "train" else arguments) == 0, arguments
+        finally:
+            ranks.stop()
+            forget_launch()
+    assert all((Path(name) / "adapter" / WEIGHTS).is_file() for name in ("RUN-longer", "RUN-other", "RUN-100"))
+    assert Path("RUN-longer/merged/config.json").is_file()
 
 
 METHODS: dict[str, list[str]] = {

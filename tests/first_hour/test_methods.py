@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import Tensor
 
 from glora_llm.adapters.config import LORA_VARIANTS
-from glora_llm.adapters.methods import METHODS, REFUSED
+from glora_llm.adapters.methods import METHODS, REFUSED, REFUSED_STARTS
 from glora_llm.cli import main
+from glora_llm.evaluation.trained import load_adapted
+from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
 from tests.in_process import alone, train_in_process  # noqa: F401 - a fixture
 
 SHORT = [
@@ -44,6 +49,38 @@ def test_it_trains_is_scored_and_merges_or_says_why_not(
     assert ("merge      An adapter" in capsys.readouterr().out) == bool(METHODS[name].unmerged)
     assert main(["evaluate", str(out), "--split", "test"]) == 0
     assert main(["merge", str(out), "--out", str(tmp_path / "merged")]) == (2 if METHODS[name].unmerged else 0)
+    require_trained_on(out, [*arguments, "merge.after_training=false"])
+
+
+@torch.no_grad()
+def logits(run: Path) -> Tensor:
+    model = load_adapted(make_plan(RunFolder(run).recipe()), run / "adapter")
+    found: Tensor = model(input_ids=torch.arange(24).reshape(2, 12)).logits
+    return found
+
+
+def require_trained_on(run: Path, arguments: list[str]) -> None:
+    """Train on from the run's adapter with a learning rate of zero and another seed: the function is that of the run.
+
+    Whatever a method draws at random and does not save must come again; AdaLoRA prunes ranks at any learning rate.
+    """
+    out = run.with_name("further")
+    further = [f"adapter.weights={run / 'adapter'}", f"output.dir={out}", "training.seed=5", "training.lr=1e-30"]
+    assert train_in_process("tiny_cpu", *arguments, *further) == 0
+    if "adapter.method=adalora" not in arguments:
+        torch.testing.assert_close(logits(out), logits(run), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [*REFUSED_STARTS, "pissa_niter_16", "kaiming", "kasa"])
+def test_a_start_is_refused_before_training(start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Starts that change the base, or are never computed; and names that PEFT does not know."""
+    given = "adapter.peft={kasa_config: {}}" if start == "kasa" else f"adapter.peft={{init_lora_weights: {start}}}"
+    arguments = ["adapter.method=lora", given, f"output.dir={tmp_path / 'run'}", *SHORT]
+    assert main(["train", "--recipe", "tiny_cpu", *arguments]) == 2
+    said = capsys.readouterr().err
+    reasons = REFUSED_STARTS | {"kaiming": "'kaiming' is unknown", "kasa": REFUSED_STARTS["pissa"]}
+    assert reasons[start.partition("_niter_")[0]] in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", REFUSED)
