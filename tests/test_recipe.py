@@ -116,7 +116,7 @@ def test_a_misspelt_key_is_named_with_its_place_and_the_nearest_key(tmp_path: Pa
         ("model.gradient_checkpointing=yes", "got 'yes' (text), expected true or false."),
         ("output.dir=5", "got 5 (integer), expected text."),
         ("adapter.targets=[q_proj, 3]", "adapter.targets.1: got 3 (integer), expected text."),
-        ("adapter.slots.A=loar", "adapter.slots.A: got 'loar' (text), expected 'lora', 'vector'"),
+        ("adapter.slots.A=loar", "adapter.slots.A: got 'loar' (text), expected 'lora', 'block'"),
         ("adapter.slots.F=lora", "adapter.slots.F: got 'F' (text), expected 'A', 'B', 'C', 'D' or 'E'."),
         ("adapter.slots.A={mode: lora, rank: x}", "adapter.slots.A.rank: got 'x' (text), expected an integer."),
         ("adapter.paths={list_x: {A: nope}}", "adapter.paths.list_x.A: got 'nope'"),

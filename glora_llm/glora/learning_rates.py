@@ -10,6 +10,7 @@ from glora_llm.schema.slots import SLOTS
 
 # Measured: docs/benchmarks/learning_rates.md.
 DEFAULT_LR_FACTORS: dict[str, float] = {"A": 0.5, "B": 1.0, "C": 0.1, "D": 0.1, "E": 0.1}
+BLOCK_LR_FACTOR = 1.0  # of A in mode block. Measured: docs/benchmarks/lossless4.md.
 
 
 def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: float) -> Iterator[tuple[int, float]]:
@@ -27,4 +28,6 @@ def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: flo
             for mode in getattr(layer, f"slot_{slot}").modules():
                 for name, parameter in mode.named_parameters(recurse=False):
                     zero_start = name.endswith("down")
-                    yield id(parameter), factors[slot] * (loraplus_ratio if zero_start else 1.0)
+                    in_blocks = name.startswith("block") and slot not in given
+                    factor = BLOCK_LR_FACTOR if in_blocks else factors[slot]
+                    yield id(parameter), factor * (loraplus_ratio if zero_start else 1.0)

@@ -114,11 +114,9 @@ def test_every_path_merges_and_starts_as_the_base(make: str, bias: bool, fill: F
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_forward_pass_is_that_of_the_merged_4_bit_weight_bit_for_bit(dtype: torch.dtype, fill: Fill) -> None:
-    check_bits(torch.device("cpu"), dtype, fill)
-
-
-def check_bits(device: torch.device, dtype: torch.dtype, fill: Fill) -> None:
+def test_the_forward_pass_is_that_of_the_merged_4_bit_weight_bit_for_bit(
+    dtype: torch.dtype, fill: Fill, device: torch.device
+) -> None:
     """The layer's output is x times the same codes with other scales; codes and scales of the base stay."""
     base = quantised("nf4", False, dtype).to(device)
     before = {name: value.clone() for name, value in base.state_dict().items()}

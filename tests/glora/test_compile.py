@@ -51,6 +51,7 @@ def outputs_and_gradients(
         ("nf4", "glora", True),
         ("int8", "glora", False),
         ("none", "hadamard", True),
+        ("nf4", "block", False),
         ("nf4", "lora", False),
         ("none", "lora", True),
     ],
@@ -60,7 +61,9 @@ def test_compiled_layers_compute_and_learn_as_they_are(
 ) -> None:
     section = ModelSection(name_or_path="x", quantization=quantization, gradient_checkpointing=checkpointing)
     adapter = AdapterSection(method="lora", rank=4)
-    if method != "lora":
+    if method == "block":
+        adapter = AdapterSection(rank=1, preset="lossless4")
+    elif method != "lora":
         adapter = AdapterSection(rank=4, slots=SLOTS, composition="product" if method == "glora" else "hadamard")
     wanted = outputs_and_gradients(section, adapter, tiny, compiled=False)
     found = outputs_and_gradients(section, adapter, tiny, compiled=True)

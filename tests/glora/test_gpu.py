@@ -20,6 +20,7 @@ from tests.glora.conftest import Fill
 I, O, TOKENS = 256, 128, 24  # noqa: E741 - the letters of the formula
 ALL_SLOTS = {"A": "lora", "B": "lora", "C": "vector", "E": "vector"}
 VECTORS = {"A": "vector", "B": "vector", "C": "vector", "D": "vector", "E": "vector"}
+BLOCKS: dict[str, Any] = {"A": {"mode": "block", "rank": 2, "alpha": 4.0}, "C": "vector", "D": "vector"}
 BASES = ["dense", "nf4", "fp4", "int8"]
 COMPOSITIONS = ["product", "hadamard"]
 
@@ -48,7 +49,7 @@ def base_layer(kind: str, dtype: torch.dtype, device: torch.device, bias: bool =
     return layer
 
 
-def adapted(base: Any, fill: Fill, slots: dict[str, str], composition: str = "product", **keys: Any) -> Any:
+def adapted(base: Any, fill: Fill, slots: dict[str, Any], composition: str = "product", **keys: Any) -> Any:
     """A layer whose slots look trained; their parameters have the dtype of the inputs, as ZeRO 1 to 3 trains them."""
     dtype = keys.pop("dtype", torch.float32)
     layer: Any = GLoRALinear(base, dtype)
@@ -112,6 +113,17 @@ def test_output_and_gradients_are_the_formula_in_float64(
     layer = adapted(base_layer(kind, dtype, device), fill, ALL_SLOTS, composition, dtype=dtype)
     x = rows(dtype, device)
     require_near(run(layer, x), reference(layer, x), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("kind", BASES)
+def test_a_by_blocks_is_the_formula_in_float64(
+    kind: str, dtype: torch.dtype, tolerance: float, fill: Fill, device: torch.device
+) -> None:
+    for slots in (BLOCKS, BLOCKS | {"B": "lora", "E": "scalar"}, BLOCKS | {"B": "vector", "C": "none"}):
+        layer = adapted(base_layer(kind, dtype, device, bias=True), fill, slots, dtype=dtype)
+        x = rows(dtype, device)
+        require_near(run(layer, x), reference(layer, x), tolerance)
 
 
 @pytest.mark.parametrize("kind", BASES)

@@ -6,7 +6,7 @@ import pytest
 from peft import get_peft_model
 
 from glora_llm.glora import GLoRAConfig
-from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS, lr_factors
+from glora_llm.glora.learning_rates import BLOCK_LR_FACTOR, DEFAULT_LR_FACTORS, lr_factors
 from tests.glora.conftest import Llama
 
 MIXED: dict[str, Any] = {
@@ -42,6 +42,18 @@ def test_slot_d_has_its_factor(llama: Llama) -> None:
     config = GLoRAConfig(target_modules=["q_proj"], slots={"D": "vector"})
     found = factors_by_name(get_peft_model(llama(attention_bias=True), config), {})
     assert len(found) == 2 and set(found.values()) == {DEFAULT_LR_FACTORS["D"]}
+
+
+def test_blocks_have_a_factor_of_their_own_until_a_is_given(llama: Llama) -> None:
+    base = llama(hidden_size=64, intermediate_size=64)
+    model = get_peft_model(base, GLoRAConfig(rank=1, slots={"A": "block", "C": "vector"}))
+    for given, expected in (({}, BLOCK_LR_FACTOR), ({"A": 0.3}, 0.3)):
+        found = factors_by_name(model, given)
+        assert {factor for name, factor in found.items() if slot_of(name) == "A"} == {expected}
+    plus = factors_by_name(model, {}, ratio=16.0)
+    assert {name.rpartition(".")[2] for name, factor in plus.items() if factor == 16.0 * BLOCK_LR_FACTOR} == {
+        "block_down"
+    }
 
 
 def test_given_factors_replace_the_defaults(model: Any) -> None:
