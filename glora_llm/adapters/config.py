@@ -88,7 +88,11 @@ def read_genome(file: Path) -> Genome:
     """
     if not file.is_file():
         raise UserError(f"There is no genome file {file}; a search writes RUN/genome.json.")
-    return genome_from_json(file.read_text())
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text: {error}; a search writes RUN/genome.json.") from error
+    return genome_from_json(text)
 
 
 def _plain(slots: Any) -> dict[str, Any]:

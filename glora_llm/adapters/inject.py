@@ -41,10 +41,13 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
         model = get_peft_model(base, config)
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, TypeError) and section.peft:
+            raise UserError(f"adapter.peft {section.peft} holds a value of another type: {error}.") from error
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
         raise UserError(f"adapter.targets {section.targets!r} match no module. {name_linears(linears)}") from error
+<<<<<<< HEAD
     if section.method == AdaLoRA.name:
         freeze_rank_numbers(model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -52,9 +55,21 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
             f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
             "a whole: give every slot that is to be trained."
         )
+=======
+>>>>>>> be645a4 (Wrong model folders, genomes, DeepSpeed files and records are each one message before anything is built: config.json and the tables of safetensors files are checked, tensors compared with what config.json asks for, code of a model is never asked for; 300 wrong inputs in tables)
     require_names(section, modules, linears)
     _require_matches(model, section, genome)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"adapter.method {section.method} has no trainable parameter. {_why_none(section, genome)}")
     return model
+
+
+def _why_none(section: AdapterSection, genome: Genome | None) -> str:
+    if genome is not None:
+        return "The genome gives no layer a slot."
+    if section.method != "glora":
+        return "Look what adapter.peft and adapter.targets leave to be trained."
+    return "adapter.slots replaces the default slots as a whole: give every slot that is to be trained."
 
 
 def without_adapter(model: Any) -> Any:

@@ -6,11 +6,13 @@ layer. *genome*: layer name -> path, for the whole model.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.files.json_file import parse
 from glora_llm.schema.slots import LOSSLESS_MODES, RANKED_MODES, SLOT_MODES, SLOTS
 
 PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
@@ -127,10 +129,7 @@ def genome_from_json(text: str) -> Genome:
     Raises:
         UserError: when it is no JSON object of layers, or for an unknown slot or mode.
     """
-    try:
-        layers = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"genome: not valid JSON: {error}.") from error
+    layers = parse(text, "genome", "A search writes RUN/genome.json.")
     if not isinstance(layers, dict) or not all(isinstance(slots, dict) for slots in layers.values()):
         raise UserError('genome: expected an object such as {"model.layers.0.mlp.up_proj": {"B": "vector"}}.')
     return genome_from_slots(layers)
@@ -153,7 +152,12 @@ def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
             raise UserError(f"genome: slot {slot} of {name} has no mode: {given}.")
         if values["mode"] in RANKED_MODES:
             rank, scales[slot] = values.get("rank"), values.get("scale")
-            if type(rank) is not int or rank < 1 or type(scales[slot]) not in (int, float):
+            if (
+                type(rank) is not int
+                or rank < 1
+                or type(scales[slot]) not in (int, float)
+                or not math.isfinite(scales[slot])
+            ):
                 known = f'{{"mode": "{values["mode"]}", "rank": 8, "scale": 2.0}}'
                 raise UserError(f"genome: slot {slot} of {name}: mode {values['mode']} is {known}.")
     try:

@@ -1,5 +1,6 @@
 """The kind of a model_type, the class of transformers that loads it, and its parts."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from glora_llm.errors import UserError
@@ -22,6 +23,14 @@ def class_names(kind: Kind, model_type: str) -> set[str]:
     }
     known = tables[kind].get(model_type, ())
     return {known} if isinstance(known, str) else set(known)
+
+
+def looks_both_ways(settings: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is of an encoder, whose language model is causal with `is_decoder` alone."""
+    from transformers.models.auto import modeling_auto
+
+    is_encoder = settings.get("model_type") in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return is_encoder and not settings.get("is_decoder") and not settings.get("is_encoder_decoder")
 
 
 def kind_of(model_type: str) -> Kind | None:

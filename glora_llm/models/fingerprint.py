@@ -2,12 +2,23 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from glora_llm.errors import UserError
+from glora_llm.files.json_file import read_object
+from glora_llm.models.config_file import AGAIN
 
 HEAD_BYTES = 4096
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 # what says nothing about the function that the model computes; everything else in config.json counts
 NOT_ARCHITECTURE = {
     "_name_or_path",
@@ -55,14 +66,22 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(_no_weights(folder))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    places = read_object(index, AGAIN).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(map(_is_beside, places.values())):
+        raise UserError(f"{index}: its weight_map does not say which file beside it holds each tensor. {AGAIN}")
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder} is incomplete: its index names {len(names)} weight files, {len(missing)} are missing "
-            f"({', '.join(missing[:3])}). Download or copy the model again."
+            f"({', '.join(missing[:3])}). {AGAIN}"
         )
     return [folder / name for name in names]
+
+
+def _is_beside(name: Any) -> bool:
+    """Tell whether this is the name of a safetensors file in the same folder."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def stored_bytes(folder: Path) -> int:
@@ -110,19 +129,45 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         size = stream.seek(0, 2)
         table = _table(stream, length) if 2 <= length <= size - 8 else None
     if table is None or 8 + length + max((t["data_offsets"][1] for t in table.values()), default=0) != size:
-        raise UserError(f"{file} ({size} bytes) is damaged or cut off. Download or copy the model again.")
+        raise UserError(f"{file} ({size} bytes) is damaged or cut off. {AGAIN}")
     return table, 8 + length
 
 
 def _table(stream: BinaryIO, length: int) -> dict[str, Any] | None:
-    """Return the JSON table without its metadata, or None when it is no JSON."""
+    """Return the JSON table without its metadata, or None when it is no table of tensors."""
     stream.seek(8)
     try:
         table = json.loads(stream.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(table, dict):
         return None
     table.pop("__metadata__", None)
-    return table
+    return table if all(map(_is_entry, table.values())) and _is_gapless(table) else None
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether this is a tensor of a table: its dtype, its shape, and offsets that hold as many bytes."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return False
+    bits, shape, offsets = DTYPE_BITS.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+    if bits is None or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        return False
+    return bool(math.prod(shape) * bits == 8 * (offsets[1] - offsets[0]))
+
+
+def _is_gapless(table: dict[str, Any]) -> bool:
+    """Tell whether each tensor begins where another ends, the first at 0: the format has no holes."""
+    at = 0
+    for begin, end in sorted(entry["data_offsets"] for entry in table.values()):
+        if begin != at:
+            return False
+        at = end
+    return True
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _canonical(value: Any) -> bytes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError, nearest
-from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers
+from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers, looks_both_ways
 from glora_llm.models.sharded_load import Shards, fill, stored_tensors, without_values
 from glora_llm.schema import ModelSection, VLoRASection
 from glora_llm.vlora import VLoRAConfig, make_compounds
@@ -70,6 +70,11 @@ def require_family(section: ModelSection, kind: Kind) -> None:
         other = kind_of(family)
         is_what = f"is a family of {KINDS[other]}s" if other else "is no family of models of the installed transformers"
         raise UserError(f"model.config.model_type '{family}' {is_what}; expected one of {KINDS[kind]}s.")
+    if kind == "text" and looks_both_ways(section.config or {}):
+        raise UserError(
+            f"model.config.model_type '{family}' is an encoder, whose tokens see those behind them. Add is_decoder: "
+            "true to model.config, or take a family such as llama."
+        )
 
 
 def new_folder(

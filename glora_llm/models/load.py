@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from glora_llm.errors import UserError
 from glora_llm.models.attention import attention_arguments
+from glora_llm.models.config_file import load_config
 from glora_llm.models.families import Kind, auto_class, body, head, kind_of, layers
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
@@ -31,9 +32,7 @@ def load_base(
         UserError: an attention backend, kernel or quantisation that cannot work here, or weights that do not fit
             the configuration.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     liger = _uses_liger(section, config, device)
     if is_ours(folder):
         model = _build_ours(section, folder, config, device, shards)
@@ -103,10 +102,9 @@ def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
         UserError: layers that cannot share weights as vlora.json says.
     """
     import torch
-    from transformers import AutoConfig
 
     device = torch.device("meta")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     with device:
         model = auto_class(config.model_type).from_config(config, dtype=compute_dtype(section, device))
         share(model, folder)
@@ -120,9 +118,7 @@ def describe_kernels(section: ModelSection, folder: Path, device: "torch.device"
     Raises:
         UserError: an attention backend or kernels that this family or device does not have.
     """
-    from transformers import AutoConfig
-
-    config, dtype = AutoConfig.from_pretrained(folder, local_files_only=True), compute_dtype(section, device)
+    config, dtype = load_config(folder), compute_dtype(section, device)
     attention = attention_arguments(section, config, device, dtype).get("attn_implementation", "transformers' choice")
     liger = _uses_liger(section, config, device)
     words = f"{str(dtype).removeprefix('torch.')} on {device.type}, attention {attention}"

@@ -1,14 +1,14 @@
 """`model.name_or_path` -> a local folder of config.json, safetensors and tokenizer; nothing later needs the hub."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glora_llm.errors import UserError
+from glora_llm.models.config_file import load_config, read_settings
 from glora_llm.models.embedded import EMBEDDED, embedded_folder
-from glora_llm.models.families import KINDS, Kind, class_names, kind_of
+from glora_llm.models.families import KINDS, Kind, class_names, kind_of, looks_both_ways
 from glora_llm.models.fingerprint import fingerprint, read_header, weight_files
 from glora_llm.schema import ModelSection
 
@@ -185,9 +185,15 @@ def _check_kind(folder: Path, name: str, wanted: Kind | None) -> None:
             f"'{name}' has model_type '{config.get('model_type')}', which is no {KINDS[kind]} of the installed "
             f"transformers (code that comes with a model is not run). Give one, such as {example}."
         )
+    if wanted != "images" and looks_both_ways(config):
+        raise UserError(
+            f"'{name}' has model_type '{family}', whose tokens see those behind them: it cannot learn to write. Give a "
+            "model that was made to, such as a LLaMA."
+        )
     built = config.get("architectures") or []
     if built and not allowed & set(built):
         raise UserError(f"'{name}' is a {built[0]}, expected one of the {KINDS[kind]}s ({', '.join(sorted(allowed))})")
+    load_config(folder)
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -200,7 +206,4 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         elif len(files := sorted(folder.glob("*.gguf"))) > 0:
             hint = f" It holds {files[0].name}: give that file."
         raise UserError(f"'{name}' has no config.json in {folder}: expected a Hugging Face model folder.{hint}")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}. Download or copy the model again.") from error
+    return read_settings(file)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from glora_llm.errors import UserError
 from glora_llm.models.fingerprint import read_header, weight_files
 from glora_llm.models.folder import read_sharing
 from glora_llm.models.load import meta_model
@@ -55,6 +56,33 @@ class StoredTensors:
     def numbers(self) -> int:
         """Return the count of numbers in all tensors, without reading them."""
         return sum(math.prod(shape) for shape in self._shapes.values())
+
+
+def require_stored(model: nn.Module, folder: Path) -> None:
+    """Check that the files of a folder hold what its config.json describes: every tensor, in its shape, and no other.
+
+    Args:
+        model: built of that config.json; its modules are named as its tensors are in the files.
+
+    Raises:
+        UserError: naming the first tensor that is missing, of another shape, or has no place.
+    """
+    stored = StoredTensors(folder)
+    known = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name, parameter in model.named_parameters():  # of tied ones, the first
+        shape = stored.shape(name) if name in stored else None
+        if shape != tuple(parameter.shape):
+            got = "is missing" if shape is None else f"has shape {shape}"
+            raise UserError(
+                f"{folder}: {name} {got}; config.json asks for {tuple(parameter.shape)}. The folder does not hold the "
+                "whole model: download or copy it again."
+            )
+    extra = [name for name in stored.names() if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise UserError(
+            f"{folder}: the files hold {len(extra)} tensors that config.json has no place for, the first: {extra[0]}. "
+            "One of them is of another model: download or copy it again."
+        )
 
 
 class ComposedTensors(StoredTensors):

@@ -1,10 +1,11 @@
 """The tokenizer of a model folder: always a fast one with character offsets, which the loss masks are made from."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glora_llm.errors import UserError
+from glora_llm.files.json_file import read_object
+from glora_llm.models.config_file import AGAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,21 +43,17 @@ def _load_auto(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     for file in folder.glob("tokenizer*.json"):
-        _read_json(file)  # the Rust reader would raise a bare Exception
+        read_object(file, AGAIN)  # the Rust reader would raise a bare Exception
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nothing is asked
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            why = "it asks for code that comes with the model, and such code is not run"
         raise UserError(
-            f"No usable tokenizer in {folder} ({error}). Expected tokenizer.json, or LLaMA's tokenizer.model: "
+            f"No usable tokenizer in {folder} ({why}). Expected tokenizer.json, or LLaMA's tokenizer.model: "
             "copy the tokenizer files of the base model there."
         ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}. Download or copy the model again.") from error
 
 
 def _check_offsets(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -14,7 +14,9 @@ from glora_llm.glora.path import Genome
 from glora_llm.launch.device import choose_device
 from glora_llm.models import load
 from glora_llm.models.fingerprint import stored_bytes
-from glora_llm.models.resolve import ResolvedModel, resolve
+from glora_llm.models.folder import is_ours
+from glora_llm.models.resolve import SAME_NAMES, ResolvedModel, resolve
+from glora_llm.models.stored import require_stored
 from glora_llm.plan.checks import check_float16, check_masters, check_ranks, merge_obstacle
 from glora_llm.plan.lossless import find_losses, refuse_losses
 from glora_llm.plan.plan import Plan, make_plan
@@ -120,6 +122,8 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         compute = load.describe_kernels(recipe.model, base.folder, choose_device())
     with found.collected():
         bare = load.meta_model(recipe.model, base.folder)
+        if base.fingerprint and bare.config.model_type in SAME_NAMES and not is_ours(base.folder):
+            require_stored(bare, base.folder)
         check_ranks(recipe, bare, genome)
         names = set(load.linear_names(bare))
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)

@@ -94,6 +94,8 @@ class AdapterSection(Section):
 
     @model_validator(mode="after")
     def _one_source_of_slots(self) -> "AdapterSection":
+        if self.slots is not None and not self.slots:
+            raise ValueError("slots is empty: give a slot its mode (B: lora), or leave slots out for the default")
         if self.preset and self.slots:
             raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
         chosen = [n for n in ("preset", "slots", "paths", "genome") if getattr(self, n) is not None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.files.json_file import read_object
 from glora_llm.schema import TrainingSection
 
 if TYPE_CHECKING:
@@ -95,6 +96,11 @@ def resolve_deepspeed_config(
         if section.get("enabled", "auto") == "auto":
             section["enabled"] = stage > 0 and dtype == wanted
         values[key] = section
+    if values["bf16"]["enabled"] and dtype != torch.bfloat16:
+        raise UserError(
+            f"DeepSpeed configuration '{settings.deepspeed}' sets bf16.enabled to true, and the recipe computes in "
+            f'{str(dtype).removeprefix("torch.")}. Write "auto" there, or set model.dtype=bfloat16.'
+        )
     if values["bf16"]["enabled"]:
         values["bf16"].setdefault("check_grad_overflow", True)
     resolved = DeepSpeedConfig(settings.deepspeed, values, stage, offloads(values))
@@ -162,12 +168,7 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
         UserError: when there is none, or it holds what DeepSpeed does not take.
     """
     path = find_deepspeed_config(name)
-    try:
-        values: Any = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; expected keys such as zero_optimization.")
+    values = read_object(path, "Expected are keys such as zero_optimization.")
     allowed = (*SECTIONS, *OTHER_KEYS)
     for key in values:
         if key in RECIPE_OWNS:

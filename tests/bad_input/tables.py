@@ -1,10 +1,26 @@
 """All wrong inputs, by group, in the order of docs/bad_input.md."""
 
+from tests.bad_input.adapter_cases import ADAPTERS, DEEPSPEED, GENOMES
+from tests.bad_input.answer_cases import CHATS, LABELS
 from tests.bad_input.case import Case
+from tests.bad_input.data_cases import RECORDS, TABLES
+from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
+from tests.bad_input.tokenizer_cases import TOKENIZERS
+from tests.bad_input.weight_cases import FILES
 from tests.bad_input.yaml_cases import YAML
 
 GROUPS: dict[str, dict[str, Case]] = {
     "YAML and overrides": YAML,
     "numbers": NUMBERS,
+    "records": RECORDS,
+    "CSV and parquet": TABLES,
+    "class labels": LABELS,
+    "conversations": CHATS,
+    "model folder, config.json": CONFIGS,
+    "model folder, weights": FILES,
+    "model folder, tokenizer; model section": TOKENIZERS,
+    "adapter": ADAPTERS,
+    "genome files": GENOMES,
+    "DeepSpeed files": DEEPSPEED,
 }

@@ -54,7 +54,7 @@ def test_a_genome_by_hand_may_say_none_and_order_slots_freely() -> None:
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": {"B": "vector"},}', "genome", "{'a': 1}"])
 def test_what_is_no_json_says_where(text: str) -> None:
-    with pytest.raises(UserError, match=r"genome: not valid JSON: .* line 1 column \d+"):
+    with pytest.raises(UserError, match=r"genome is not valid JSON: .* line 1 column \d+"):
         genome_from_json(text)
 
 

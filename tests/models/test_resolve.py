@@ -115,7 +115,7 @@ def weights_file(folder: Path) -> ModelSection:
     [
         (no_config, "has no config.json"),
         (adapter, "give the base model that the adapter was trained on"),
-        (broken_config, "is no JSON"),
+        (broken_config, "is not valid JSON"),
         (pickles, r"pytorch_model.bin but no safetensors.*save_pretrained"),
         (no_weights, "holds no weights"),
         (weights_file, "is a file but no .gguf"),

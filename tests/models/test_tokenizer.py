@@ -111,5 +111,5 @@ def test_no_usable_tokenizer(content: bytes | None, tiny_copy: Path) -> None:
         (tiny_copy / "tokenizer.json").write_bytes(content)
     elif content:
         (tiny_copy / "tokenizer.model").write_bytes(content)
-    with pytest.raises(UserError, match=r"No usable tokenizer|is no JSON|is no sentencepiece model"):
+    with pytest.raises(UserError, match=r"No usable tokenizer|is not valid JSON|is no sentencepiece model"):
         load_tokenizer(tiny_copy)

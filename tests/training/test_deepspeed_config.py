@@ -75,9 +75,11 @@ def test_what_a_file_says_itself_stays(config_file: Any) -> None:
     path = config_file(
         bf16={"enabled": True, "check_grad_overflow": False}, train_batch_size=16, zero_optimization={"stage": 2}
     )
-    config = resolve_deepspeed_config(settings(deepspeed=path), torch.float32, 2).values
+    config = resolve_deepspeed_config(settings(deepspeed=path), torch.bfloat16, 2).values
     assert config["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert config["fp16"] == {"enabled": False}
+    with pytest.raises(UserError, match=r"sets bf16.enabled to true, and the recipe computes in float32"):
+        resolve_deepspeed_config(settings(deepspeed=path), torch.float32, 2)
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (16, 4)
 
 
