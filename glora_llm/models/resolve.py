@@ -112,6 +112,24 @@ def resolve(section: ModelSection, weights: bool = True, kind: Kind | None = "te
     return ResolvedModel(folder, name, revision, fingerprint(folder) if here else "")
 
 
+def configuration_folder(section: ModelSection, kind: Kind | None = "text") -> Path:
+    """Return a folder with the model's config.json, and perhaps no weights; of a hub model that file alone is fetched.
+
+    Raises:
+        UserError: as `resolve`, but for what weights are missing.
+    """
+    name = section.name_or_path
+    assert name is not None
+    look_at_model(section)
+    path = Path(name).expanduser()
+    if name.startswith(EMBEDDED_PREFIX) or path.exists():
+        folder = _locate(name, section.revision, weights=False)[0]
+    else:
+        folder, _ = _download(name, section.revision, ["config.json"])
+    _check_kind(folder, name, kind)
+    return folder
+
+
 def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, str | None]:
     """Return the folder and, of a hub model, its commit."""
     path = Path(name).expanduser()

@@ -12,11 +12,13 @@ from glora_llm.schema import Recipe
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
 
 
-def check_early(recipe: Recipe, world_size: int) -> None:
+def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: bool = True) -> None:
     """Check names, paths and the batch of a recipe.
 
     Args:
         world_size: processes of the launch.
+        data: False: the rows will not be read.
+        weights: False: nor will the model's weights, which need not be there.
 
     Raises:
         UserError: with everything that is wrong.
@@ -27,11 +29,13 @@ def check_early(recipe: Recipe, world_size: int) -> None:
     with found.collected():
         look_at_model(recipe.model)
     with found.collected():
-        first_look(recipe.data)
+        if data:
+            first_look(recipe.data)
     with found.collected():
         check_method(recipe.adapter)
     with found.collected():
-        _check_targets(recipe)
+        if weights:
+            _check_targets(recipe)
     for key in ("genome", "weights"):
         with found.collected():
             _require_there(f"adapter.{key}", getattr(recipe.adapter, key))

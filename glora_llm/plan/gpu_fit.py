@@ -1,5 +1,6 @@
 """Refuse a launch whose computed memory exceeds that of its GPUs, and name settings that fit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def describe_memory(recipe: Recipe, folder: Path, world_size: int) -> str:
     reason = not_computable(recipe)
     if reason:
         return reason
-    dtype = _dtype(recipe)
+    dtype = gpu_dtype(recipe)
     sizes = model_sizes(recipe, folder, dtype)
     try:
         step = step_bytes(recipe, folder, dtype)
@@ -64,18 +65,20 @@ def require_memory(recipe: Recipe, folder: Path, world_size: int, memory: Memory
     smallest = min(gpus, key=lambda gpu: gpu.total_memory)
     if memory.peak <= smallest.total_memory:
         return
-    fitting = [
-        f"{_in_words(changes)} ({peak / GB:.1f} GB)"
-        for changes, peak in _fitting(recipe, folder, world_size, smallest.total_memory)
+    enough = [
+        f"{in_words(changes)} ({peak / GB:.1f} GB)"
+        for changes, peak in fitting(
+            recipe, world_size, lambda changed: _peak_within(changed, folder, world_size, smallest.total_memory)
+        )
     ]
     raise UserError(
         f"One process of this run needs {memory.peak / GB:.1f} GB (computed; {memory.parts()}; "
         f"{memory.loading / GB:.1f} while loading), and {smallest.name} has {smallest.total_memory / GB:.1f} GB. "
-        f"What fits: {'; '.join(fitting) or NOTHING}."
+        f"What fits: {'; '.join(enough) or NOTHING}."
     )
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def gpu_dtype(recipe: Recipe) -> torch.dtype:
     """Return what the model computes in on a GPU; without one here, on a GPU that has bfloat16."""
     device = choose_device()
     if device.type == "cuda":
@@ -84,16 +87,23 @@ def _dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if named == "auto" else getattr(torch, named)
 
 
-def _fitting(recipe: Recipe, folder: Path, world_size: int, available: int) -> list[tuple[Changes, int]]:
+def fitting(
+    recipe: Recipe, world_size: int, peak_within: Callable[[Recipe], int | None], scoring: bool = False
+) -> list[tuple[Changes, int]]:
     """Return changes of settings under which one process fits, with the bytes that it needs then.
 
     First each setting alone; several together only where none alone is enough.
+
+    Args:
+        peak_within: changed recipe -> its bytes where it fits, else None.
+        scoring: evaluation counts too, so its batch is lowered with the micro batch.
     """
     found = []
     for kinds in (_single_changes(recipe, world_size), _combined_changes(recipe, world_size)):
         for alternatives in kinds:
-            for changes in alternatives:  # from the mildest: the first that fits is enough
-                peak = _peak_within(_changed(recipe, changes), folder, world_size, available)
+            for plain in alternatives:  # from the mildest: the first that fits is enough
+                changes = _scored_alike(recipe, plain) if scoring else plain
+                peak = peak_within(_changed(recipe, changes))
                 if peak:
                     found.append((changes, peak))
                     break
@@ -104,7 +114,7 @@ def _fitting(recipe: Recipe, folder: Path, world_size: int, available: int) -> l
 
 def _peak_within(recipe: Recipe, folder: Path, world_size: int, available: int) -> int | None:
     """Return the peak of a recipe if it fits; a step is looked at only where the rest does."""
-    dtype = _dtype(recipe)
+    dtype = gpu_dtype(recipe)
     sizes = model_sizes(recipe, folder, dtype)
     if at_rest(recipe, sizes, world_size, dtype, step=0).peak > available:
         return None
@@ -117,6 +127,9 @@ def _single_changes(recipe: Recipe, world_size: int) -> list[list[Changes]]:
     kinds: list[list[Changes]] = [[{"training": {"micro_batch": count}} for count in _smaller(recipe, world_size)]]
     if not model.gradient_checkpointing:
         kinds.append([{"model": {"gradient_checkpointing": True}}])
+    ranks = _smaller_ranks(recipe)
+    if ranks:
+        kinds.append(ranks)
     if world_size > 1 and model.quantization != "int8" and zero_stage(read_deepspeed_config(training.deepspeed)) < 3:
         kinds.append([{"training": {"deepspeed": "zero3"}}])
     if model.quantization == "none" and not recipe.adapter.is_full:
@@ -132,6 +145,12 @@ def _combined_changes(recipe: Recipe, world_size: int) -> list[list[Changes]]:
     return [smallest, *[[_joined(change, batch) for batch in smallest] for change in fewer_weights]]
 
 
+def _scored_alike(recipe: Recipe, changes: Changes) -> Changes:
+    """Score no more samples at once than a changed micro batch has."""
+    micro = changes.get("training", {}).get("micro_batch", recipe.evaluation.batch)
+    return changes if micro >= recipe.evaluation.batch else _joined(changes, {"evaluation": {"batch": micro}})
+
+
 def _divides_weights(changes: Changes) -> bool:
     return "deepspeed" in changes.get("training", {}) or "quantization" in changes.get("model", {})
 
@@ -141,6 +160,14 @@ def _smaller(recipe: Recipe, world_size: int) -> list[int]:
     training = recipe.training
     halves = [training.micro_batch // 2**power for power in range(1, training.micro_batch.bit_length())]
     return [count for count in halves if training.global_batch % (count * world_size) == 0]
+
+
+def _smaller_ranks(recipe: Recipe) -> list[Changes]:
+    """Return halves of adapter.rank; a supernet has ranks of its own."""
+    adapter = recipe.adapter
+    if adapter.is_full or adapter.is_supernet or adapter.genome is not None:
+        return []
+    return [{"adapter": {"rank": adapter.rank // 2**power}} for power in range(1, adapter.rank.bit_length())]
 
 
 def _joined(*parts: Changes) -> Changes:
@@ -156,6 +183,7 @@ def _changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe.model_copy(update=sections)
 
 
-def _in_words(changes: Changes) -> str:
+def in_words(changes: Changes) -> str:
+    """Return changes as they are written on a command line."""
     named = ((f"{section}.{key}", value) for section, values in changes.items() for key, value in values.items())
     return " ".join(f"{name}={str(value).lower()}" for name, value in named)

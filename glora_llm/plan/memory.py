@@ -17,6 +17,7 @@ from glora_llm.models.load import meta_model
 from glora_llm.plan.step_memory import StepShape, quantized_shapes, step_peak, without_start
 from glora_llm.schema import ModelSection, Recipe
 from glora_llm.training.deepspeed_config import offloads, read_deepspeed_config, zero_stage
+from glora_llm.vlora import allocated, to_dense
 
 GB = 1e9
 RESERVE = 1e9  # bytes; a guess
@@ -135,12 +136,18 @@ class ModelSizes:
         trained: of the trained ones.
         state_bytes: scales and codes of quantised weights, which are never divided.
         largest: of the largest weight before it is quantised.
+        packed: of the packed values of quantised weights, which are among `frozen`.
+        dense: of the model that it is merged into.
+        vocabulary: tokens, or 0.
     """
 
     frozen: list[int]
     trained: list[int]
     state_bytes: int
     largest: int
+    packed: int = 0
+    dense: int = 0
+    vocabulary: int = 0
 
 
 def compute_memory(recipe: Recipe, folder: Path, world_size: int, dtype: torch.dtype) -> Memory:
@@ -157,7 +164,7 @@ def compute_memory(recipe: Recipe, folder: Path, world_size: int, dtype: torch.d
 def at_rest(recipe: Recipe, sizes: ModelSizes, world_size: int, dtype: torch.dtype, step: int) -> Memory:
     """Return the memory of one of `world_size` GPUs, of which a step needs `step` bytes beside all that stays."""
     sharding = Sharding.of(recipe.training.deepspeed, world_size)
-    trained, width = sum(sizes.trained), _adapter_dtype(recipe, dtype).itemsize
+    trained, width = sum(sizes.trained), adapter_dtype(recipe, dtype).itemsize
     base = sharding.held(sizes.frozen) * dtype.itemsize + sizes.state_bytes
     return Memory(
         base=base,
@@ -172,9 +179,13 @@ def at_rest(recipe: Recipe, sizes: ModelSizes, world_size: int, dtype: torch.dty
 
 def model_sizes(recipe: Recipe, folder: Path, dtype: torch.dtype) -> ModelSizes:
     """Build the model on the meta device, inject the adapter and count."""
-    section = _in(dtype, recipe)
+    section = in_dtype(dtype, recipe)
     model = meta_model(section, folder)
     largest = max(parameter.numel() for parameter in model.parameters())
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", 0)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    if allocated(model).dense:  # layers share weights, and a merge writes each
+        dense = sum(parameter.numel() for parameter in to_dense(meta_model(section, folder)).parameters())
     quantized = {
         id(model.get_submodule(name).weight): shape for name, shape in quantized_shapes(model, section).items()
     }
@@ -185,13 +196,16 @@ def model_sizes(recipe: Recipe, folder: Path, dtype: torch.dtype) -> ModelSizes:
         [parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad],
         sum(shape.state_bytes for shape in quantized.values()),
         largest,
+        sum(shape.stored for shape in quantized.values()),
+        dense,
+        vocabulary,
     )
 
 
 def step_bytes(recipe: Recipe, folder: Path, dtype: torch.dtype) -> int:
     """Return the most that a micro batch of full rows needs beside weights and gradients; every token is a target."""
     rows, tokens = recipe.training.micro_batch, recipe.data.max_tokens
-    shape = StepShape(_in(dtype, recipe), folder, recipe.adapter, rows, tokens, _adapter_dtype(recipe, dtype))
+    shape = StepShape(in_dtype(dtype, recipe), folder, recipe.adapter, rows, tokens, adapter_dtype(recipe, dtype))
     return step_peak(shape)
 
 
@@ -204,10 +218,11 @@ def not_computable(recipe: Recipe) -> str | None:
     return None
 
 
-def _in(dtype: torch.dtype, recipe: Recipe) -> ModelSection:
+def in_dtype(dtype: torch.dtype, recipe: Recipe) -> ModelSection:
+    """Return the model section with the dtype that `auto` comes to."""
     return recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
 
 
-def _adapter_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+def adapter_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of trained weights in the model: ZeRO 0 keeps no float32 masters beside them."""
     return torch.float32 if zero_stage(read_deepspeed_config(recipe.training.deepspeed)) == 0 else dtype

@@ -1,42 +1,71 @@
-"""Peak memory of one training step, found without weights and without a GPU.
+"""Peak memory of one forward and backward pass, by part, found without weights and without a GPU.
 
 The project's own model, adapter and objective run forward and backward on torch's fake tensors, which have shapes,
 dtypes and storages of a size, but no values. A dispatch mode adds up the storages that are alive after each operation.
 
 The peak is an affine function of the number of like layers: each further one adds what it keeps for the backward pass,
 and computes in the memory that the layer before it has given back. So a model of two layers and one of three are
-measured, and the line through both gives the whole model. Attention is torch's fused one, which keeps for the backward
-pass what variable-length attention keeps.
+measured, and the line through both gives the whole model; layers that differ (VLoRA's, which share weights, or those of
+an adapter that is in some of them alone) are all measured. Attention on a GPU is torch's fused one, which keeps for the
+backward pass what variable-length attention keeps.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from glora_llm.adapters.inject import inject, without_adapter
+from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.data.batch import collate
 from glora_llm.data.store import Row
+from glora_llm.glora.slopes import slopes
+from glora_llm.models.attention import SEGMENTS, register
 from glora_llm.models.families import layers
 from glora_llm.models.load import linear_names, meta_model
+from glora_llm.plan.live_storages import LiveStorages
 from glora_llm.plan.quantized_shape import QuantizedShape
 from glora_llm.schema import AdapterSection, ModelSection
 from glora_llm.training.batch import Batch
 from glora_llm.training.objectives import CausalLMObjective
 
+Purpose = Literal["training", "scoring", "slopes"]
 FEW = (2, 3)  # layers of the models that are measured
 
 
 @dataclass(frozen=True)
+class StepParts:
+    """Bytes that are alive at the peak of a pass, beside weights and whole gradients.
+
+    Args:
+        activations: made by the forward pass, the batch left out.
+        logits: made in the output head, its gradients included; with the loss's own states.
+        workspace: made by the backward pass: gradients on their way, layers that are computed again.
+    """
+
+    activations: int = 0
+    logits: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.activations + self.logits + self.workspace
+
+    def further(self, other: "StepParts", count: int) -> "StepParts":
+        """Return these parts, and `count` times what `other` has more."""
+        mine, theirs = vars(self), vars(other)
+        return StepParts(**{name: mine[name] + count * (theirs[name] - mine[name]) for name in mine})
+
+
+@dataclass(frozen=True)
 class StepShape:
-    """All that the memory of a step depends on.
+    """All that the memory of a pass depends on.
 
     Args:
         model: with `dtype` float32, bfloat16 or float16.
@@ -45,6 +74,11 @@ class StepShape:
         rows: of one micro batch, B.
         tokens: of one row, T; each is a target.
         adapter_dtype: in which trained weights stand in the model.
+        batch: the batch itself, in place of B full rows; its values do not matter.
+        objective: model -> the objective; None: that of causal language models.
+        purpose: `training`; `scoring`, where nothing is differentiated; `slopes`, the importance for a search.
+        segments: attention goes segment by segment, as on a CPU.
+        alike: layers are, so that a few stand for all.
     """
 
     model: ModelSection
@@ -53,12 +87,25 @@ class StepShape:
     rows: int
     tokens: int
     adapter_dtype: torch.dtype
+    batch: Batch | None = None
+    objective: Callable[[Any], nn.Module] = CausalLMObjective
+    purpose: Purpose = "training"
+    segments: bool = False
+    alike: bool = True
 
 
 def step_peak(shape: StepShape) -> int:
     """Return the most bytes that a micro batch needs beside weights and gradients at rest."""
-    few, more = (measured_peak(shape, count) for count in FEW)
-    return few + (layer_count(shape) - FEW[0]) * (more - few)
+    return step_parts(shape).total
+
+
+def step_parts(shape: StepShape) -> StepParts:
+    """Return the same by part."""
+    count = layer_count(shape)
+    if not shape.alike or count <= FEW[-1]:
+        return measured_parts(shape, count)
+    few, more = (measured_parts(shape, number) for number in FEW)
+    return few.further(more, count - FEW[0])
 
 
 def layer_count(shape: StepShape) -> int:
@@ -67,58 +114,74 @@ def layer_count(shape: StepShape) -> int:
 
 
 def measured_peak(shape: StepShape, count: int) -> int:
-    """Return the same of a model of so many layers.
+    """Return the peak of a model of so many layers."""
+    return measured_parts(shape, count).total
+
+
+def measured_parts(shape: StepShape, count: int) -> StepParts:
+    """Return the peak of a model of so many layers, by part.
 
     A gradient is let go as soon as it is whole, as DeepSpeed does: what stays of it is counted at rest.
     """
     model = _adapted(shape, count)
     with FakeTensorMode() as mode:
         _become_fake(model)
-        objective = CausalLMObjective(without_adapter(model)).train()
-        batch = {name: _fake_copy(value, mode) for name, value in _full_batch(shape).items()}
+        objective: Any = shape.objective(without_adapter(model)).train(shape.purpose == "training")
+        if hasattr(objective, "vary"):
+            objective.vary = None  # how images are varied depends on drawn values; it is done before the model
+        full = _full_batch(shape) if shape.batch is None else shape.batch
+        batch = {name: _fake_copy(value, mode) for name, value in full.items()}
         tensors = [value for value in batch.values() if isinstance(value, Tensor)]
         for parameter in objective.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_let_go)
-        with LiveStorages([*objective.parameters(), *objective.buffers(), *tensors]) as live:
-            objective(**batch).backward()
-    return live.peak
+        known = [*objective.parameters(), *objective.buffers(), *tensors]
+        with LiveStorages(known) as live, _told_of_head(model, live):
+            _run(shape.purpose, model, objective, batch, live)
+    return StepParts(**live.at_peak)
 
 
-class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that are made while it is active, and remembers the most that were alive together.
+def _run(purpose: Purpose, model: Any, objective: Any, batch: Batch, live: LiveStorages) -> None:
+    """Run the passes of one batch."""
+    if purpose == "scoring":
+        with torch.no_grad():
+            objective(**batch, score=True)
+        return
 
-    Args:
-        known: tensors that were there before; they are not counted.
-    """
+    def loss() -> Tensor:
+        value: Tensor = objective(**batch)
+        live.part = "workspace"
+        return value
 
-    def __init__(self, known: list[Tensor]):
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.total = 0  # bytes of `live`, of which some may have gone already
-        self.peak = 0
+    if purpose == "slopes":
+        slopes(adapted_layers(model), loss)
+    else:
+        loss().backward()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        if self.total > self.peak:  # only then does it matter which have gone
-            gone = [key for key, (storage, _) in self.live.items() if storage.expired()]
-            self.total -= sum(self.live.pop(key)[1] for key in gone)
-            self.peak = max(self.peak, self.total)
-        return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        held = self.live.get(key)
-        if held is not None and not held[0].expired():
-            return
-        self.total += storage.nbytes() - (held[1] if held else 0)  # an address may serve again
-        self.live[key] = (StorageWeakRef(storage), storage.nbytes())
+@contextlib.contextmanager
+def _told_of_head(model: Any, live: LiveStorages) -> Iterator[None]:
+    """Count what is made while the output head runs, the loss included, as logits."""
+    base = without_adapter(model)
+    output = base.get_output_embeddings()
+    if output is None:  # an image classifier, whose head is small
+        yield
+        return
+    before: list[str] = []
+
+    def enter(*_: Any) -> None:
+        before.append(live.part)
+        live.part = "logits"
+
+    def leave(*_: Any) -> None:
+        live.part = before.pop()
+
+    handles = [output.register_forward_pre_hook(enter), output.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def quantized_shapes(model: Any, section: ModelSection) -> dict[str, QuantizedShape]:
@@ -147,12 +210,16 @@ def _adapted(shape: StepShape, count: int) -> Any:
     model = meta_model(shape.model, shape.folder)
     del layers(model)[count:]
     model.config.get_text_config(decoder=True).num_hidden_layers = count
+    if shape.segments:
+        register()
+        model.config._attn_implementation = SEGMENTS
     for name, quantized in quantized_shapes(model, shape.model).items():
         model.set_submodule(name, quantized.empty_linear(model.get_submodule(name).bias))
         model.is_loaded_in_4bit = True  # PEFT chooses its layers by it
     if shape.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    adapted = inject(model, _uniform(shape.adapter), seed=0, steps=1)
+    section = _uniform(shape.adapter) if shape.alike else without_start(shape.adapter)
+    adapted = inject(model, section, seed=0, steps=1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(shape.adapter_dtype)

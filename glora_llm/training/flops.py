@@ -81,6 +81,15 @@ def measure_cost(
     model: nn.Module, config: object, dtype: torch.dtype, device: torch.device, causal: bool = True
 ) -> ModelCost:
     """Count the model's parameters (also those of 4-bit and partitioned ones) and find the device's peak."""
+    return count_cost(model, config, peak_flops(dtype, device), causal)
+
+
+def count_cost(model: nn.Module, config: object, peak: float, causal: bool = True) -> ModelCost:
+    """Count the model's parameters, also those of 4-bit and partitioned ones; its weights may be on the meta device.
+
+    Args:
+        peak: of one device, FLOP/s.
+    """
     head: Any = model.get_output_embeddings() or model.classifier  # type: ignore[operator]
     frozen = trained = 0
     for module in model.modules():
@@ -95,7 +104,6 @@ def measure_cost(
             frozen += module.in_features * module.out_features
     layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
     size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
-    peak = peak_flops(dtype, device)
     learns = any(p.requires_grad for p in head.parameters())
     return ModelCost(frozen, trained, head.in_features * head.out_features, layers, heads * size, peak, learns, causal)
 

@@ -49,6 +49,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(tiny: ResolvedModel,
     assert [text.strip() for text, _ in proposals] == [
         "training.micro_batch=4",
         "model.gradient_checkpointing=true",
+        "adapter.rank=2",
         "model.quantization=nf4",
     ]
     for text, gb in proposals:

@@ -12,9 +12,10 @@ from glora_llm import recipe as recipes
 from glora_llm.models.load import load_base
 from glora_llm.models.random_llama import LLAMA2_7B, LLAMA2_70B, LLAMA3_8B, LlamaShape, llama_config
 from glora_llm.models.resolve import ResolvedModel
+from glora_llm.plan.live_storages import LiveStorages
 from glora_llm.plan.memory import Sharding, at_rest, compute_memory, model_sizes
 from glora_llm.plan.quantized_shape import QuantizedShape
-from glora_llm.plan.step_memory import LiveStorages, StepShape, measured_peak, step_peak
+from glora_llm.plan.step_memory import StepShape, measured_peak, step_peak
 from glora_llm.schema import AdapterSection, ModelSection
 
 BF16 = torch.bfloat16

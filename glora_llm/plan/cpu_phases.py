@@ -1,0 +1,90 @@
+"""Memory of one CPU process in each phase of a run: what is resident above the imports.
+
+Weights that are computed with as they are stored stay mapped from their files: they are resident once they have been
+read, and with them whatever else was read of these files (the weights that were quantised, say). What is allocated and
+never written, such as most of a reduction bucket, is not resident.
+"""
+
+import torch
+
+from glora_llm.errors import UserError
+from glora_llm.models.fingerprint import read_header, weight_files
+from glora_llm.models.folder import is_ours
+from glora_llm.plan.memory import FLOAT32, Sharding, adapter_dtype, at_rest
+from glora_llm.plan.phases import (
+    Phase,
+    Subject,
+    largest_parts,
+    merged_bytes,
+    merging,
+    passed_through,
+    sum_parts,
+)
+
+# Resident bytes that follow from no shape, measured on 2026-11-29 (docs/plan.md): what the libraries take when they
+# are first used, by phase; a tokenizer, by piece of its vocabulary; the figures of a search.
+LOADED, TRAINED, MERGED = 30e6, 42e6, 58e6
+TOKENIZER_PIECE, FIGURES = 1066.0, 20e6
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def cpu_phases(subject: Subject) -> list[Phase]:
+    """Return the phases of one of `world_size` CPU processes: what is resident above the imports."""
+    recipe, trained = subject.recipe, sum(subject.sizes.trained)
+    width = adapter_dtype(recipe, subject.dtype).itemsize
+    sharding = Sharding.of(recipe.training.deepspeed, subject.world_size)
+    memory = at_rest(recipe, subject.sizes, subject.world_size, subject.dtype, 0)
+    share = FLOAT32 * sharding.share(trained)
+    pieces = TOKENIZER_PIECE * subject.sizes.vocabulary
+    loading_libraries, libraries, merging_libraries = (
+        {"libraries": round(size + pieces)} for size in (LOADED, TRAINED, MERGED)
+    )
+    loaded, base, reading = _weights(subject)
+    optimizer = memory.optimizer + (3 * share if sharding.optimizer_on_cpu else 0)
+    rest = base | {"adapter": memory.adapter, "optimizer": optimizer} | libraries
+    bucket = int(sharding.zero.get("reduce_bucket_size", 5e8)) if sharding.stage else 0
+    learning = {"gradients": memory.gradients, "buffers": min(bucket, trained) * width}
+    # the optimizer's step: the gradients once more in one piece, the root of the second moment and its quotient
+    stepping = {"gradients": memory.gradients + (share if sharding.stage else 0), "workspace": 2 * share}
+    loading = loaded | loading_libraries | {"adapter": memory.adapter, "optimizer": optimizer, "workspace": reading}
+    found = [
+        Phase("loading", loading),
+        Phase("at rest", rest),
+        Phase("training", largest_parts([rest | learning | subject.passed("training"), rest | stepping])),
+        Phase("evaluating", rest | subject.scored()),
+        Phase("saving", sum_parts(rest, {"workspace": 3 * FLOAT32 * trained}, subject.scored())),
+    ]
+    if recipe.search is not None:
+        search = largest_parts([rest | subject.passed("slopes"), rest | subject.scored()])
+        found.append(Phase("searching", sum_parts(search, {"workspace": round(FIGURES)})))
+    scored = merged_bytes(subject) + sum(subject.scored().values()) if recipe.data.test is not None else 0
+    merged = max(merging(subject), scored)
+    return passed_through(recipe, [*found, Phase("merging", {"workspace": merged} | merging_libraries)])
+
+
+def _weights(subject: Subject) -> tuple[dict[str, int], dict[str, int], int]:
+    """Return the parts of the base behind loading and once all of it was read, and what is read beside it meanwhile."""
+    sizes, width = subject.sizes, subject.dtype.itemsize
+    packed = sizes.packed * width
+    state = {"quantisation": sizes.state_bytes}
+    copied = sum(sizes.frozen) * width
+    if subject.recipe.adapter.is_full or is_ours(subject.folder):
+        return {"base": copied}, {"base": copied}, 0
+    stored, dtypes = _stored(subject)
+    if dtypes == {subject.dtype}:  # what is not quantised stays mapped, and the files with it
+        kept = (sum(sizes.frozen) - sizes.packed) * width
+        read = stored - kept if packed else 0  # what was quantised; the rest is read by the first forward pass
+        return {"base": read + packed} | state, {"base": stored + packed} | state, 0
+    return {"base": copied} | state, {"base": copied} | state, stored
+
+
+def _stored(subject: Subject) -> tuple[int, set[torch.dtype | None]]:
+    """Return the bytes of the weights' files and their dtypes; of a folder without weights as if of `dtype`."""
+    try:
+        files = weight_files(subject.folder)
+    except UserError:
+        return subject.sizes.dense * subject.dtype.itemsize, {subject.dtype}
+    found = {
+        STORED.get(entry["dtype"]) for file in files for entry in read_header(file)[0].values() if "dtype" in entry
+    }
+    return sum(file.stat().st_size for file in files), found
