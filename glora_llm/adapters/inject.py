@@ -47,16 +47,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
         if "target modules" not in str(error).lower():
             raise UserError(f"adapter.method {section.method}: {error}") from error
         raise UserError(f"adapter.targets {section.targets!r} match no module. {name_linears(linears)}") from error
-<<<<<<< HEAD
     if section.method == AdaLoRA.name:
         freeze_rank_numbers(model)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError(
-            f"adapter.method {section.method} has no trainable parameter. adapter.slots replaces the default slots as "
-            "a whole: give every slot that is to be trained."
-        )
-=======
->>>>>>> be645a4 (Wrong model folders, genomes, DeepSpeed files and records are each one message before anything is built: config.json and the tables of safetensors files are checked, tensors compared with what config.json asks for, code of a model is never asked for; 300 wrong inputs in tables)
     require_names(section, modules, linears)
     _require_matches(model, section, genome)
     if not any(p.requires_grad for p in model.parameters()):
