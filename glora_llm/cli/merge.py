@@ -4,21 +4,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from glora_llm.errors import UserError
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.schema.slots import SLOTS
 
 MERGE = """\
-Write the trained adapter into the model, or write it as a plain LoRA, and check that both answer
-alike.
+Write the trained adapter into the model, or as a plain LoRA, and check that both answer alike.
 
 examples:
   glora-llm merge runs/llama2_glora --out merged             loads in stock transformers
+  glora-llm merge runs/llama2_glora --out merged --for vllm  or says what vLLM would drop
   glora-llm merge runs/llama2_glora --out lora --to lora     exact, as a PEFT LoRA adapter
   glora-llm merge runs/llama2_glora --out merged --quantize nf4  4 bits, and what that costs
   glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the last
 
-The two are compared on the sample that the run kept, else on text that ships; the run's data need
-not be here. A result that changes the answers by more than the recipe's merge.* bounds ends with
-exit code 1."""
+They are compared on the sample that the run kept, else on text that ships; the run's data need not
+be here. A result outside the recipe's merge.* bounds ends with exit code 1."""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -36,6 +37,19 @@ def add_command(commands: Any, style: Any) -> None:
     parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
     parser.add_argument(
+        "--for",
+        dest="target",
+        choices=("transformers", "vllm", "sglang", "llama.cpp"),
+        help="what will serve it: refused where it drops anything (llama.cpp: GGUF)",
+    )
+    parser.add_argument(
+        "--without", metavar="SLOTS", help="leave slots out (C,E) and say what that costs; with --for: where dropped"
+    )
+    parser.add_argument("--both", action="store_true", help="of --to lora: the whole adapter too, beside --without")
+    parser.add_argument(
+        "--max-loss-change", metavar="NATS", type=float, help="what --without may cost (default: the recipe's)"
+    )
+    parser.add_argument(
         "--no-compare", dest="compared", action="store_false", help="write the result without comparing it"
     )
     parser.set_defaults(command=merge)
@@ -44,12 +58,27 @@ def add_command(commands: Any, style: Any) -> None:
 def merge(arguments: argparse.Namespace) -> int:
     """Run `glora-llm merge`."""
     RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    given = vars(arguments)
+    names = ("dtype", "to", "quantize", "step", "genome", "compared", "target", "both", "max_loss_change")
+    choices = {name: given[name] for name in names} | {"without": read_slots(arguments.without)}
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()
     from glora_llm.merge.command import merge_run
 
-    given = vars(arguments)
-    names = ("dtype", "to", "quantize", "step", "genome", "compared")
-    merge_run(arguments.run, arguments.out, **{name: given[name] for name in names})
+    merge_run(arguments.run, arguments.out, **choices)
     return 0
+
+
+def read_slots(text: str | None) -> tuple[str, ...]:
+    """Return the slots that `--without` names (`C,E`), in their usual order.
+
+    Raises:
+        UserError: for what is no slot.
+    """
+    if text is None:
+        return ()
+    given = [part.strip().upper() for part in text.split(",") if part.strip()]
+    if not given or not set(given) <= set(SLOTS):
+        raise UserError(f"--without {text}: expected slots among {', '.join(SLOTS)}, such as --without C,E.")
+    return tuple(slot for slot in SLOTS if slot in given)

@@ -1,27 +1,28 @@
 """`glora-llm merge RUN --out DIR`: write, reload with plain transformers, compare, report."""
 
+import contextlib
 import json
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glora_llm.adapters.weights import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_model
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.choices import MergeChoices
+from glora_llm.merge.fitting import Fitted, fitted
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.lossless import losses_of, merge_lossless
 from glora_llm.merge.model_merge import write_merged
 from glora_llm.merge.published import REPORT, exact_float32, published
-from glora_llm.merge.sample import comparison_batches
+from glora_llm.merge.reference import Reference, is_int8, reference_of
+from glora_llm.merge.targets import lora_servers
 from glora_llm.merge.verify import (
-    Answers,
     adapted_model,
     advice,
     answers,
@@ -46,25 +47,6 @@ ROUNDED = {
 }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The answers of the unmerged model, with which a result is compared.
-
-    The linears of an int8 model round what they are given to 8 bits (those that GLoRA adapts do not). No merged model
-    does, so the reference of an int8 run has the same unpacked weights in dense linears, and what rounding changes is
-    reported by itself: it says nothing about the merge.
-
-    Args:
-        batches: the model's inputs.
-        text: what they are in words.
-        answers: of the unmerged model.
-    """
-
-    batches: list[Any]
-    text: str
-    answers: Answers
-
-
 def merge_run(run: Path, out: Path, **choices: Any) -> None:
     """Merge or export what a run trained, verify it against the unmerged model, and write merge_report.json.
 
@@ -80,58 +62,81 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
         CheckFailed: when the result differs from the unmerged model by more than the recipe's bounds.
     """
     chosen = MergeChoices(**choices)
-    to = chosen.to
     folder = RunFolder(run)
     weights, checkpoint = trained_weights(folder, chosen.step)
     recipe, adapter = deployed(folder, weights, chosen.genome)
     is_full = recipe.adapter.is_full
-    if is_full and to == "lora":
-        raise UserError(f"--to lora exports GLoRA adapters, and {run} trained a whole model. Use --to model.")
+    quantize = chosen.quantize or recipe.merge.quantize
+    chosen.check(quantize, is_full)
     plan = make_plan(recipe_for_merge(folder, recipe))
     base_dtype = require_same_base(folder, plan)
-    quantize = chosen.quantize or recipe.merge.quantize
-    if to == "lora" and (chosen.dtype or quantize != "none"):
-        raise UserError("--dtype and --quantize are for --to model; a LoRA is written in float32.")
-    losses = "the whole model was trained" if is_full else losses_of(plan, adapter) if quantize != "none" else None
-    if losses and quantize == "nf4_lossless":
-        raise UserError(refuse_losses(losses))
     require_new(out)
-    wanted = "float32" if to == "lora" else chosen.dtype or recipe.merge.dtype
-    print(f"{'exporting' if to == 'lora' else 'merging'} {run} into {out}", flush=True)
-    if quantize != "none" and not losses:
-        with exact_float32():
+    dtype = "float32" if chosen.to == "lora" else chosen.dtype or recipe.merge.dtype
+    print(f"{'exporting' if chosen.to == 'lora' else 'merging'} {run} into {out}", flush=True)
+    with exact_float32(), contextlib.ExitStack() as stack:
+        trained = stack.enter_context(whole_model(plan, folder.model, checkpoint)) if is_full else adapter
+        fit = stack.enter_context(fitted(plan, folder, trained, base_dtype, chosen))
+        losses = _losses(fit, quantize)
+        if quantize != "none" and not losses:
             written = getattr(torch, chosen.dtype) if chosen.dtype else base_dtype
-            merge_lossless(plan, folder, adapter, out, (base_dtype, written), chosen.compared)
-        return
-    with exact_float32(), whole_model(plan, folder.model, checkpoint) if is_full else nullcontext(adapter) as trained:
+            merge_lossless(fit.plan, folder, fit.trained, out, (base_dtype, written), chosen.compared)
+            _add_to_report(out, fit.report())
+            return
+        parts = {".": fit}
+        if chosen.both:
+            parts = {"whole": Fitted(plan, trained), f"without_{'_'.join(chosen.without)}": fit}
         with published(out) as working:
-            if is_full:
-                write_dense(plan, trained, working, wanted)
-            elif to == "lora":
-                write_lora(plan, trained, working, base_dtype)
-            else:
-                write_merged(plan, trained, working, base_dtype, wanted)
-            reference = _reference(plan, folder, trained, base_dtype) if chosen.compared else None
-            values = _verify(plan, reference, trained, working, base_dtype, wanted, to)
-        _print(out, "the result", values, plan.task.scored)
-        for name, title in ROUNDED.items():
-            if name in values:
-                _print(out, title, values[name], plan.task.scored)
+            made = {
+                name: _make(part, folder, working / name, base_dtype, dtype, chosen) for name, part in parts.items()
+            }
+        for name, (_, values) in made.items():
+            _print_all(out / name, values, plan.task.scored)
         if quantize == "nf4":
+            reference, values = made["."]
             _requantise(plan, out, reference, values | {"not_lossless": losses})
     usual = chosen.is_usual and quantize == "none"
     if usual and out.resolve() == (run / "merged").resolve():
         _score_merged(folder, recipe, out)
 
 
-def _reference(plan: Plan, folder: RunFolder, trained: Path, base_dtype: torch.dtype) -> Reference:
-    batches, text = comparison_batches(plan, folder)
-    load = partial(adapted_model, plan, trained, base_dtype)
-    return Reference(batches, text, answers(partial(load, "unmerged", _is_int8(plan)), plan.task, batches))
+def _losses(fit: Fitted, quantize: str) -> str | None:
+    """Return why the merged model has to be quantised again; None: it has not, or is not to be quantised.
+
+    Raises:
+        UserError: when that is so, and the recipe or the command says that it must not be.
+    """
+    if quantize == "none":
+        return None
+    is_full = fit.plan.recipe.adapter.is_full
+    losses = "the whole model was trained" if is_full else losses_of(fit.plan, fit.trained)
+    if losses and quantize == "nf4_lossless":
+        raise UserError(refuse_losses(losses))
+    return losses
 
 
-def _is_int8(plan: Plan) -> bool:
-    return plan.recipe.model.quantization == "int8"
+def _make(
+    fit: Fitted, folder: RunFolder, out: Path, base_dtype: torch.dtype, dtype: str, chosen: MergeChoices
+) -> tuple[Reference | None, dict[str, Any]]:
+    """Write a merged model or an export, and verify it; return what it was compared with, and its report.
+
+    Args:
+        base_dtype: what the unmerged model computes in.
+        dtype: of the written weights.
+    """
+    plan, trained = fit.plan, fit.trained
+    if plan.recipe.adapter.is_full:
+        write_dense(plan, trained, out, dtype)
+    elif chosen.to == "lora":
+        write_lora(plan, trained, out, base_dtype)
+    else:
+        write_merged(plan, trained, out, base_dtype, dtype)
+    reference = fit.reference
+    if reference is None and chosen.compared:
+        reference = reference_of(plan, folder, trained, base_dtype)
+    values = _verify(plan, reference, trained, out, base_dtype, dtype, chosen.to)
+    values |= fit.report()
+    _write_report(out, values)
+    return reference, values
 
 
 def _verify(
@@ -153,11 +158,11 @@ def _verify(
         values: dict[str, Any] = {"compared": False}
         _write_report(out, values)
         return values
-    exported = partial(adapted_model, plan, out, base_dtype, "exported", _is_int8(plan))
+    exported = partial(adapted_model, plan, out, base_dtype, "exported", is_int8(plan))
     load = exported if to == "lora" else partial(merged_model, out)
     report = compare(reference.answers, answers(load, plan.task, reference.batches), reference.text)
     values = report.as_dict()
-    if _is_int8(plan):
+    if is_int8(plan):
         folders = {"int8": trained} | ({"int8_exported": out} if to == "lora" else {})
         for name, adapter in folders.items():
             load = partial(adapted_model, plan, adapter, base_dtype, "in int8", False)
@@ -170,6 +175,11 @@ def _verify(
 
 def _write_report(out: Path, values: dict[str, Any]) -> None:
     (out / REPORT).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _add_to_report(out: Path, more: dict[str, Any]) -> None:
+    if more:
+        _write_report(out, json.loads((out / REPORT).read_text()) | more)
 
 
 def _score_merged(folder: RunFolder, recipe: Recipe, out: Path) -> None:
@@ -227,6 +237,16 @@ def _quantised_twin(plan: Plan, dense: Path, out: Path) -> Any:
     model.config.use_cache = True
     model.save_pretrained(out)
     return model.eval()
+
+
+def _print_all(out: Path, values: dict[str, Any], scored: str) -> None:
+    _print(out, "the result", values, scored)
+    for name, title in ROUNDED.items():
+        if name in values:
+            _print(out, title, values[name], scored)
+    if (out / ADAPTER_WEIGHTS).is_file():
+        for line in lora_servers(out):
+            print(f"  {line}")
 
 
 def _print(out: Path, title: str, values: dict[str, Any], scored: str) -> None:

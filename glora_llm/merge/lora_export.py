@@ -1,7 +1,8 @@
 """An exact plain LoRA: no merge, no requantisation, runs wherever LoRA runs.
 
-With A as a product (or none) and B low-rank (or none), W0 A_d A_u + B_d B_u = [W0 A_d | B_d] [A_u ; B_u]: a LoRA of
-rank r_A + r_B. W0 C + E is its bias (PEFT's `lora_bias`).
+With A as a product (or none), W0 A_d A_u + B_d B_u = [W0 A_d | B_d] [A_u ; B_u]: a LoRA of rank r_A + r_B. B as a
+vector or scalar b adds b_i to every element of row i, b 1^T: rank 1. W0 C + E is its bias (PEFT's `lora_bias`). A as a
+vector or scalar scales the rows of W0, and has its rank: no such form.
 """
 
 import json
@@ -67,6 +68,9 @@ def as_lora(w0: Tensor, b0: Tensor | None, s: Slots) -> tuple[Tensor, Tensor, Te
     if s.b_down is not None and s.b_up is not None:
         ups.append(s.b_up)
         downs.append(s.b_scale * s.b_down)
+    if s.b_shift is not None:
+        ups.append(w0.new_ones(1, w0.shape[1]))
+        downs.append(s.b_shift.expand(len(w0))[:, None])
     if ups:
         up, down = torch.cat(ups), torch.cat(downs, 1)
     else:
@@ -87,12 +91,12 @@ def _require_lora_form(layers: dict[str, GLoRALinear]) -> None:
     for name, layer in layers.items():
         path = layer.path["default"]
         hadamard = layer.composition["default"] == "hadamard" and path["A"].mode == "lora"
-        if hadamard or path["A"].mode in ("block", "vector", "scalar") or path["B"].mode in ("vector", "scalar"):
+        if hadamard or path["A"].mode not in ("lora", "none"):
             wrong.append(name)
     if wrong:
         raise UserError(
-            f"{len(wrong)} layers have no plain LoRA form (A or B as vector or scalar, A as block, or a hadamard A), "
-            f"the first: {wrong[0]}. Merge them instead: glora-llm merge RUN --out DIR."
+            f"{len(wrong)} layers have no plain LoRA form (A other than lora, or a hadamard A, scales W0 and has "
+            f"its rank), the first: {wrong[0]}. Merge them instead: glora-llm merge RUN --out DIR."
         )
 
 

@@ -145,7 +145,7 @@ def _largest_rank(section: AdapterSection, genome: Genome | None) -> int:
 def merge_obstacle(config: Any, model: Any) -> str | None:
     """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
     kinds = {name.rpartition(".")[2] for name in adapted_with_bias(model)}
-    never = sorted(kind for kind in kinds if _support(config, kind) == "never")
+    never = sorted(kind for kind in kinds if not holds_bias(config, kind))
     if not never:
         return None
     return (
@@ -156,11 +156,12 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
     )
 
 
-def _support(config: Any, suffix: str) -> str:
+def holds_bias(config: Any, suffix: str) -> bool:
+    """Tell whether plain transformers can give the linears named `suffix` a bias, by one switch at most."""
     if suffix == "lm_head":
-        return "never"  # not part of the decoder layer that bias_support builds
+        return False  # not part of the decoder layer that bias_support builds
     support = bias_support(config, suffix)
-    return "never" if support == "switch" and bias_switch(config, suffix) is None else support
+    return support == "has" or (support == "switch" and bias_switch(config, suffix) is not None)
 
 
 def check_float16(deepspeed: DeepSpeedConfig, dtype: torch.dtype) -> None:

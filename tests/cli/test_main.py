@@ -153,12 +153,23 @@ def test_merge_hands_over_its_options(monkeypatch: pytest.MonkeyPatch, run_folde
     assert cli.main(["merge", str(run_folder), "--out", "b", "--to", "lora", "--dtype", "float32", "--step", "4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "c", "--quantize", "nf4"]) == 0
     assert cli.main(["merge", str(run_folder), "--out", "d", "--genome", "g.json", "--no-compare"]) == 0
-    usual = {"dtype": None, "to": "model", "quantize": None, "step": None, "genome": None, "compared": True}
+    served = ["--for", "vllm", "--without", "e, C", "--max-loss-change", "0.5"]
+    assert cli.main(["merge", str(run_folder), "--out", "e", *served]) == 0
+    usual: dict[str, Any] = {
+        "dtype": None,
+        "to": "model",
+        "quantize": None,
+        "step": None,
+        "genome": None,
+        "compared": True,
+    }
+    usual |= {"target": None, "without": (), "both": False, "max_loss_change": None}
     assert calls == [
         ((run_folder, Path("a")), usual),
         ((run_folder, Path("b")), usual | {"dtype": "float32", "to": "lora", "step": 4}),
         ((run_folder, Path("c")), usual | {"quantize": "nf4"}),
         ((run_folder, Path("d")), usual | {"genome": Path("g.json"), "compared": False}),
+        ((run_folder, Path("e")), usual | {"target": "vllm", "without": ("C", "E"), "max_loss_change": 0.5}),
     ]
 
 

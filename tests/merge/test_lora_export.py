@@ -21,11 +21,11 @@ from tests.merge.conftest import ALL_MODES, CPU, Train, Trained, logits
 I, O = 7, 5  # noqa: E741 - the letters of the formula
 
 
-@pytest.mark.parametrize(("bias", "count"), [(True, 2 * 2 * 3 * 3 * 3), (False, 2 * 2 * 3 * 3)])
+@pytest.mark.parametrize(("bias", "count"), [(True, 2 * 4 * 3 * 3 * 3), (False, 2 * 4 * 3 * 3)])
 def test_every_path_with_a_lora_form_is_the_formula(bias: bool, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     base = nn.Linear(I, O, bias=bias, dtype=torch.float64).requires_grad_(False)
-    with_form = [path for path in all_paths(2, 1.5, bias) if {path["A"].mode, path["B"].mode} <= {"lora", "none"}]
+    with_form = [path for path in all_paths(2, 1.5, bias) if path["A"].mode in ("lora", "none")]
     assert len(with_form) == count
     for path in with_form:
         layer = GLoRALinear(base)
@@ -38,6 +38,7 @@ def test_every_path_with_a_lora_form_is_the_formula(bias: bool, count: int) -> N
         up, down, own_bias = as_lora(base.weight, base.bias, slots)
         weight, full_bias = effective(base.weight, base.bias, slots, "product")
         ranks = [path[slot].rank for slot in "AB" if path[slot].mode == "lora"]
+        ranks += [1] * (path["B"].mode in ("vector", "scalar"))
         assert up.shape == (max(1, sum(ranks)), I) and down.shape == (O, max(1, sum(ranks)))
         torch.testing.assert_close(base.weight + down @ up, weight)
         assert (own_bias is not None) == (path.touches_bias() or path["D"].mode != "none")
@@ -74,6 +75,7 @@ MIXED: dict[str, Any] = {
         {"slots": {"A": "lora", "B": "lora"}, "rank_stabilized": True},
         {"preset": "repadapter", "targets": ["q_proj", "down_proj"]},
         {"preset": "bitfit"},
+        {"slots": {"A": "lora", "B": "vector"}, "paths": {"v_proj": {"B": "scalar", "E": "vector"}}},
         MIXED,
     ],
 )
@@ -112,7 +114,7 @@ def test_without_c_and_e_there_is_no_bias(train: Train, tmp_path: Path) -> None:
     ("adapter", "layers", "first"),
     [
         ({"slots": {"A": "vector", "B": "lora"}}, 14, r"model\.layers\.0\.self_attn\.q_proj"),
-        ({"slots": {"B": "lora"}, "paths": {r"1\.mlp\.up": {"B": "scalar"}}}, 1, r"model\.layers\.1\.mlp\.up_proj"),
+        ({"slots": {"B": "lora"}, "paths": {r"1\.mlp\.up": {"A": "scalar"}}}, 1, r"model\.layers\.1\.mlp\.up_proj"),
         (
             {"slots": {"A": "lora"}, "composition": "hadamard", "targets": ["v_proj"]},
             2,
