@@ -14,8 +14,9 @@ from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_model
 from glora_llm.launch.device import choose_device
-from glora_llm.merge.choices import MergeChoices
+from glora_llm.merge.choices import LLAMA_CPP, MergeChoices
 from glora_llm.merge.fitting import Fitted, fitted
+from glora_llm.merge.gguf_folder import to_gguf
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.lossless import losses_of, merge_lossless
 from glora_llm.merge.model_merge import write_merged
@@ -136,6 +137,8 @@ def _make(
     values = _verify(plan, reference, trained, out, base_dtype, dtype, chosen.to)
     values |= fit.report()
     _write_report(out, values)
+    if chosen.target == LLAMA_CPP:
+        to_gguf(out)
     return reference, values
 
 

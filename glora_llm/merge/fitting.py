@@ -11,13 +11,14 @@ import torch
 from glora_llm.adapters.inject import adapted_layers, adapted_with_bias
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.merge.choices import MergeChoices
+from glora_llm.merge.choices import LLAMA_CPP, MergeChoices
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.merge.leaving_out import LeftOut, in_words, slots_of, smaller_adapter
 from glora_llm.merge.reference import Reference, reference_of
 from glora_llm.merge.targets import family_of, is_served, source
 from glora_llm.merge.verify import MergeReport, compare
 from glora_llm.models.bias import suffixes_with_bias
+from glora_llm.models.gguf_writing import require_gguf
 from glora_llm.models.load import meta_model
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
@@ -69,7 +70,7 @@ def fitted(
     if plan.recipe.adapter.is_full:
         if chosen.without:
             raise UserError("--without leaves slots of a GLoRA adapter out, and this run trained a whole model.")
-        _require_family(chosen.target, meta_model(plan.recipe.model, trained).config)
+        _require_family(chosen.target, meta_model(plan.recipe.model, trained).config, trained)
         yield Fitted(plan, trained)
         return
     adapter = AdapterLayers(plan.recipe, plan.base.folder, trained, plan.steps)
@@ -78,7 +79,7 @@ def fitted(
     if chosen.target is None:
         left_out = {name: slots & asked for name, slots in slots_of(layers).items() if slots & asked}
     else:
-        _require_family(chosen.target, config)
+        _require_family(chosen.target, config, plan.base.folder)
         dropped = _dropped(chosen.target, config, adapter.model, layers)
         missing = {name: slots for name, slots in dropped.items() if slots - asked}
         if missing:
@@ -102,10 +103,16 @@ def _require_slots(asked: set[str], layers: dict[str, GLoRALinear]) -> set[str]:
     return asked
 
 
-def _require_family(target: str | None, config: Any) -> None:
-    """Check that a target has the family, and gives the base the biases that it has itself."""
+def _require_family(target: str | None, config: Any, tokenizer: Path) -> None:
+    """Check that a target has the family, and gives the base the biases that it has itself.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+    """
     assert target is not None
     family_of(target, config.model_type)
+    if target == LLAMA_CPP:
+        require_gguf(config, tokenizer)
     own = sorted(kind for kind in suffixes_with_bias(config) if not is_served(target, config, kind))
     if own:
         raise UserError(

@@ -124,9 +124,9 @@ def test_a_genome_of_low_rank_slots_is_a_plain_lora(searched: Path, written: Wri
 def test_a_genome_without_a_lora_form_is_refused(
     searched: Path, written: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = written({**LORA, LAYER: {"B": "vector"}})
+    file = written({**LORA, LAYER: {"A": "vector"}})
     assert merge(searched, tmp_path / "out", "--to", "lora", "--genome", file) == 2
     said = capsys.readouterr().err
-    assert f"1 layers have no plain LoRA form (A or B as vector or scalar, or a hadamard A), the first: {LAYER}" in said
+    assert "1 layers have no plain LoRA form (A other than lora, or a hadamard A, scales W0" in said and LAYER in said
     assert "Merge them instead" in said and not (tmp_path / "out").exists()
     assert merge(searched, tmp_path / "out", "--genome", file) == 0
