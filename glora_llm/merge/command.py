@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from glora_llm.adapters.weights import ADAPTER_WEIGHTS
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import PEFT_ROOT, Genome, genome_to_json, genome_to_slots
