@@ -17,7 +17,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-gpu gpu-check lint bench docs clean
+.PHONY: help install quickstart test test-fast test-reliability test-gpu gpu-check lint bench docs clean
 
 help:  ## show this list
 	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) DEVICE=$(DEVICE) TESTS=$(TESTS) PYTHON=$(PYTHON))'
@@ -44,10 +44,13 @@ quickstart: $(STAMP)  ## train RECIPE on every GPU, or on RANKS processes of the
 	$(IN_VENV) env $$launch train.py --recipe $(RECIPE) $$micro $(ARGS)
 
 test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are skipped where there is none)
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(TESTS)
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 -m 'not reliability' $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
-	@$(IN_VENV) python -m pytest -q -m "not slow and not launch" $(TESTS)
+	@$(IN_VENV) python -m pytest -q -m "not slow and not launch and not reliability" $(TESTS)
+
+test-reliability: $(STAMP)  ## kill runs at every named place, fill their disks, signal them; prints what was seen
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --durations=5 tests/reliability
 
 test-gpu: $(STAMP)  ## the tests marked gpu, each of which has a twin that `make test` runs on the CPU
 	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from glora_llm.errors import UserError
+from glora_llm.failpoints import reach
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 10.0  # between two lines that say that a process waits
@@ -26,11 +27,15 @@ def write_text(file: Path, text: str) -> None:
     """Replace a small file: a reader finds the old text or the new one, never a part."""
     temporary = file.with_name(f".writing-{file.name}.{os.getpid()}")
     try:
+        reach("file.before_write")
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
+            reach("file.before_sync")
             os.fsync(stream.fileno())
+        reach("file.before_rename")
         temporary.replace(file)
+        reach("file.after_rename")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,14 +51,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     with _writing:
         for left in (temporary, old):
             shutil.rmtree(left, ignore_errors=True)
+        reach("folder.before_make")
         temporary.mkdir(parents=True)
         try:
+            reach("folder.after_make")
             yield temporary
+            reach("folder.before_sync")
             _settle(temporary)
+            reach("folder.after_sync")
             if folder.exists():
+                reach("folder.before_set_aside")
                 folder.rename(old)
+                reach("folder.after_set_aside")
+            reach("folder.before_rename")
             temporary.rename(folder)
+            reach("folder.after_rename")
             _sync(folder.parent)
+            reach("folder.before_clean")
         finally:
             for left in (temporary, old):
                 shutil.rmtree(left, ignore_errors=True)
@@ -137,8 +151,10 @@ def _make(folder: Path, make: Callable[[Path], None], is_complete: Callable[[Pat
             folder.rename(broken)
     temporary.mkdir()
     try:
+        reach("cache.before_make")
         make(temporary)
         _settle(temporary)
+        reach("cache.before_rename")
         try:
             temporary.rename(folder)
         except OSError:
@@ -162,6 +178,7 @@ def _settle(folder: Path) -> None:
         if stat.S_ISREG(facts.st_mode) and stat.S_IMODE(facts.st_mode) == 0o600 and facts.st_nlink == 1:
             path.chmod(usual)
         _sync(path)
+        reach("folder.between_syncs")
 
 
 def _sync(path: Path) -> None:

@@ -83,7 +83,7 @@ def _train(arguments: argparse.Namespace, checked: Recipe) -> int:
         return 0
     from glora_llm.launch.stop import StopRequest
 
-    stop = StopRequest()
+    stop = StopRequest(checked.output.max_hours)
     with stop.listening():
         _run(checked, stop)
     return 0

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
+from glora_llm.failpoints import reach
 from glora_llm.plan.elsewhere import recipe_for_scores
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import Plan, make_plan
@@ -65,9 +66,11 @@ def score_rows(
     for turn in tqdm(range(rounds), desc=title, disable=None if title and process_rank == 0 else True, leave=False):
         mine = turn * world_size + process_rank
         rows = batches[mine] if mine < len(batches) else batches[-1]
+        reach("evaluation.before_batch")
         scores = score(make_batch(rows))
         if mine < len(batches):
             _fill(table, rows, scores)
+    reach("evaluation.after")
     return gather(table)
 
 

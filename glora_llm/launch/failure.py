@@ -62,7 +62,8 @@ def first_failure(folder: Path, processes: "Processes", advice: Callable[[], str
 
 def forget_failure(folder: Path) -> None:
     """Remove the note of an earlier launch."""
-    (folder / NOTE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a read-only disk: what cannot be written there either is told later
+        (folder / NOTE).unlink(missing_ok=True)
 
 
 def _described(error: Exception) -> str:
@@ -77,6 +78,8 @@ def _write_note(note: Path, process_rank: int, error: str, trace: str = "") -> b
             json.dump(report, file, indent=1)
     except FileExistsError:
         return False
+    except OSError as failed:  # a full or read-only disk: the error itself is told, and kept nowhere
+        print(f"{note} cannot be written ({failed})", file=sys.stderr, flush=True)
     return True
 
 

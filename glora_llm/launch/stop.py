@@ -6,6 +6,7 @@ C++ runs no signal handler, so a thread listens too.
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -40,13 +41,17 @@ class ToldToEnd(SystemExit):
 class StopRequest:
     """Notes that this process was told to end.
 
+    Args:
+        max_hours: after so many hours from now it is told to end as by a signal; None: never.
+
     Attributes:
         reason: the first signal's name, or what else told it; None while nothing did.
         is_deferred: the request is noted only, and somebody asks for it.
         is_followed: the process is ending; nothing is raised again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_hours: float | None = None) -> None:
+        self.limit = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self.reason: str | None = None
         self.is_deferred = self.is_followed = False
         self.launcher = Launcher()
@@ -129,9 +134,15 @@ class StopRequest:
                 if first is not None and numbers and now - first > ONE_REQUEST:
                     _end_at_once(numbers[0])
                 first = now if first is None and numbers else first
-            elif first is None and self.launcher.is_gone():
-                self.reason = "its launcher ended"
+            elif first is None and (told := self._told_otherwise()) is not None:
+                self.reason = told
                 os.kill(os.getpid(), signal.SIGTERM)  # the main thread follows it
+
+    def _told_otherwise(self) -> str | None:
+        """Return what else than a signal tells this process to end, or None."""
+        if time.monotonic() >= self.limit:
+            return "output.max_hours"
+        return "its launcher ended" if self.launcher.is_gone() else None
 
 
 def _end_at_once(number: int) -> None:

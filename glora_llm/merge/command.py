@@ -13,6 +13,7 @@ from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import fits, load_merged, weight_bytes, whole_model
+from glora_llm.failpoints import reach
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.choices import LLAMA_CPP, MergeChoices
 from glora_llm.merge.fitting import Fitted, fitted
@@ -131,6 +132,7 @@ def _make(
         write_lora(plan, trained, out, base_dtype)
     else:
         write_merged(plan, trained, out, base_dtype, dtype)
+    reach("merge.before_verify")
     reference = fit.reference
     if reference is None and chosen.compared:
         reference = reference_of(plan, folder, trained, base_dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
+from glora_llm.failpoints import reach
 
 
 @contextlib.contextmanager
@@ -66,6 +67,7 @@ class FolderWriter:
         self._total += size
 
     def _flush(self) -> None:
+        reach("merge.before_shard")
         file = self.folder / f"part-{len(self._files)}.safetensors"
         save_file(self._shard, file, metadata={"format": "pt"})
         self._files.append(file)
@@ -74,6 +76,7 @@ class FolderWriter:
     def finish(self) -> None:
         """Write the last shard, name the shards as transformers expects them, and write their index."""
         self._flush()
+        reach("merge.after_shards")
         count = len(self._files)
         names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
         if count == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from glora_llm.errors import CheckFailed, UserError
+from glora_llm.failpoints import reach
 
 REPORT = "merge_report.json"
 
@@ -25,6 +26,7 @@ def published(out: Path) -> Iterator[Path]:
     working, failed = out.with_name(f".merging-{out.name}"), out.with_name(f"{out.name}.failed")
     shutil.rmtree(working, ignore_errors=True)
     try:
+        reach("merge.before")
         yield working
     except BaseException as error:
         if not working.exists():
@@ -43,7 +45,9 @@ def published(out: Path) -> Iterator[Path]:
             ) from error
         error.add_note(f"What was written could not be verified. It is in {failed}.")
         raise
+    reach("merge.before_publish")
     working.rename(out)
+    reach("merge.after_publish")
 
 
 @contextlib.contextmanager

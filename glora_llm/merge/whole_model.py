@@ -10,6 +10,7 @@ from torch import Tensor
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 from glora_llm.evaluation.progress import progress
+from glora_llm.failpoints import reach
 from glora_llm.merge.folder_writer import folder_writer
 from glora_llm.models.folder import read_sharing, write_trained
 from glora_llm.models.load import meta_model
@@ -53,4 +54,5 @@ def write_model(plan: Plan, config: Any, tensors: dict[str, Tensor], folder: Pat
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
     with whole_folder(folder) as place:
         write_trained(place, config, read_sharing(plan.base.folder), weights)
+        reach("model.after_weights")
         plan.task.save_preprocessing(place)

@@ -1,6 +1,7 @@
 """Write checkpoints, and the final weights as an adapter folder or a whole model."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from glora_llm.adapters.stateful import StatefulMethod, save_state
 from glora_llm.adapters.weights import save_adapter
 from glora_llm.atomic import whole_folder
+from glora_llm.errors import CheckFailed
+from glora_llm.failpoints import reach
 from glora_llm.merge.whole_model import write_model
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
@@ -17,6 +20,8 @@ from glora_llm.plan.trained_weights import final_fault
 from glora_llm.run.resumed import layout
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
+
+SECONDS_BETWEEN_ATTEMPTS = (5, 15, 40)  # to write what a run cannot do without
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,33 @@ class Clock:
     def seconds(self) -> float:
         """Return the seconds of this run so far."""
         return self.earlier + time.time() - self.began
+
+
+def insist(write: Callable[[], None], path: Path, checkpoints: Path) -> None:
+    """Write what a run cannot do without; after an error of the disk warn, wait and try again.
+
+    Args:
+        write: writes it, whole or not at all.
+        path: what it writes.
+        checkpoints: of the run.
+
+    Raises:
+        CheckFailed: when no attempt succeeds.
+    """
+    for seconds in (*SECONDS_BETWEEN_ATTEMPTS, None):
+        try:
+            write()
+            return
+        except OSError as error:
+            if seconds is None:
+                newest = checkpoint.newest(checkpoints)
+                kept = f"The checkpoint of step {checkpoint.step_of(newest)}" if newest else "No checkpoint"
+                raise CheckFailed(
+                    f"{path} cannot be written: {error}. {kept} is kept; free some space on this disk, or mend it, and "
+                    "give the same command again: it writes what is missing."
+                ) from error
+            print(f"warning: {path} was not written ({error}); free some space. Next try in {seconds} s", flush=True)
+        time.sleep(seconds)
 
 
 @dataclass(frozen=True)
@@ -68,19 +100,28 @@ class Saver:
 
     def save_checkpoint(self, engine: Engine, step: int) -> None:
         """Write a checkpoint; a failed write is reported and training goes on with the older ones."""
+        reach("checkpoint.before_gather")
         tensors = self.gather(engine)
         if not self.is_main_process:
             return
-        is_full = self.plan.recipe.adapter.is_full  # its master weights are the model
+        root, is_full = self.folder.checkpoints, self.plan.recipe.adapter.is_full
         write_adapter = None if is_full else lambda path: self._write_adapter(tensors, path)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size += 0 if is_full else size // 3  # the adapter beside master weights and two moments
         try:
-            checkpoint.write(self.folder.checkpoints, step, tensors, self._trainer_state(engine, step), write_adapter)
-            checkpoint.rotate(self.folder.checkpoints, self.plan.recipe.output.keep)
+            checkpoint.require_room(root, size)
+            checkpoint.write(root, step, tensors, self._trainer_state(engine, step), write_adapter)
+            checkpoint.rotate(root, self.plan.recipe.output.keep)
         except OSError as error:
+            kept = ", ".join(str(checkpoint.step_of(folder)) for folder in checkpoint.checkpoints(root))
             print(
-                f"checkpoint of step {step} was not written ({error}); training goes on. Free some disk space.",
+                f"warning: checkpoint of step {step} was not written ({error}); training goes on, and the next "
+                f"checkpoint tries again. Kept: {f'those of steps {kept}' if kept else 'none so far'}. "
+                f"Free {checkpoint.megabytes(size)} on the disk of {root}, or mend it.",
                 flush=True,
             )
+            return
+        reach("checkpoint.after_rotation")
 
     def _trainer_state(self, engine: Engine, step: int) -> dict[str, Any]:
         """Return the content of trainer.json."""
@@ -102,12 +143,24 @@ class Saver:
         return final_fault(self.folder, self.plan.recipe) is None
 
     def save_result(self, tensors: dict[str, Tensor]) -> None:
-        """Write the final weights: RUN/adapter, or RUN/model of a model that was trained as a whole."""
-        if self.plan.recipe.adapter.is_full:
-            write_model(self.plan, self.model.config, tensors, self.folder.model)
-        else:
+        """Write the final weights: RUN/adapter, or RUN/model of a model that was trained as a whole.
+
+        Raises:
+            CheckFailed: when the disk takes them at no attempt.
+        """
+        reach("result.before")
+        folder = self.folder.trained(self.plan.recipe)
+        insist(lambda: self._write_result(tensors), folder, self.folder.checkpoints)
+        reach("result.after")
+
+    def _write_result(self, tensors: dict[str, Tensor]) -> None:
+        with checkpoint.disk_errors(self.folder.path):
+            if self.plan.recipe.adapter.is_full:
+                write_model(self.plan, self.model.config, tensors, self.folder.model)
+                return
             with whole_folder(self.folder.adapter) as place:
                 self._write_adapter(tensors, place)
+                reach("result.after_weights")
                 checkpoint.write_manifest(place)
 
     def _write_adapter(self, tensors: dict[str, Tensor], path: Path) -> None:

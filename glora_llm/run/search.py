@@ -18,12 +18,14 @@ from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import Passes, passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted
+from glora_llm.failpoints import reach
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
 from glora_llm.glora.supernet import set_paths
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.ranks import Processes
+from glora_llm.launch.run_lock import locked
 from glora_llm.models.load import compute_dtype
 from glora_llm.plan.checks import check_search
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
@@ -85,7 +87,13 @@ def search_command(run: Path, overrides: Sequence[str]) -> None:
     start = [] if folder.recipe().search else ["search={}"]
     recipe = recipes.load(str(folder.path / "recipe.yaml"), [*start, *overrides])
     check_search(recipe)
-    plan = make_plan(recipe)
+    with locked(folder.path):
+        _search_alone(make_plan(recipe), folder)
+
+
+def _search_alone(plan: Plan, folder: RunFolder) -> None:
+    """Search in this process, with the run folder locked."""
+    recipe = plan.recipe
     require_same_base(folder, plan)
     model = load_adapted(plan, trained_weights(folder).weights, gradients=True)
     launch = Launch(True, lambda value: value, choose_device())
@@ -213,6 +221,7 @@ def _summary(found: Found, rows: int) -> dict[str, Any]:
 
 def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict[str, Found]) -> None:
     """Write what was found: RUN/genome.json is the first limit's."""
+    reach("search.before_archive")
     folder.search.mkdir(parents=True, exist_ok=True)
     everything: dict[bytes, Scored] = {}
     for text, part in found.items():
@@ -221,6 +230,7 @@ def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict
     first = next(iter(found.values()))
     genome = space.genome(first.best.code)
     folder.write("genome.json", genome_to_json(genome))
+    reach("search.after_genome")
     candidates = list(everything.values())
     front = pareto_front(candidates)
     _write_archive(folder.search / "archive.json", space, settings, candidates, front)
@@ -232,6 +242,7 @@ def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict
         "sizes": search_figures.sizes(_shares(space, first.best.code)),
     }
     _show(folder, figures, first)
+    reach("search.after_archive")
 
 
 def _write_archive(

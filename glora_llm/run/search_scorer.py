@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 
 from glora_llm.evaluation.scoring import Passes, score_chosen
+from glora_llm.failpoints import reach
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
 from glora_llm.glora.slopes import slopes
@@ -74,6 +75,7 @@ class RowScorer:
 
     def __call__(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
         """Return the scores of each request's rows, higher is better."""
+        reach("search.before_scores")
         tables = [torch.zeros(len(rows), 5, dtype=torch.float64) for _, rows in requests]
         for index, (genome, rows) in enumerate(requests):
             if self.sharded or index % self.world_size == self.process_rank:

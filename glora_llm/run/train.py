@@ -15,11 +15,13 @@ from torch import distributed as dist
 from glora_llm import recipe as recipes
 from glora_llm.adapters.config import reads_base
 from glora_llm.evaluation.scoring import score_split
+from glora_llm.failpoints import reach
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.environment import planned_process_rank, planned_world_size
 from glora_llm.launch.failure import first_failure, forget_failure
 from glora_llm.launch.ranks import Processes
+from glora_llm.launch.run_lock import RunLock, require_free
 from glora_llm.launch.stop import StopRequest
 from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
@@ -30,6 +32,7 @@ from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.build import TrainingParts, build
+from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
@@ -55,6 +58,7 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
     choose_device()  # GPUs that torch cannot use are refused before the data are prepared
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
+    require_free(folder.path, RunLock(folder.path).holder())
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
     plan, overview = plan_run(recipe, weights=not dry_run, world_size=planned_world_size())
     if dry_run or choose_device().type == "cuda":
@@ -68,6 +72,16 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
     processes = ranks.start()
     if processes.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder.path) as lock:
+        holder = ranks.broadcast(lock.take() if processes.is_main_process else None, processes.device)
+        require_free(folder.path, holder)
+        _train_and_merge(plan, folder, processes, stop)
+
+
+def _train_and_merge(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRequest | None) -> None:
+    """Do all that a launch has to do in a run folder that is locked."""
+    recipe = plan.recipe
+    if processes.is_main_process:
         forget_failure(folder.path)
     dist.barrier()
     with first_failure(folder.path, processes, lambda: _advice(folder)):
@@ -258,6 +272,7 @@ class Run:
                 "skipped_steps": total - parts.engine.applied,
             }
         )
+        reach("result.after_summary")
 
     def _search(self) -> None:
         """Search the supernet that was trained, and score the genome on the test rows."""
@@ -269,4 +284,5 @@ class Run:
     def _record(self, values: dict[str, Any]) -> None:
         """Add values to summary.json; the first process writes."""
         if self.processes.is_main_process:
-            self.folder.update_summary(values)
+            file = self.folder.path / "summary.json"
+            insist(lambda: self.folder.update_summary(values), file, self.folder.checkpoints)

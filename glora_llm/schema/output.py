@@ -38,6 +38,9 @@ class OutputSection(Section):
     )
     save_every: PositiveInt = key(100, "steps between checkpoints", "steps")
     keep: PositiveInt = key(2, "newest checkpoints that are kept")
+    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
+        None, "after so long this launch ends as if told to: a checkpoint, exit code 75; null: never", "hours"
+    )
     keep_sample: bool = key(
         True, "keep sample.json, up to 16 samples of the data (256 tokens each), by which a merge is compared"
     )

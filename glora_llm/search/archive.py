@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
+from glora_llm.failpoints import reach
 from glora_llm.search.space import Code
 
 SLOPE_SAMPLES = 3  # forward passes that one row of slopes (a forward and a backward pass) counts as
@@ -87,7 +88,9 @@ class Journal:
     def record(self, code: Code, rows: NDArray[np.int64], values: NDArray[np.float64]) -> None:
         """Keep the scores of some rows, on disk too."""
         self._keep(code.tobytes(), rows, values)
+        reach("search.before_journal")
         self._append({"code": code.tobytes().hex(), "rows": rows.tolist(), "values": values.tolist()})
+        reach("search.after_journal")
 
     def record_slopes(self, code: Code, rows: NDArray[np.int64], slopes: NDArray[np.float64]) -> None:
         """Keep the slopes of a genome over some rows, on disk too; they count as SLOPE_SAMPLES of each row."""

@@ -7,12 +7,14 @@ synced, then renamed: it is there whole or not at all. The newest complete one w
 over.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ from torch import Tensor
 
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
+from glora_llm.failpoints import reach
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+SMALL_FILES = 200_000  # bytes: names and shapes in the safetensors headers, the JSON files, folders
 NEEDED = frozenset({"state.safetensors", "trainer.json"})
 
 
@@ -61,7 +65,10 @@ def write(
     with whole_folder(final) as folder:
         _save_tensors(tensors, save_adapter, folder)
         (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        reach("checkpoint.after_trainer")
         write_manifest(folder)
+        reach("checkpoint.after_manifest")
+    reach("checkpoint.after_write")
     return final
 
 
@@ -75,11 +82,21 @@ def write_manifest(folder: Path) -> None:
 
 
 def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None] | None, folder: Path) -> None:
-    """Write both safetensors files; their library's own error for a full disk becomes an OSError."""
-    try:
+    """Write both safetensors files."""
+    reach("checkpoint.before_tensors")
+    with disk_errors(folder):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+        reach("checkpoint.after_tensors")
         if save_adapter is not None:
             save_adapter(folder / "adapter")
+        reach("checkpoint.after_adapter")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn the error by which safetensors tells of a full disk into an OSError."""
+    try:
+        yield
     except SafetensorError as error:
         raise OSError(f"{folder}: {error}") from error
 
@@ -104,7 +121,11 @@ def fault(folder: Path, needed: Set[str] = NEEDED) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != wanted["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, {wanted['bytes']} were written"
-        if _sha256(path) != wanted["sha256"]:
+        try:
+            differs = _sha256(path) != wanted["sha256"]
+        except OSError as error:  # a broken disk
+            return f"{name} cannot be read ({error})"
+        if differs:
             return f"{name} differs from what was written (sha256)"
     return None
 
@@ -154,9 +175,18 @@ def rotate(root: Path, keep: int) -> None:
     found = checkpoints(root)
     for folder in found if len(found) > keep else ():
         if whole >= keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
         elif fault(folder) is None:
             whole += 1
+
+
+def _delete(folder: Path) -> None:
+    reach("rotation.before_delete")
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink()  # from here on it is no checkpoint, whatever is left of it
+    reach("rotation.in_delete")
+    shutil.rmtree(folder, ignore_errors=True)
+    reach("rotation.after_delete")
 
 
 def require_resume(root: Path, resume: str) -> None:
@@ -180,21 +210,47 @@ def size(trained_numbers: int, has_adapter: bool) -> int:
 
 
 def require_space(root: Path, each: int, keep: int) -> None:
-    """Check that two checkpoints fit on the disk.
+    """Check that `keep` + 1 checkpoints (a new one is there before an old one goes) and the final weights fit.
+
+    Args:
+        each: bytes of one; the final weights take less.
+
+    Raises:
+        UserError: when fewer bytes are free than those that are not there yet need.
+    """
+    missing = max(1, keep + 1 - len(checkpoints(root)))
+    needed, (existing, free) = (missing + 1) * (each + SMALL_FILES), _free(root)
+    if free < needed:
+        raise UserError(
+            f"{existing} has {megabytes(free)} free; {missing} checkpoints (output.keep {keep}, and one that is being "
+            f"written) and the final weights need {megabytes(needed)}. Free some space, lower output.keep, or choose "
+            "another output.dir."
+        )
+
+
+def require_room(root: Path, each: int) -> None:
+    """Check that one more checkpoint fits, before anything of it is written.
 
     Args:
         each: bytes of one.
 
     Raises:
-        UserError: when fewer bytes are free.
+        OSError: ENOSPC, with the numbers.
     """
+    existing, free = _free(root)
+    if free < each + SMALL_FILES:
+        text = f"{existing} has {megabytes(free)} free, and {megabytes(each + SMALL_FILES)} are needed"
+        raise OSError(errno.ENOSPC, text)
+
+
+def _free(root: Path) -> tuple[Path, int]:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, 2 * each
-    if free < needed:
-        raise UserError(
-            f"{existing} has {free / 1e9:.2f} GB free; two checkpoints need {needed / 1e9:.2f} GB (and output.keep "
-            f"{keep} keeps {keep}). Free some space or choose another output.dir."
-        )
+    return existing, shutil.disk_usage(existing).free
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes in MB, or in GB from 1 GB on."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _sha256(path: Path) -> str:

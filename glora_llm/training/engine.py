@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from glora_llm.errors import UserError
+from glora_llm.failpoints import reach
 from glora_llm.schema import TrainingSection
 from glora_llm.training.adam_state import AdamState
 from glora_llm.training.batch import Batch, to_device
@@ -120,16 +121,21 @@ class Engine:
             if index + 1 < len(batches):
                 self.end_vote.cast(told_to_end())
             before_micro_step(index * self.world_size + self.process_rank)
+            reach("step.before_forward")
             loss = self.ds(**to_device(batch, self.device))
             share = loss * scale
             if self.penalty is not None and index == 0:
                 share = share + self.penalty()
+            reach("step.before_backward")
             self.ds.backward(share, scale_wrt_gas=False)
             loss_sum += loss.detach()
             if index + 1 < len(batches):
                 self.ds.step()
+                reach("step.between_micro_batches")
         scale_may_fall = self.loss_scale.can_fall
+        reach("step.before_optimizer")
         skipped, norm = self._apply()
+        reach("step.after_optimizer")
         self.applied += not skipped
         told = torch.full_like(targets, told_to_end())
         ended = torch.stack([loss_sum, told])

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 
 from glora_llm.errors import CheckFailed
+from glora_llm.failpoints import reach
 from glora_llm.launch.ranks import broadcast
 from glora_llm.launch.stop import StopRequest, drop_broken_output
 from glora_llm.training.batch import Batch
@@ -95,7 +96,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
     """Train to the end of the schedule; return the last validation metrics.
 
     Raises:
-        NonFinite: after `training.max_bad_steps` skipped steps in a row.
+        NonFinite: after `training.max_bad_steps` skipped steps in a row, or where the last step was skipped so, or all.
         ToldToEnd: when a process was told to end, at the next micro batch, after a checkpoint (none after a bad step).
     """
     settings, bad, saved, last_validation = engine.settings, 0, schedule.start, {}
@@ -104,6 +105,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         last_validation = _validate(schedule, hooks, log, schedule.start, save=False)
     for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
+        reach("step.before")
         batches = hooks.batches(step)
         lr = lr_at(step, schedule.total, settings)
         result = engine.train_step(batches, lr, partial(_begin_micro_step, hooks, settings.seed, step), hooks.stop.made)
@@ -115,10 +117,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             drop_broken_output()
         if bad >= settings.max_bad_steps:
             raise NonFinite(_stop_message(engine, batches, hooks, bad, done))
-        if result.overflow:
-            log.say(f"step {done}: a float16 gradient overflowed, step skipped; loss scale {engine.loss_scale.value:g}")
-        elif result.skipped:
-            log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
+        _say_skipped(result, done, bad, engine, log)
         if done % schedule.log_every == 0 or done == schedule.total:
             values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, done, log)
             values |= hooks.observe(done)
@@ -132,12 +131,36 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             log.flush()
             hooks.save(done)
             saved = done
+    _require_trained(engine, schedule, hooks, bad)
     return last_validation
 
 
 def _begin_micro_step(hooks: Hooks, seed: int, step: int, number: int) -> None:
     seed_micro_step(seed, step, number)
     hooks.before_micro_step(step, number)
+
+
+def _say_skipped(result: StepResult, done: int, bad: int, engine: Engine, log: MetricLog) -> None:
+    if result.overflow:
+        log.say(f"step {done}: a float16 gradient overflowed, step skipped; loss scale {engine.loss_scale.value:g}")
+    elif result.skipped:
+        log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
+
+
+def _require_trained(engine: Engine, schedule: Schedule, hooks: Hooks, bad: int) -> None:
+    """Check that the last step was a good one, and that any step was applied.
+
+    Raises:
+        NonFinite: on all processes, before any final weights are written.
+    """
+    total = schedule.total
+    if bad:
+        raise NonFinite(_stop_message(engine, hooks.batches(total - 1), hooks, bad, total))
+    if not engine.applied:
+        raise NonFinite(
+            f"None of {total} steps changed the weights: every float16 gradient overflowed, down to loss scale "
+            f"{engine.loss_scale.value}. Nothing was trained. Use model.dtype bfloat16 or float32, or more steps."
+        )
 
 
 def _is_validation_missing(schedule: Schedule, log: MetricLog, device: torch.device) -> bool:

@@ -1,7 +1,5 @@
 """Write metrics to metrics.jsonl, TensorBoard and the terminal. One process writes."""
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -10,8 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glora_llm.atomic import write_text
+from glora_llm.failpoints import reach
+from glora_llm.training.board import Board
 from glora_llm.training.hyperparameters import TEST, end_summaries, start_summary
+from glora_llm.training.metric_file import MetricFile
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no progress bar
 
@@ -45,42 +45,29 @@ class MetricLog:
     """
 
     def __init__(self, folder: Path, start: int, total: int, enabled: bool, unit: str = "tokens"):
-        self.enabled, self.total, self.start, self.unit = enabled, total, start, unit
+        self.folder, self.enabled, self.total, self.start, self.unit = folder, enabled, total, start, unit
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.file = folder / "metrics.jsonl"
-        self._forget_from(start)
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self.tensorboard.add_custom_scalars(charts(unit))
+        self.file = MetricFile(folder / "metrics.jsonl", self.say)
+        self.file.forget_from(start)
+        self.board = Board(folder / "tensorboard", start + 1, self.say)
+        self.board.write(lambda writer: writer.add_custom_scalars(charts(unit)))
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not self.terminal, smoothing=0.1)
         self.last_line = 0.0
-
-    def _forget_from(self, start: int) -> None:
-        """Keep the lines of steps up to `start`, and drop a last line that was cut off."""
-        if not self.file.exists():
-            return
-        kept = []
-        for line in self.file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if entry["step"] <= start:
-                kept.append(line)
-        write_text(self.file, "".join(line + "\n" for line in kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log numbers under names such as `train/loss` after `step` optimizer steps."""
         if not self.enabled:
             return
-        with self.file.open("a") as file:
-            plain = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-            file.write(json.dumps({"step": step, **plain}) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self.file.append(step, values)
+        reach("metrics.after_write")
+
+        def add(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self.board.write(add)
 
     def scores(self, step: int, values: dict[str, float]) -> None:
         """Log scores such as `validation/loss`, and print them on one line."""
@@ -89,9 +76,7 @@ class MetricLog:
 
     def lacks(self, step: int, prefix: str) -> bool:
         """Tell whether the file has metrics, but none of this step whose names begin with `prefix`."""
-        if not self.enabled or not self.file.exists():
-            return False
-        entries = [json.loads(line) for line in self.file.read_text().splitlines()]
+        entries = self.file.entries() if self.enabled else []
         return bool(entries) and not any(
             entry["step"] == step and name.startswith(prefix) for entry in entries for name in entry
         )
@@ -99,7 +84,7 @@ class MetricLog:
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
         if self.enabled:
-            self.tensorboard.add_text(name, "```\n" + text + "\n```")
+            self.board.write(lambda writer: writer.add_text(name, "```\n" + text + "\n```"))
 
     def begin(self, settings: dict[str, str | float]) -> None:
         """Show the run, which is still going on, in TensorBoard's tab HParams.
@@ -108,7 +93,7 @@ class MetricLog:
             settings: of `compared_settings`.
         """
         if self.enabled:
-            self._add(start_summary(str(self.file.parent), settings))
+            self._add(start_summary(str(self.folder), settings))
 
     def end(self, settings: dict[str, str | float], validation: Iterable[str], test: Iterable[str]) -> None:
         """Show the settings and the final scores in TensorBoard's tab HParams.
@@ -122,8 +107,7 @@ class MetricLog:
                 self._add(summary)
 
     def _add(self, summary: Any) -> None:
-        writer: Any = self.tensorboard.file_writer
-        writer.add_summary(summary)
+        self.board.write(lambda writer: writer.file_writer.add_summary(summary))
 
     def test_scores(self, step: int, values: dict[str, float]) -> None:
         """Put the test scores into the charts of the validation, as a dot of a run of their own.
@@ -134,11 +118,14 @@ class MetricLog:
         """
         if not self.enabled or not values:
             return
-        from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.file.parent / "tensorboard" / TEST), purge_step=step) as board:
+        def add(writer: Any) -> None:
             for name, value in zip(_without_split(values), values.values(), strict=True):
-                board.add_scalar(f"validation/{name}", value, step)
+                writer.add_scalar(f"validation/{name}", value, step)
+
+        board = Board(self.folder / "tensorboard" / TEST, step, self.say)
+        board.write(add)
+        board.close()
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Move the bar, or print a line at most every five seconds (always the first and the last)."""
@@ -167,13 +154,15 @@ class MetricLog:
     def flush(self) -> None:
         """Put on disk what TensorBoard still holds; called before a checkpoint, so that a killed run lacks no point."""
         if self.enabled:
-            self.tensorboard.flush()
+            self.file.write_waiting()
+            self.board.flush()
 
     def close(self) -> None:
         """Flush and close."""
         if self.enabled:
             self.bar.close()
-            self.tensorboard.close()
+            self.file.close()
+            self.board.close()
 
 
 def _without_split(names: Iterable[str]) -> list[str]:

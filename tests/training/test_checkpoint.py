@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,5 +240,17 @@ def test_too_little_space_names_free_and_needed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError) as caught:
         checkpoint.require_space(root, each=16 * 10**18, keep=2)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path} has ") and " GB free; two checkpoints need 32000000000.00 GB" in message
-    assert "output.keep 2" in message and not root.exists()
+    assert message.startswith(f"{tmp_path} has ") and " GB free; 3 checkpoints (output.keep 2, and one" in message
+    assert "the final weights need 64000000000.00 GB" in message and not root.exists()
+    with pytest.raises(OSError, match=r"has .* GB free, and 16000000000.00 GB are needed"):
+        checkpoint.require_room(root, 16 * 10**18)
+
+
+def test_what_is_there_already_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, each = 1_000_000, 100_000  # and 200,000 of small files each: a checkpoint and the final weights are 600,000
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=r"1\.0 MB free; 3 checkpoints .* need 1\.2 MB"):
+        checkpoint.require_space(tmp_path, each, keep=2)
+    for step in (2, 4):
+        write(tmp_path, step)
+    checkpoint.require_space(tmp_path, each, keep=2)
