@@ -26,6 +26,9 @@ _writing = threading.RLock()  # held while a folder is being written
 def write_text(file: Path, text: str) -> None:
     """Replace a small file: a reader finds the old text or the new one, never a part."""
     temporary = file.with_name(f".writing-{file.name}.{os.getpid()}")
+    for left in file.parent.glob(f"{glob.escape(f'.writing-{file.name}.')}*"):
+        if not Path(f"/proc/{left.name.rpartition('.')[2]}").exists():  # its process was killed
+            left.unlink(missing_ok=True)
     try:
         reach("file.before_write")
         with temporary.open("w", encoding="utf-8") as stream:

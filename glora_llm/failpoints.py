@@ -4,8 +4,8 @@
 
 kills the process with SIGKILL where the first manifest would be written; `NAME:3` at the third passage, `NAME:3+` at
 every one from the third on. A third part says what happens instead: `NAME:1:enospc` (also `eio`, `erofs`) raises the
-error that a full, broken or read-only disk would; `term`, `int` and `usr1` send that signal to the process. Several are
-separated by commas. Without the variable a place does nothing. docs/reliability.md says what the tests do with them.
+error that a full, broken or read-only disk would; `term`, `int`, `usr1` and `stop` send that signal here. Several
+are separated by commas. Without the variable a place does nothing. docs/reliability.md says what tests do with them.
 """
 
 import errno
@@ -17,7 +17,8 @@ from glora_llm.errors import UserError
 
 VARIABLE = "GLORA_FAILPOINT"
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS}
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+SIGNALS |= {"usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 
 POINTS = {
     # one small file that is written under another name and renamed (recipe.yaml, summary.json and others)

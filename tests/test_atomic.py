@@ -151,3 +151,12 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     require_new(tmp_path / "new")
     with pytest.raises(UserError, match="exists already; name a new folder"):
         require_new(tmp_path)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    gone, alive = subprocess.Popen(["true"]), os.getppid()
+    gone.wait()
+    for pid in (gone.pid, alive):
+        (tmp_path / f".writing-a.json.{pid}").touch()
+    write_text(tmp_path / "a.json", "1")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", f".writing-a.json.{alive}"}

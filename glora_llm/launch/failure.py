@@ -60,6 +60,32 @@ def first_failure(folder: Path, processes: "Processes", advice: Callable[[], str
         raise
 
 
+@contextlib.contextmanager
+def followed_while_waiting(process_rank: int) -> Iterator[None]:
+    """End this process soon after another one was told to end, while it waits for it to join the process group.
+
+    It waits in C++, and there is no process group yet that would tell it.
+    """
+    is_over = threading.Event()
+
+    def follow() -> None:
+        deadline: float | None = None
+        while not is_over.wait(POLL_SECONDS):
+            if was_said(TOLD):
+                deadline = deadline or time.monotonic() + AFTER_FAILURE
+                if time.monotonic() >= deadline:
+                    print(_after_another_was_told(process_rank), file=sys.stderr, flush=True)
+                    os._exit(EXIT_CODE)
+
+    thread = threading.Thread(target=follow, name="watch for the end of others", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 def forget_failure(folder: Path) -> None:
     """Remove the note of an earlier launch."""
     with contextlib.suppress(OSError):  # a read-only disk: what cannot be written there either is told later
@@ -92,6 +118,10 @@ def _report_killed(note: Path, process_rank: int, advice: Callable[[], str]) -> 
 
 def _ended_by_another(process_rank: int, note: Path) -> str:
     return f"process {process_rank} stopped, because another process failed first (see {note})"
+
+
+def _after_another_was_told(process_rank: int) -> str:
+    return f"process {process_rank} stopped, because another process was told to end"
 
 
 class Watch:
@@ -154,7 +184,7 @@ class Watch:
         if self.note.exists():
             reason = _ended_by_another(process_rank, self.note), 128 + signal.SIGTERM
         elif was_said(TOLD):
-            reason = f"process {process_rank} stopped, because another process was told to end", EXIT_CODE
+            reason = _after_another_was_told(process_rank), EXIT_CODE
         else:
             return None
         if self.deadline is None:

@@ -19,7 +19,7 @@ from glora_llm.failpoints import reach
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.environment import planned_process_rank, planned_world_size
-from glora_llm.launch.failure import first_failure, forget_failure
+from glora_llm.launch.failure import first_failure, followed_while_waiting, forget_failure
 from glora_llm.launch.ranks import Processes
 from glora_llm.launch.run_lock import RunLock, require_free
 from glora_llm.launch.stop import StopRequest
@@ -69,7 +69,8 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
         print(overview, flush=True)
     if dry_run:
         return
-    processes = ranks.start()
+    with followed_while_waiting(planned_process_rank()):
+        processes = ranks.start()
     if processes.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
     with RunLock(folder.path) as lock:

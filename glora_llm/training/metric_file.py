@@ -77,7 +77,7 @@ class MetricFile:
                 )
             return
         if self.failed:
-            self.say(f"{self.path} is written again, with {len(self.waiting) - 1} lines that waited")
+            self.say(f"{self.path} is written again, with the {len(self.waiting)} lines since then")
         self.waiting, self.failed = [], 0
 
     def _write(self, text: str) -> None:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from glora_llm.launch.ranks import free_port
+from glora_llm.launch.failure import first_failure
+from glora_llm.launch.ranks import Processes, free_port
 
 # Process 1 fails and does not leave: its connections stay open, so nothing tells process 0, which waits for it.
 COLLECTIVE = """
@@ -140,3 +142,14 @@ def test_a_checkpoint_is_completed_before_a_process_is_ended(tmp_path: Path) -> 
     assert (tmp_path / "step-1" / "weights").read_text() == "all of them"
     said, last_words = writing.communicate()
     assert said == "" and "another process failed first" in last_words
+
+
+def test_a_note_that_cannot_be_written_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a run folder on a disk that went read-only."""
+    (tmp_path / "file").touch()
+    processes = Processes(0, 1, torch.device("cpu"))
+    with pytest.raises(OSError, match="the disk went away"), first_failure(tmp_path / "file", processes, str):
+        raise OSError("the disk went away")
+    printed = capsys.readouterr()
+    assert "process 0 failed first: OSError: the disk went away" in printed.out
+    assert "failure.json cannot be written ([Errno 20] Not a directory" in printed.err

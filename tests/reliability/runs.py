@@ -87,14 +87,27 @@ class Server:
         request = {"arguments": list(arguments), "environment": environment, "log": str(log)}
         return Run(self, self.ask(request), log)
 
-    def start_two(self, *arguments: str, failpoints: tuple[str, str] = ("", "")) -> tuple[Run, Run]:
-        """Start `glora-llm ARGUMENTS` as a launch of two processes, as Slurm does: no launcher is between."""
+    def start_two(
+        self, *arguments: str, failpoints: tuple[str, str] = ("", ""), caches: tuple[str, str] = ("", "")
+    ) -> tuple[Run, Run]:
+        """Start `glora-llm ARGUMENTS` as a launch of two processes, as Slurm does: no launcher is between.
+
+        Args:
+            caches: GLORA_CACHE of each; empty: the server's.
+        """
         launch = self.folder / f"launch-{self.number}"
         launch.mkdir()
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLORA_LAUNCH": str(launch)}
         first, second = (
-            self.start(*arguments, failpoint=failpoint, RANK=str(rank), LOCAL_RANK=str(rank), **group)
-            for rank, failpoint in enumerate(failpoints)
+            self.start(
+                *arguments,
+                failpoint=failpoint,
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                **group,
+                **({"GLORA_CACHE": cache} if cache else {}),
+            )
+            for rank, (failpoint, cache) in enumerate(zip(failpoints, caches, strict=True))
         )
         return first, second
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from glora_llm import failpoints
+from glora_llm.errors import UserError
 from glora_llm.failpoints import POINTS
 from tests.reliability.conftest import Note
 from tests.reliability.runs import Server, contents, leftovers, logged
@@ -44,7 +45,7 @@ FOLDERS = ("before_make", "after_make", "before_sync", "between_syncs", "after_s
            "before_clean")  # fmt: skip
 KILLED_ADAPTER = [
     *(f"folder.{name}:{count}" for name in FOLDERS for count in (1, 2, 4)),
-    *(f"folder.between_syncs:{count}" for count in (8, 12, 30)),
+    *(f"folder.between_syncs:{count}" for count in (8, 12, 24)),
     *(f"file.{name}:{count}" for name in ("before_write", "before_sync", "before_rename", "after_rename")
       for count in (1, 2, 3, 4)),
     *(f"checkpoint.{name}:{count}" for name in ("before_gather", "before_tensors", "after_tensors", "after_adapter",
@@ -58,7 +59,7 @@ KILLED_ADAPTER = [
     *(f"evaluation.{name}:{count}" for name in ("before_batch", "after") for count in (1, 3, 4)),
     *("result.before", "result.after_weights", "result.after", "result.after_summary"),
 ]  # fmt: skip
-KILLED_CACHE = [f"cache.{name}:{count}" for name in ("before_make", "before_rename") for count in (1, 2, 3)]
+KILLED_CACHE = [f"cache.{name}:{count}" for name in ("before_make", "before_rename") for count in (1, 2)]
 KILLED_WHOLE = [
     "model.after_weights", "result.before", "result.after", "folder.before_sync:3", "folder.between_syncs:12",
     "folder.before_rename:3", "folder.after_rename:3", "checkpoint.after_tensors:1", "checkpoint.before_gather:2",
@@ -224,7 +225,7 @@ def test_every_named_place_is_in_the_code_once_and_killed_at() -> None:
 @pytest.mark.parametrize("text", ["step.befor", "step.before:0", "step.before:x", "step.before:1:eperm", "a:1:kill:2"])
 def test_a_wrong_value_of_the_variable_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(failpoints.VARIABLE, text)
-    with pytest.raises(failpoints.UserError, match="GLORA_FAILPOINT has"):
+    with pytest.raises(UserError, match="GLORA_FAILPOINT has"):
         failpoints.reach("step.before")
 
 

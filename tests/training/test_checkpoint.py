@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,7 +249,7 @@ def test_too_little_space_names_free_and_needed(tmp_path: Path, monkeypatch: pyt
 
 def test_what_is_there_already_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free, each = 1_000_000, 100_000  # and 200,000 of small files each: a checkpoint and the final weights are 600,000
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(UserError, match=r"1\.0 MB free; 3 checkpoints .* need 1\.2 MB"):
         checkpoint.require_space(tmp_path, each, keep=2)
     for step in (2, 4):
