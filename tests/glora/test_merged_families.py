@@ -41,11 +41,11 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def small(family: str) -> PreTrainedModel | None:
-    """Build a family at SIZES with random weights and biases; None where these sizes do not fit it."""
+def small(family: str, **others: int) -> PreTrainedModel | None:
+    """Build a family at SIZES, but for `others`, with random weights and biases; None where they do not fit it."""
     try:
         keys = AutoConfig.for_model(family).to_dict()
-        config = AutoConfig.for_model(family, **{key: size for key, size in SIZES.items() if key in keys})
+        config = AutoConfig.for_model(family, **{key: size for key, size in (SIZES | others).items() if key in keys})
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         if sum(value.numel() for value in empty.parameters()) > LARGEST:
