@@ -16,6 +16,7 @@ from glora_llm.cli import (
     search,
     tokenizer,
     train,
+    verify_resume,
     vlora,
     watch,
 )
@@ -25,7 +26,21 @@ from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 # in the order of the help text
-COMMANDS = (init, plan, train, watch, merge, search, evaluate, import_adapter, vlora, tokenizer, recipes, methods)
+COMMANDS = (
+    init,
+    plan,
+    train,
+    watch,
+    merge,
+    search,
+    evaluate,
+    verify_resume,
+    import_adapter,
+    vlora,
+    tokenizer,
+    recipes,
+    methods,
+)
 
 OVERVIEW = """\
 GLoRA fine-tuning of quantised LLaMA-style models with DeepSpeed.

@@ -23,7 +23,7 @@ from glora_llm.plan.phases import (
 
 # Resident bytes that follow from no shape, measured on 2026-11-29 (docs/plan.md): what the libraries take when they
 # are first used, by phase; a tokenizer, by piece of its vocabulary; the figures of a search.
-LOADED, TRAINED, MERGED = 30e6, 42e6, 58e6
+LOADED, TRAINED, MERGED = 28e6, 36e6, 45e6
 TOKENIZER_PIECE, FIGURES = 1066.0, 20e6
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

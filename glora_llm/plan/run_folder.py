@@ -13,7 +13,7 @@ from glora_llm.schema import Recipe
 
 # A run may go on with these changed; all else makes it another run.
 FREE_KEYS = {
-    "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps"},
+    "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps", "deterministic"},
     "model": {"attention", "kernels", "gradient_checkpointing", "compile", "dtype"},  # base.json holds the dtype itself
 }
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}

@@ -17,6 +17,7 @@ from glora_llm.adapters.config import reads_base
 from glora_llm.evaluation.scoring import score_split
 from glora_llm.failpoints import reach
 from glora_llm.launch import ranks
+from glora_llm.launch.deterministic import check_deterministic, compute_deterministically
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.environment import planned_process_rank, planned_world_size
 from glora_llm.launch.failure import first_failure, followed_while_waiting, forget_failure
@@ -55,7 +56,10 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
     Raises:
         UserError: for anything that the user can mend; nothing is lost then.
     """
-    choose_device()  # GPUs that torch cannot use are refused before the data are prepared
+    device = choose_device()  # GPUs that torch cannot use are refused before the data are prepared
+    if recipe.training.deterministic:
+        check_deterministic(recipe, device)
+        compute_deterministically()
     folder = RunFolder(Path(recipe.output.dir))
     folder.require_same_run(recipe)
     require_free(folder.path, RunLock(folder.path).holder())

@@ -34,6 +34,9 @@ class TrainingSection(Section):
     tf32: bool = key(
         False, "on a GPU, float32 matrix products in TensorFloat-32 (10 bits of mantissa): much faster, less exact"
     )
+    deterministic: bool = key(
+        False, "the same bits every time on the same machine: deterministic kernels; what has none is refused"
+    )
     loraplus_ratio: Annotated[float, Field(gt=0)] = key(
         1.0, "LoRA+: the zero-initialised factor learns this much faster", "x training.lr"
     )
