@@ -18,6 +18,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.merge.choices import LLAMA_CPP, MergeChoices
 from glora_llm.merge.fitting import Fitted, fitted
 from glora_llm.merge.gguf_folder import to_gguf
+from glora_llm.merge.latency import latency_in_words, measure_latency
 from glora_llm.merge.lora_export import write_lora
 from glora_llm.merge.lossless import losses_of, merge_lossless
 from glora_llm.merge.model_merge import write_merged
@@ -82,7 +83,9 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
         if quantize != "none" and not losses:
             written = getattr(torch, chosen.dtype) if chosen.dtype else base_dtype
             merge_lossless(fit.plan, folder, fit.trained, out, (base_dtype, written), chosen.compared)
-            _add_to_report(out, fit.report())
+            more = {"latency": measure_latency(fit.plan, out, "nf4")} if chosen.compared else {}
+            _add_to_report(out, fit.report() | more)
+            _print_latency(more)
             return
         parts = {".": fit}
         if chosen.both:
@@ -138,6 +141,8 @@ def _make(
         reference = reference_of(plan, folder, trained, base_dtype)
     values = _verify(plan, reference, trained, out, base_dtype, dtype, chosen.to)
     values |= fit.report()
+    if chosen.compared and chosen.to == "model" and not plan.recipe.adapter.is_full:
+        values["latency"] = measure_latency(plan, out)
     _write_report(out, values)
     if chosen.target == LLAMA_CPP:
         to_gguf(out)
@@ -249,9 +254,15 @@ def _print_all(out: Path, values: dict[str, Any], scored: str) -> None:
     for name, title in ROUNDED.items():
         if name in values:
             _print(out, title, values[name], scored)
+    _print_latency(values)
     if (out / ADAPTER_WEIGHTS).is_file():
         for line in lora_servers(out):
             print(f"  {line}")
+
+
+def _print_latency(values: dict[str, Any]) -> None:
+    if "latency" in values:
+        print(f"  {latency_in_words(values['latency'])}", flush=True)
 
 
 def _print(out: Path, title: str, values: dict[str, Any], scored: str) -> None:

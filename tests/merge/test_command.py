@@ -41,11 +41,14 @@ def report_of(out: Path) -> dict[str, Any]:
 def test_a_merge_reports_how_exact_it_was(plain: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merge_run(plain.folder.path, tmp_path / "out")
     report = report_of(tmp_path / "out")
-    assert report.keys() == KEYS
+    assert report.keys() == KEYS | {"latency"}
+    assert report["latency"].keys() == {"merged_tokens_per_second", "base_tokens_per_second", "ratio", "measured"}
+    assert report["latency"]["base_tokens_per_second"] > 0 and 0.05 < report["latency"]["ratio"] < 20
     assert report["max_abs_logit_diff"] < 1e-3 and report["top1_agreement"] == 1.0
     assert report["loss_before"] == pytest.approx(report["loss_after"], abs=1e-5) and report["loss_before"] > 1
     assert report["tokens"] > 50 and report["text"] == "4 validation rows"
-    assert "max_abs_logit_diff" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "max_abs_logit_diff" in said and "ratio" in said and "alternating passes over 1 x 64 tokens" in said
     assert "test_merged" not in plain.folder.summary()
 
 
@@ -65,7 +68,7 @@ def test_a_quantised_base_merges_dense(quantised: Trained, tmp_path: Path) -> No
 def test_quantised_again(quantised: Trained, tmp_path: Path) -> None:
     merge_run(quantised.folder.path, tmp_path / "out", quantize="nf4")
     report = report_of(tmp_path / "out")
-    assert report.keys() == KEYS | {"requantised", "not_lossless"} and report["requantised"].keys() == KEYS
+    assert report.keys() == KEYS | {"requantised", "not_lossless", "latency"} and report["requantised"].keys() == KEYS
     assert report["max_abs_logit_diff"] < 1e-3 < report["requantised"]["max_abs_logit_diff"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     layer = model.model.layers[0].self_attn.q_proj
