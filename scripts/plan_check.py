@@ -20,7 +20,7 @@ from typing import Any
 
 from glora_llm.errors import UserError
 
-SHORT = ("training.steps=4", "training.epochs=null", "output.save_every=2")
+SHORT = ("training.warmup=0", "training.steps=4", "training.epochs=null", "output.save_every=2")
 # What would take hours here and changes no batch's size.
 FEWER: dict[str, tuple[str, ...]] = {
     "quickstart": ("data.validation=32", "data.max_test_rows=32", "evaluation.test_before=false"),

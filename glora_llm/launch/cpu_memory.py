@@ -3,10 +3,17 @@
 import ctypes
 import os
 
+import psutil
+
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
 MOST = 2**31 - 1  # bytes, the most that mallopt takes
 LARGEST = 32 * 2**20  # bytes, the largest MMAP_THRESHOLD that glibc takes
 OWN_SETTINGS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
+
+
+def resident_bytes() -> int:
+    """Return what of this process is resident now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def keep_freed_memory() -> None:

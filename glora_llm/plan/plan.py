@@ -13,6 +13,7 @@ from glora_llm.adapters.config import read_genome
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import Problems, UserError
 from glora_llm.glora.path import Genome
+from glora_llm.launch.cpu_memory import resident_bytes
 from glora_llm.launch.device import choose_device
 from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
@@ -40,6 +41,7 @@ class Plan:
         sampler: the order of the training rows.
         steps: optimizer steps of the run.
         genome: the content of adapter.genome, if there is one.
+        resident: bytes of this process before all of that was read.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Plan:
     sampler: GlobalSampler
     steps: int
     genome: Genome | None = None
+    resident: int = 0
 
     def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
@@ -90,6 +93,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     Raises:
         UserError: with everything in the recipe that cannot work.
     """
+    resident = resident_bytes()
     device = torch.device("cpu") if world_size is None else choose_device()  # without training, none is needed
     dtype = compute_dtype(recipe.model, device)
     found = Problems()
@@ -105,7 +109,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, deepspeed, base, task, sampler, steps, genome)
+    return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident)
 
 
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:

@@ -93,6 +93,17 @@ class StepShape:
     segments: bool = False
     alike: bool = True
 
+    def key(self) -> tuple[Any, ...]:
+        """Return what the result depends on, to find it again."""
+        config = (self.folder / "config.json").read_text(encoding="utf-8")
+        batch = self.batch or {}
+        sizes = tuple((name, tuple(getattr(value, "shape", (value,)))) for name, value in batch.items())
+        sections = (config, self.model.model_dump_json(), self.adapter.model_dump_json(), str(self.adapter_dtype))
+        return (*sections, self.rows, self.tokens, sizes, self.purpose, self.segments, self.alike)
+
+
+_known: dict[tuple[Any, ...], StepParts] = {}
+
 
 def step_peak(shape: StepShape) -> int:
     """Return the most bytes that a micro batch needs beside weights and gradients at rest."""
@@ -100,7 +111,14 @@ def step_peak(shape: StepShape) -> int:
 
 
 def step_parts(shape: StepShape) -> StepParts:
-    """Return the same by part."""
+    """Return the same by part; what was found before in this process is known."""
+    key = shape.key()
+    if key not in _known:
+        _known[key] = _found_parts(shape)
+    return _known[key]
+
+
+def _found_parts(shape: StepShape) -> StepParts:
     count = layer_count(shape)
     if not shape.alike or count <= FEW[-1]:
         return measured_parts(shape, count)

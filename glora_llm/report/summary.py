@@ -33,13 +33,19 @@ def print_summary(folder: RunFolder) -> None:
     facts = [
         ("trained parameters", f"{summary['trained_parameters']:,}"),
         ("wall time", f"{summary['seconds'] / 60:.1f} min"),
-        ("peak memory", f"{summary['peak_memory_gb']:.2f} GB on the first process"),
+        ("peak memory", _peak(summary)),
         (trained.name, str(trained)),
         ("merged model", str(folder.path / "merged") if (folder.path / "merged").is_dir() else "not written yet"),
         ("watch", f"glora-llm watch {folder.path}"),
     ]
     for name, value in facts:
         console.print(f"{name:20s} {value}", highlight=False)
+
+
+def _peak(summary: dict[str, Any]) -> str:
+    """Return the measured peak beside the computed one, where there is one."""
+    text, computed = f"{summary['peak_memory_gb']:.2f} GB on the first process", summary.get("predicted_peak_gb")
+    return text if computed is None else f"{text} ({computed:.2f} GB computed)"
 
 
 def score_columns(summary: dict[str, Any]) -> dict[str, dict[str, float]]:

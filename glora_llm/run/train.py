@@ -30,6 +30,7 @@ from glora_llm.plan.genome import finetune_recipe
 from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe_samples, plan_run
 from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.predicted import predicted_peak_gb
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.build import TrainingParts, build
@@ -272,6 +273,7 @@ class Run:
                 "trained_parameters": parts.trained,
                 "seconds": parts.clock.seconds(),
                 "peak_memory_gb": peak_memory_gb(self.processes.device),
+                "predicted_peak_gb": predicted_peak_gb(self.plan, self.processes),
                 "load_peak_gb": parts.load_peak_gb,
                 "bytes_per_rank": parts.engine.held().bytes,
                 "skipped_steps": total - parts.engine.applied,

@@ -37,3 +37,8 @@ def test_all_scores_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_skipped_steps_are_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning: 3 of 20 steps were skipped" in printed(tmp_path, capsys, skipped_steps=3)
+
+
+def test_the_computed_peak_stands_beside_the_measured_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "1.50 GB on the first process (1.44 GB computed)" in printed(tmp_path, capsys, predicted_peak_gb=1.44)
+    assert "GB computed" not in printed(tmp_path, capsys, predicted_peak_gb=None)
