@@ -89,8 +89,14 @@ def require_new(out: Path) -> None:
     Raises:
         UserError: when `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; name a new folder, or delete it.")
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists already; name a new folder, or delete it.")
+        above = next(place for place in out.absolute().parents if place.exists())
+    except OSError as error:
+        raise UserError(f"{str(out)[:120]} cannot be made: {error.strerror}. Choose another name.") from error
+    if not above.is_dir():
+        raise UserError(f"{out} cannot be made: {above} is a file. Choose another place.")
 
 
 def cache_root() -> Path:

@@ -1,6 +1,8 @@
 """The commands `glora-llm ...` and `train.py`. Nothing heavy is imported before it is needed: help answers at once."""
 
 import argparse
+import errno
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -25,6 +27,7 @@ from glora_llm.launch.complaint import print_error, print_once
 from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # in the order of the help text
 COMMANDS = (
     init,
@@ -57,12 +60,14 @@ a first run, from nothing to a merged and scored model:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `glora-llm` and return its exit code."""
+    print_any_text()
     arguments = parsed(command_parser(), argv)
     return guarded(lambda: arguments.command(arguments))
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py`, one process of a launch, and return its exit code."""
+    print_any_text()
     parser = argparse.ArgumentParser("train.py", description=train.TRAIN, formatter_class=argparse.RawTextHelpFormatter)
     train.add_train_arguments(parser)
     arguments = parsed(parser, argv)
@@ -77,6 +82,13 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
+
+
+def print_any_text() -> None:
+    """Write what the terminal's encoding has no sign for as an escape: a message must not end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook, or where standard output is closed
+            stream.reconfigure(errors="backslashreplace")
 
 
 def guarded(task: Callable[[], int]) -> int:
@@ -98,6 +110,12 @@ def guarded(task: Callable[[], int]) -> int:
         if end.message is not None:
             print_once(end.message, TOLD)
         return TOLD_TO_END
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        drop_broken_output()
+        print_error(f"{error.strerror}: {error.filename or 'standard output'}. Free some space, and start again.")
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -19,7 +19,7 @@ from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
 from glora_llm.failpoints import reach
 from glora_llm.plan.elsewhere import recipe_for_scores
 from glora_llm.plan.genome import deployed
-from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.report.summary import print_scores
@@ -184,6 +184,8 @@ def evaluate_run(
     weights, checkpoint = trained_weights(folder, step)
     recipe, adapter = deployed(folder, weights, genome)
     plan = make_plan(recipe_for_scores(folder, recipe, split))
+    if folder.base():
+        require_same_base(folder, plan)
     whole = whole_model(plan, folder.model, checkpoint) if recipe.adapter.is_full else nullcontext(adapter)
     with whole as trained:
         print_scores(score_model(plan, load_adapted(plan, trained), split))

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import glora_llm.glora  # noqa: F401 - registers the tuner
+from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.glora.dense_model import dense_linear
@@ -48,8 +50,6 @@ def load_adapted(
     Raises:
         UserError: when the folder holds nothing that was trained.
     """
-    from peft import PeftModel
-
     folder, section = _trained_base(plan, adapter), _in_dtype(plan.recipe.model, dtype)
     where = choose_device()
     if not fits(weight_bytes(section, folder, where), where):
@@ -62,7 +62,27 @@ def load_adapted(
         _unpack(base, compute_dtype(section, where))
     if plan.recipe.adapter.is_full:
         return base
-    return PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device)).get_base_model().eval()
+    return _with_adapter(base, adapter, base.device)
+
+
+def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
+    """Return a base model with the adapter of a folder in it, without PEFT's wrapper.
+
+    Raises:
+        UserError: when GLoRA's weights in the folder are not those of its configuration: PEFT would leave them out.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(model, str(adapter), torch_device=str(device))
+    expected = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if ".slot_" in name}
+    if expected:
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as opened:
+            stored = {name for name in opened.keys() if ".slot_" in name}  # noqa: SIM118
+        odd = sorted(expected ^ stored)
+        if odd:
+            said = "lacks" if odd[0] in expected else "has, and its configuration has not,"
+            raise UserError(f"{adapter} is damaged: it {said} {odd[0]}. Put a copy of the adapter back.")
+    return adapted.get_base_model().eval()
 
 
 @contextlib.contextmanager
@@ -112,8 +132,6 @@ def stream_adapted(
     Raises:
         UserError: when the folder holds nothing that was trained.
     """
-    from peft import PeftModel
-
     folder, section = _trained_base(plan, adapter), plan.recipe.model
     dtype = dtype or compute_dtype(section, where)
     hollow = hollow_model(folder, dtype, where)
@@ -121,7 +139,7 @@ def stream_adapted(
         return None
     model = hollow.model
     if not plan.recipe.adapter.is_full:
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device=str(where)).get_base_model().eval()
+        model = _with_adapter(model, adapter, where)
     quantise = partial(_unpacked_linear if dense else quantised_linear, section=section, dtype=dtype, device=where)
     WeightStream(hollow, None if section.quantization == "none" else quantise, title)
     return model

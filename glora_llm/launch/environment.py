@@ -4,6 +4,8 @@ import os
 
 from glora_llm.errors import UserError
 
+ACCELERATORS = ("cpu", "cuda")
+
 
 def planned_world_size() -> int:
     """Return the number of processes of this launch.
@@ -18,6 +20,7 @@ def planned_world_size() -> int:
             f"The environment says RANK={process_rank} of WORLD_SIZE={world_size} processes; ranks begin at 0. Start "
             "the processes by a launcher (deepspeed, torchrun), or unset both variables."
         )
+    _require_launch()
     return world_size
 
 
@@ -29,6 +32,28 @@ def planned_process_rank() -> int:
     """
     planned_world_size()
     return _number("RANK", 0, least=0)
+
+
+def _require_launch() -> None:
+    """Check that RANK has company, that the port is one, and that the accelerator is one of those used here.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
+    if accelerator not in ACCELERATORS:
+        raise UserError(f"DS_ACCELERATOR is '{accelerator}'; expected {' or '.join(ACCELERATORS)}, or unset it.")
+    if "RANK" not in os.environ:
+        return
+    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        raise UserError(
+            f"RANK is set, and {', '.join(lacking)} not: a launcher (deepspeed, torchrun) sets them all. For one "
+            "process, unset RANK."
+        )
+    port = os.environ["MASTER_PORT"]
+    if not port.isascii() or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
+        raise UserError(f"MASTER_PORT is '{port}'; expected the number of a free TCP port, 1 to 65535.")
 
 
 def _number(name: str, default: int, least: int) -> int:

@@ -1,6 +1,7 @@
 """Checks of a recipe that load no library: wrong names and paths are answered within a second, all at once."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from glora_llm.adapters.methods import check_method
@@ -8,8 +9,11 @@ from glora_llm.adapters.start import require_weights
 from glora_llm.adapters.targets import require_names
 from glora_llm.errors import Problems, UserError
 from glora_llm.models.resolve import look_at_model, stored_modules
+from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
+
+LONGEST_SHOWN = 120  # characters of a path
 
 
 def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: bool = True) -> None:
@@ -47,6 +51,7 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
         accumulation(recipe.training, world_size)
     with found.collected():
         _require_writable(Path(recipe.output.dir))
+        RunFolder(Path(recipe.output.dir)).require_whole()
     found.raise_all()
 
 
@@ -70,10 +75,14 @@ def _require_writable(folder: Path) -> None:
     """Check that a run folder is there and can be written to, or can be made."""
     if str(folder).startswith("~"):
         raise UserError(f"output.dir {folder}: ~ is not expanded in a recipe. Write the whole path.")
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"output.dir {folder}: {there} is a file, and a folder is expected there.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"output.dir {folder}: {there} cannot be written to. Choose another, or change its permissions."
-        )
+    try:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            what = "a link to nowhere" if there.is_symlink() else "a file"
+            raise UserError(f"output.dir {folder}: {there} is {what}, and a folder is expected there.")
+        folder.exists()  # refuses a name that is too long
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+    except (OSError, ValueError) as error:
+        shown = str(folder) if len(str(folder)) <= LONGEST_SHOWN else f"{str(folder)[:LONGEST_SHOWN]}..."
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"output.dir {shown} cannot be made or written to: {why}. Choose another.") from error

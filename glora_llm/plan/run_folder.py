@@ -9,6 +9,7 @@ from typing import Any
 from glora_llm import recipe as recipes
 from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
+from glora_llm.files.json_file import read_object
 from glora_llm.schema import Recipe
 
 # A run may go on with these changed; all else makes it another run.
@@ -16,6 +17,8 @@ FREE_KEYS = {
     "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps", "deterministic"},
     "model": {"attention", "kernels", "gradient_checkpointing", "compile", "dtype"},  # base.json holds the dtype itself
 }
+BASE_GONE = "Put a copy of it back: without it nothing says that the base is still the one that was trained on."
+FOLDERS = ("checkpoints", "adapter", "model", "tensorboard", "search", "finetuned", "merged")
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 
 
@@ -89,7 +92,8 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """Return summary.json, or nothing where training has not ended."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        advice = "Delete the file: the same training command writes it again."
+        return read_object(file, advice) if file.exists() else {}
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""
@@ -152,7 +156,33 @@ class RunFolder:
     def base(self) -> dict[str, Any]:
         """Return base.json: which base the run is trained on, computed in which dtype; nothing where it never began."""
         file = self.path / "base.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        if not file.exists():
+            return {}
+        base = read_object(file, BASE_GONE)
+        if not all(isinstance(base.get(key), str) for key in ("name", "fingerprint", "dtype")):
+            raise UserError(f"{file} does not say name, fingerprint and dtype of the base. {BASE_GONE}")
+        return base
+
+    def require_whole(self) -> None:
+        """Check that what is there can be gone on with: files are files, folders are folders, and all can be read.
+
+        Raises:
+            UserError: naming the first that is wrong; or when the folder holds things, and is no run.
+        """
+        for name in FOLDERS:
+            if (self.path / name).exists() and not (self.path / name).is_dir():
+                raise UserError(f"{self.path / name} is a file, and a folder is expected there. Move it away.")
+        self.base(), self.summary()
+        if not self.path.is_dir():
+            return
+        if not any((self.path / name).exists() for name in ("recipe.yaml", "checkpoints", "failure.json")):
+            others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+            if others:
+                raise UserError(
+                    f"output.dir {self.path} is no run folder and is not empty: it holds {', '.join(others[:3])}. "
+                    "Choose another, or one below it."
+                )
+        _require_metrics(self.path / "metrics.jsonl")
 
     def require_same_base(self, base: dict[str, Any]) -> None:
         """Check that a run goes on with the base that it began with: W0 is part of what is trained.
@@ -171,6 +201,25 @@ class RunFolder:
                 f"{self.path} was trained in {there['dtype']}, and this machine would go on in {base['dtype']}. "
                 f"Set model.dtype={there['dtype']}."
             )
+
+
+def _require_metrics(file: Path) -> None:
+    """Check that every line of metrics.jsonl says its step; the last line may have been cut off by a kill."""
+    if not file.exists():
+        return
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Move it away: the run goes on with a new one.") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                return
+            entry = None
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise UserError(f"{file}, line {number}: not the metrics of a step: {line[:80]}. Delete the line.")
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:

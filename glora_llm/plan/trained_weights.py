@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.adapters.weights import adapter_fault
 from glora_llm.errors import UserError
+from glora_llm.files.json_file import read_object
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
@@ -32,13 +35,46 @@ def trained_weights(folder: RunFolder, step: int | None = None) -> TrainedWeight
     """
     if step is not None:
         found = _checkpoint(folder, step)
+        _require_readable(found / "adapter", folder.recipe())
         return TrainedWeights(found / "adapter", found)
     recipe = folder.recipe()
     weights = folder.trained(recipe)
     problem = final_fault(folder, recipe)
     if problem is not None and (folder.has_ended or (weights / checkpoint.MANIFEST).is_file()):
         raise UserError(f"{weights}: {problem}. {_how_to_get_back(folder)}")
+    if problem is None:
+        _require_readable(weights, recipe)
     return TrainedWeights(weights, None)
+
+
+def _require_readable(adapter: Path, recipe: Recipe) -> None:
+    """Check what checksums cannot say: an adapter without them may be cut off, and a broken one has them all the same.
+
+    Raises:
+        UserError: when a file cannot be read, a value is not finite, or the rank or alpha is not the recipe's.
+    """
+    section = recipe.adapter
+    if section.is_full:
+        return
+    config = read_object(adapter / "adapter_config.json", "Put a copy of the adapter back.")
+    wanted = {"rank": section.rank, "alpha": section.alpha} if section.method == "glora" else {}
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise UserError(
+                f"{adapter / 'adapter_config.json'} says {key} {config.get(key)}, and the run's recipe {value}. Put "
+                "the file back as it was written."
+            )
+    file = adapter / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as opened:
+            broken = [name for name in opened.keys() if not opened.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged: {error}. Put a copy of the adapter back.") from error
+    if broken:
+        raise UserError(
+            f"{file}: {broken[0]} holds values that are not finite: the training diverged, or the file is damaged. "
+            "Take an earlier checkpoint (--step), or train again with a lower training.lr."
+        )
 
 
 def final_fault(folder: RunFolder, recipe: Recipe) -> str | None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from glora_llm.schema.section import PositiveInt, Section, key
 
@@ -48,3 +48,10 @@ class OutputSection(Section):
         "auto",
         "auto: go on from the newest complete checkpoint; never: refuse a folder with checkpoints; must: need one",
     )
+
+    @field_validator("dir", mode="after")
+    @classmethod
+    def _is_a_name(cls, folder: str) -> str:
+        if not folder.strip() or "\0" in folder:
+            raise ValueError(f"{folder!r} names no folder: give the run one of its own, such as runs/mine")
+        return folder

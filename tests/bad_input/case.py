@@ -97,7 +97,11 @@ def outcome(case: Case, folder: Path) -> Outcome:
         case.change(folder)
     before = _contents(folder)
     told = io.StringIO()
-    with _place(folder, case.environment), contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        working_in(folder, case.environment),
+        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         try:
             code: int | None = main([*case.command, *case.words])
         except SystemExit as end:
@@ -112,8 +116,8 @@ def outcome(case: Case, folder: Path) -> Outcome:
 
 
 @contextlib.contextmanager
-def _place(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    """Work in a folder, with variables set and no trace of a launch."""
+def working_in(folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Work in a folder, with variables set and no trace of a launch, neither before nor after."""
     before, cwd = dict(os.environ), Path.cwd()
     for name in LAUNCH:
         os.environ.pop(name, None)

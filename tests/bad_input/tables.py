@@ -4,8 +4,10 @@ from tests.bad_input.adapter_cases import ADAPTERS, DEEPSPEED, GENOMES
 from tests.bad_input.answer_cases import CHATS, LABELS
 from tests.bad_input.case import Case
 from tests.bad_input.data_cases import RECORDS, TABLES
+from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
+from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.weight_cases import FILES
 from tests.bad_input.yaml_cases import YAML
@@ -23,4 +25,8 @@ GROUPS: dict[str, dict[str, Case]] = {
     "adapter": ADAPTERS,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
+    "run folder; merge, evaluate, search": FOLDERS,
+    "output.dir": OUTPUT,
+    "environment of a launch": ENVIRONMENT,
+    "command line": COMMANDS,
 }
