@@ -11,7 +11,7 @@ import yaml
 
 from glora_llm import recipe
 from glora_llm.errors import UserError
-from tests.bad_input.case import Case, Change, both, copy_model, file, outcome
+from tests.bad_input.case import Case, Change, copy_model, file, outcome
 from tests.written_records import write_questions
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,10 @@ def misspell(spot: dict[str, Any], name: str) -> None:
     spot[name[:-1] + "qx"] = spot.pop(name)
 
 
+def put(wrong: Any) -> Callable[[dict[str, Any], str], None]:
+    return lambda spot, name: spot.update({name: wrong})
+
+
 def told(folder: Path, text: str) -> str | None:
     """Return what is said of a recipe; None where it is taken."""
     (folder / "own.yaml").write_text(text)
@@ -71,7 +75,7 @@ def test_no_value_of_a_wrong_type_ends_in_a_traceback(shipped: Path, tmp_path: P
     for number, at in enumerate(leaves(values)):
         for wrong in (WRONG[number % len(WRONG)], WRONG[(number + 3) % len(WRONG)]):
             tried += 1
-            taken += told(tmp_path, changed(values, at, lambda spot, name, w=wrong: spot.update({name: w}))) is None
+            taken += told(tmp_path, changed(values, at, put(wrong))) is None
     assert tried > 40 and taken < tried / 3
 
 
@@ -109,6 +113,14 @@ def damage_model(name: str, most: int, seed: int) -> Change:
     return change
 
 
+def damage_recipe(seed: int) -> Change:
+    def change(folder: Path) -> None:
+        place = folder / "recipe.yaml"
+        place.write_bytes(flipped(place.read_bytes(), seed))
+
+    return change
+
+
 GENOME = json.dumps({f"model.layers.{n}.self_attn.q_proj": {"B": "vector", "A": "scalar"} for n in range(2)})
 ODD: dict[str, Case] = {}
 for _seed in range(SEEDS):
@@ -119,13 +131,8 @@ for _seed in range(SEEDS):
         f"header of the weights {_seed}": Case(
             "", ("model.name_or_path=model",), damage_model("model.safetensors", 2000, _seed)
         ),
-        f"recipe {_seed}": Case("", (), both(lambda folder, s=_seed: _damage_recipe(folder, s))),
+        f"recipe {_seed}": Case("", (), damage_recipe(_seed)),
     }
-
-
-def _damage_recipe(folder: Path, seed: int) -> None:
-    place = folder / "recipe.yaml"
-    place.write_bytes(flipped(place.read_bytes(), seed))
 
 
 @pytest.mark.parametrize("case", ODD.values(), ids=ODD)
