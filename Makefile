@@ -17,7 +17,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-reliability test-gpu gpu-check lint bench docs clean
+.PHONY: help install quickstart test test-fast test-reliability test-gpu gpu-check lint peft-suite bench docs clean
 
 help:  ## show this list
 	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) DEVICE=$(DEVICE) TESTS=$(TESTS) PYTHON=$(PYTHON))'
@@ -64,6 +64,9 @@ lint: $(STAMP)  ## ruff, its formatter and mypy
 	@$(IN_VENV) ruff check .
 	@$(IN_VENV) ruff format --check .
 	@$(IN_VENV) mypy
+
+peft-suite: $(STAMP)  ## PEFT's own generic tests on GLoRA, against the failures that are expected (fetches PEFT's source)
+	@$(IN_VENV) python scripts/peft_suite.py --workers $(WORKERS)
 
 bench: $(STAMP)  ## every scripts/bench_*.py
 	@for script in scripts/bench_*.py; do \

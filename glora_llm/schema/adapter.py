@@ -56,7 +56,7 @@ class AdapterSection(Section):
     )
     supernet: SupernetSection | None = key(None, "what `paths: sample` draws from; none: everything")
     genome: str | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
-    weights: str | None = key(None, "an adapter folder to begin with, of the same slots (what a genome inherits)")
+    weights: str | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
         None, "factor on training.lr by slot; what is not named keeps its measured default", "x training.lr"

@@ -71,7 +71,8 @@ def test_trainer_trains_saves_resumes_and_merges(tuner: str, llama: Llama, tmp_p
 
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_sft_trainer(tuner: str, llama: Llama, tokenizer: Any, tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     data = Dataset.from_list([{"text": text} for text in TEXTS])
     keys = {"max_steps": 4, "max_length": 16, "dataset_text_field": "text", "gradient_checkpointing": False}
