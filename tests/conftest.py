@@ -5,6 +5,8 @@ twin. A test for CUDA alone is called `test_NAME_on_gpu` and has a twin `test_NA
 """
 
 import os
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Sockets to other machines are refused, here and in every Python process that a test starts.
+NO_NETWORK = Path(__file__).parent / "no_network"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NO_NETWORK), os.environ.get("PYTHONPATH")]))
+if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "NetworkRefused"):
+    runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))
 
 
 COLLECTED = pytest.StashKey[list[pytest.Item]]()

@@ -24,7 +24,7 @@ from glora_llm.cli import (
 )
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.complaint import print_error, print_once
-from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output
+from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output, ended_tidily
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -95,10 +95,11 @@ def guarded(task: Callable[[], int]) -> int:
     """Run `task` and return its exit code; what a user may cause becomes one message instead of a traceback.
 
     2: bad input (UserError); 1: a result outside its bound (CheckFailed); 75: told to end, and the same command goes
-    on (ToldToEnd); 130: interrupted. All else is a defect and keeps its traceback.
+    on (ToldToEnd); 130: interrupted; 143: SIGTERM. All else is a defect and keeps its traceback.
     """
     try:
-        return task()
+        with ended_tidily():
+            return task()
     except UserError as error:
         print_error(str(error))
         return BAD_INPUT

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ class StopRequest:
 
     def made(self) -> bool:
         """Tell whether this process was told to end."""
+        if self.reason is None and time.monotonic() >= self.limit:  # the listening thread may be a second late
+            self.reason = "output.max_hours"
         return self.reason is not None
 
     @contextlib.contextmanager
@@ -150,6 +153,22 @@ def _end_at_once(number: int) -> None:
     with contextlib.suppress(OSError):
         print_once(f"told to end a second time ({name}): ended at once, without a further checkpoint", "ended-at-once")
     os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def ended_tidily() -> Iterator[None]:
+    """Let SIGTERM end this process by an exception while the context lasts, so that no half-written folder is left.
+
+    Commands that train take the signal themselves (`StopRequest`).
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def drop_broken_output() -> None:

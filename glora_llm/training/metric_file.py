@@ -3,13 +3,15 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
 from glora_llm.failpoints import reach
+
+BLOCK = 1 << 16  # bytes that are read at once
 
 
 class MetricFile:
@@ -29,31 +31,52 @@ class MetricFile:
         self.waiting: list[str] = []
         self.failed = 0
 
-    def entries(self) -> list[dict[str, Any]]:
-        """Return what is in the file, without lines that were cut off."""
-        return [entry for _, entry in self._lines()]
-
-    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
-        found = []
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                    found.append((line, entry))
-        return found
-
     def forget_from(self, start: int) -> None:
-        """Keep the lines of steps up to `start`, and drop those that were cut off.
+        """Keep the lines of steps up to `start`, and drop those behind them, whole or cut off.
+
+        Read from the end: a run of a million steps begins as soon as one of ten.
 
         Raises:
             UserError: when the file cannot be written.
         """
-        kept = "".join(f"{line}\n" for line, entry in self._lines() if entry["step"] <= start)
-        if self.path.exists() and self.path.read_bytes() != kept.encode():
+        size = self.path.stat().st_size if self.path.exists() else 0
+        ends = (offset for offset, entry in self._from_the_end() if entry["step"] <= start)
+        kept = next(ends, 0) if start else 0
+        if kept < size:
             try:
-                write_text(self.path, kept)
+                os.truncate(self.path, kept)
             except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error}. Free some disk space, or mend it.") from error
+                raise UserError(f"{self.path} cannot be written: {error}. Make it writable, or delete it.") from error
+
+    def names_at(self, step: int) -> set[str] | None:
+        """Return the names that the lines of a step have, or None where the file has no line at all."""
+        names: set[str] | None = None
+        for _, entry in self._from_the_end():
+            names = names or set()
+            if entry["step"] < step:
+                break
+            names |= entry.keys() if entry["step"] == step else set()
+        return names
+
+    def _from_the_end(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (offset of its end, entry) of every whole line, the last one first."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            start, rest = file.seek(0, os.SEEK_END), b""
+            while start:
+                size = min(BLOCK, start)
+                start -= size
+                file.seek(start)
+                # What stands before the first newline belongs to the block before it, or is the file's first line.
+                pieces = (file.read(size) + rest).split(b"\n")
+                rest, end = pieces[0], start + sum(len(piece) + 1 for piece in pieces[:-1])
+                for piece in reversed(pieces[:-1] if start == 0 else pieces[1:-1]):
+                    entry = _entry(piece)
+                    if entry is not None:
+                        yield end, entry
+                    end -= len(piece) + 1
+                rest += b"\n" if len(pieces) > 1 else b""
 
     def append(self, step: int, values: dict[str, float]) -> None:
         """Write the numbers of a step, after those that could not be written before."""
@@ -97,3 +120,12 @@ class MetricFile:
         self.write_waiting()
         if self.waiting:
             self.say(f"{len(self.waiting)} lines of {self.path} could not be written and are lost")
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Return what a line says, or None for one that says no step."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None

@@ -76,10 +76,8 @@ class MetricLog:
 
     def lacks(self, step: int, prefix: str) -> bool:
         """Tell whether the file has metrics, but none of this step whose names begin with `prefix`."""
-        entries = self.file.entries() if self.enabled else []
-        return bool(entries) and not any(
-            entry["step"] == step and name.startswith(prefix) for entry in entries for name in entry
-        )
+        names = self.file.names_at(step) if self.enabled else None
+        return names is not None and not any(name.startswith(prefix) for name in names)
 
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from glora_llm.launch.launcher import written
-from glora_llm.launch.stop import SIGNALS, StopRequest, ToldToEnd
+from glora_llm.launch.stop import SIGNALS, StopRequest, ToldToEnd, ended_tidily
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,7 @@ def test_another_thread_changes_nothing() -> None:
 
 PRINTS = """
 import sys
+import time
 from glora_llm.launch.stop import drop_broken_output
 sys.stdin.readline()
 drop_broken_output()
@@ -91,3 +93,19 @@ def test_the_command_is_written_as_it_was_typed() -> None:
     shell = subprocess.run(["which", "sh"], capture_output=True, text=True, check=True).stdout.strip()
     assert written(["python", shell, "--recipe", "a b"], {}) == "sh --recipe 'a b'"
     assert written(["python", "train.py"], {"DS_ACCELERATOR": "cpu"}) == "DS_ACCELERATOR=cpu python train.py"
+
+
+def test_after_its_hours_it_is_told_to_end() -> None:
+    request = StopRequest(max_hours=0.5 / 3600)
+    with request.listening(), pytest.raises(ToldToEnd) as end, request.deferred():
+        assert not request.made()
+        limit = time.monotonic() + 60
+        while not request.made() and time.monotonic() < limit:
+            time.sleep(0.05)
+    assert end.value.code == 75 and str(end.value.message).startswith("told to end (output.max_hours). This goes on")
+
+
+def test_sigterm_ends_a_command_by_an_exception() -> None:
+    with pytest.raises(SystemExit) as end, ended_tidily():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -12,6 +12,7 @@ from typing import Any
 
 from glora_llm.failpoints import VARIABLE
 from glora_llm.launch.ranks import free_port
+from tests.training.launching import PYTHONPATH
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 300.0  # seconds of one run
@@ -60,7 +61,7 @@ class Server:
     def __init__(self, folder: Path, cache: Path):
         self.folder, self.number = folder, 0
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = {"PATH": path, "PYTHONPATH": str(ROOT), "GLORA_CACHE": str(cache), "DS_ACCELERATOR": "cpu"}
+        environment = {"PATH": path, "PYTHONPATH": PYTHONPATH, "GLORA_CACHE": str(cache), "DS_ACCELERATOR": "cpu"}
         environment |= {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "reliability" / "fork_server.py")], cwd=ROOT,
@@ -138,3 +139,9 @@ def logged(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     same = ("train/loss", "train/lr", "train/grad_norm", "validation/")
     return [(line["step"], {name: line[name] for name in line if name.startswith(same)}) for line in lines]
+
+
+def logged_values(folder: Path, key: str) -> dict[int, float]:
+    """Return step -> value of one metric."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}

@@ -10,6 +10,7 @@ from typing import Any
 from glora_llm.launch.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT / "tests" / "no_network"), str(ROOT)])  # no process reaches another machine
 
 
 def launch(*arguments: str, ranks: int = 2) -> list[str]:
@@ -21,7 +22,7 @@ def launch(*arguments: str, ranks: int = 2) -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a launch: CPU ranks, and ninja found where this Python is."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)} | more
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": PYTHONPATH} | more
 
 
 def finished(command: list[str], timeout: float = 900, **more: str) -> "subprocess.CompletedProcess[str]":

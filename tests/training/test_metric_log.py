@@ -10,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glora_llm.recipe import load
+from glora_llm.training import metric_file
 from glora_llm.training.hyperparameters import compared_settings
 from glora_llm.training.metric_log import MetricLog
 
@@ -175,3 +176,31 @@ def test_scores_are_printed_and_logged(tmp_path: Path, capsys: pytest.CaptureFix
     log.close()
     assert capsys.readouterr().out == "step 4/8: validation/loss 1.5000, validation/exact_match 0.2500\n"
     assert series(tmp_path, "validation/exact_match") == {4: 0.25}
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 16])
+def test_a_file_is_read_from_its_end(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is cut into blocks: the lines up to a step stay, byte for byte, whatever stands behind them."""
+    monkeypatch.setattr(metric_file, "BLOCK", block)
+    lines = [json.dumps({"step": step, "train/loss": step / 3}) + "\n" for step in range(1, 30)]
+    lines[9:9] = [json.dumps({"step": 9, "validation/loss": 0.5}) + "\n"]
+    for start, kept in ((0, 0), (8, 8), (9, 10), (29, 30), (40, 30)):
+        for tail in ("", '{"step": 30', '[1]\n{"step": 31, "a": 1}', "\n\n"):
+            (tmp_path / "metrics.jsonl").write_text("".join(lines) + tail)
+            file = metric_file.MetricFile(tmp_path / "metrics.jsonl", print)
+            assert file.names_at(9) == {"step", "train/loss", "validation/loss"}
+            assert file.names_at(50) == set()
+            file.forget_from(start)
+            assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:kept])
+    assert metric_file.MetricFile(tmp_path / "absent", print).names_at(1) is None
+
+
+def test_lines_that_cannot_be_written_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = metric_file.MetricFile(tmp_path / "absent" / "metrics.jsonl", print)
+    file.append(1, {"a": 1.0})
+    file.append(2, {"a": math.nan})
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    (tmp_path / "absent").mkdir()
+    file.append(3, {"a": 3.0})
+    assert "is written again, with the 3 lines since then" in capsys.readouterr().out
+    assert [line["a"] for line in lines(tmp_path / "absent")] == [1.0, None, 3.0]
