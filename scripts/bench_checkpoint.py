@@ -122,13 +122,15 @@ def _train(recipe: str, settings: list[str], run: Path, how: dict[str, Any]) -> 
             stop.reason = "the benchmark"
         return result
 
-    Saver.save_checkpoint, Engine.train_step = saved, stepped  # type: ignore[method-assign]
+    saver_class: Any = Saver
+    engine_class: Any = Engine
+    saver_class.save_checkpoint, engine_class.train_step = saved, stepped
     try:
         train(recipes.load(recipe, [*settings, f"output.dir={run}"]), stop=stop)
     except ToldToEnd:
         pass
     finally:
-        Saver.save_checkpoint, Engine.train_step = save, step  # type: ignore[method-assign]
+        saver_class.save_checkpoint, engine_class.train_step = save, step
         ranks.stop()
     return ended[0]
 

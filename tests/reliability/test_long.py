@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import time
 from pathlib import Path
 
 import psutil
@@ -26,15 +27,17 @@ def test_two_thousand_steps(server: Server, tmp_path: Path, note: Note) -> None:
     run = tmp_path / "run"
     command = ["train", "--recipe", "tiny_cpu", *SETTINGS, f"training.steps={STEPS}", f"output.dir={run}"]
     process = server.start(*command)
-    watched, seen = psutil.Process(process.pid), {}  # step -> resident MB, open files
+    watched = psutil.Process(process.pid)
+    seen: dict[int, tuple[float, int]] = {}  # step -> resident MB, open files
     while server.ask({"poll": process.pid}) is None:
         try:
             held = watched.memory_info().rss / 1e6, watched.num_fds()
         except psutil.NoSuchProcess:
             break
-        steps = re.findall(r"^step (\d+)/", process.said(), flags=re.MULTILINE)
+        steps = re.findall(r"^step (\d+)/", process.said()[-4000:], flags=re.MULTILINE)
         if steps:
             seen[int(steps[-1])] = held
+        time.sleep(0.5)
     times = logged_values(run, "train/seconds_per_step")
     assert len(times) == STEPS, process.said()
     early = [held for step, held in seen.items() if 200 <= step <= 700]
