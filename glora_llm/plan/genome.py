@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from glora_llm.adapters.config import read_genome
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
+from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 from glora_llm.glora.path import genome_to_slots
 from glora_llm.glora.supernet import inherit
@@ -57,9 +58,9 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
         raise UserError(f"{genome}: every slot of every layer is none, and that is the base model as it was.")
     config = json.loads((supernet / "adapter_config.json").read_text())
     config |= {"supernet": None, "genome": genome_to_slots(paths)}
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / ADAPTER_WEIGHTS)
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    with whole_folder(out) as place:
+        save_file(weights, place / ADAPTER_WEIGHTS)
+        (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def finetune_recipe(folder: RunFolder) -> Recipe:

@@ -1,6 +1,7 @@
 """Merge, evaluate and export a supernet: its genome, with the weights that it inherits, as found or as edited."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_evaluate_scores_the_genome(searched: Path, capsys: pytest.CaptureFixtur
     )
     small = printed("--split", "validation", "--genome", str(searched / "search" / "genome-0.7k.json"))
     assert small["validation/loss"] == pytest.approx(-summary["search"]["0.7k"]["score"], abs=6e-5)
+
+
+def test_others_may_read_what_was_written(searched: Path, tmp_path: Path) -> None:
+    """Every file of a run, of its search and of a merge has the mode that the umask gives."""
+    assert merge(searched, tmp_path / "out") == 0 and merge(searched, tmp_path / "gguf", "--for", "llama.cpp") == 0
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [file for folder in (searched, tmp_path) for file in folder.rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) > 4
+    assert [file for file in files if file.stat().st_mode & 0o777 != 0o666 & ~umask] == []
 
 
 def test_a_genome_of_low_rank_slots_is_a_plain_lora(searched: Path, written: Write, tmp_path: Path) -> None:
