@@ -88,9 +88,10 @@ _REWRITES = (
 # starts of PEFT (adapter.peft.init_lora_weights, up to a number of iterations) that are refused -> why
 REFUSED_STARTS: dict[str, str] = {
     **dict.fromkeys(["pissa", "olora", "corda", "lora_ga", "loftq"], _REWRITES),
+    "mica": "it computes B from the base's values and trains A alone, so B is in no saved adapter",
     "eva": "it is made of activations over the data, which are not computed here, and plain LoRA would be trained",
 }
-STARTS = (True, False, "gaussian", "orthogonal", "mica")  # of LoRA, which leave the base as it is
+STARTS = (True, False, "gaussian", "orthogonal")  # of LoRA, which leave the base as it is
 
 
 def check_start(section: AdapterSection) -> None:

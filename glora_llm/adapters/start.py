@@ -45,7 +45,7 @@ def require_weights(folder: Path) -> None:
         raise UserError(f"adapter.weights: {folder} {what}.{hint}")
     start = (saved_config(folder) or {}).get("init_lora_weights")
     reason = refused_start(start)
-    if reason and start != "eva":  # an adapter that began with eva is plain LoRA
+    if reason and start not in ("eva", "mica"):  # of eva, all of it is saved; of mica, the missing factor is named
         raise UserError(
             f"adapter.weights: {folder} began with init_lora_weights {start}: {reason}. Save it by PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...), as a difference to the original base."

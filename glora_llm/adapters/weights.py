@@ -86,7 +86,9 @@ def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
 
 def _pruned(folder: Path) -> dict[str, list[bool]]:
     """Return, of each factor of an AdaLoRA adapter whose ranks were pruned, which ranks were kept."""
-    return kept_ranks((saved_config(folder) or {}).get("rank_pattern") or {})
+    config = saved_config(folder) or {}
+    pattern = config.get("rank_pattern") if config.get("peft_type") == "ADALORA" else None  # LoRA's says something else
+    return kept_ranks(pattern or {})
 
 
 def _saved_names(model: Any, items: list[Trainable]) -> dict[str, str]:
