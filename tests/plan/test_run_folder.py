@@ -12,6 +12,7 @@ from glora_llm.schema import Recipe
 
 FREE = [
     "training.deepspeed=zero3", "training.micro_batch=2", "training.log_every=5", "training.max_bad_steps=2",
+    "training.deterministic=true", "output.max_hours=1.5",
     "model.attention=eager", "model.dtype=bfloat16", "model.kernels=none", "model.gradient_checkpointing=true",
     "model.compile=true",
     "evaluation.every=5", "evaluation.batch=3", "merge.after_training=true", "merge.dtype=bfloat16",
