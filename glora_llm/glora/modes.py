@@ -56,8 +56,8 @@ class Block(nn.Module):
         blocks = blocks_of(in_features)
         if spec.rank > blocks:
             raise UserError(
-                f"Slot A in mode block has rank {spec.rank}, and a row of {in_features} inputs has {blocks} blocks of "
-                f"{BLOCK}, so a rank above {blocks} adds nothing. Set adapter.rank={blocks} or less, or give this "
+                f"Slot A in mode block has rank {spec.rank}, and a row of {in_features} inputs has {blocks} "
+                f"block{'s' if blocks > 1 else ''} of {BLOCK}, so a rank above {blocks} adds nothing. Set adapter.rank={blocks} or less, or give this "
                 "layer a rank of its own by adapter.paths."
             )
         self.block_down = nn.Parameter(torch.zeros(out_features, spec.rank))
