@@ -55,10 +55,11 @@ class Block(nn.Module):
         super().__init__()
         blocks = blocks_of(in_features)
         if spec.rank > blocks:
+            count = f"{blocks} block{'s' if blocks > 1 else ''} of {BLOCK}"
             raise UserError(
-                f"Slot A in mode block has rank {spec.rank}, and a row of {in_features} inputs has {blocks} "
-                f"block{'s' if blocks > 1 else ''} of {BLOCK}, so a rank above {blocks} adds nothing. Set adapter.rank={blocks} or less, or give this "
-                "layer a rank of its own by adapter.paths."
+                f"Slot A in mode block has rank {spec.rank}, and a row of {in_features} inputs has {count}, so a rank "
+                f"above {blocks} adds nothing. Set adapter.rank={blocks} or less, or give this layer a rank of its own "
+                "by adapter.paths."
             )
         self.block_down = nn.Parameter(torch.zeros(out_features, spec.rank))
         self.block_up = nn.Parameter(torch.empty(spec.rank, blocks))
