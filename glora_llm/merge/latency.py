@@ -15,7 +15,8 @@ from glora_llm.models.load import load_base
 from glora_llm.models.stored import StoredTensors
 from glora_llm.plan.plan import Plan
 
-TOKENS, ROUNDS = 64, 5
+TOKENS = 64
+ROUNDS, FEWEST, MOST_SECONDS = 5, 3, 5.0  # on a slow machine the fewest are enough
 MOST_ON_CPU = 1.5e9  # bytes: two models of 188 M weights, some seconds; a merge is small beside larger ones
 MOST_OF_MEMORY = 0.8  # of what is free
 
@@ -42,11 +43,14 @@ def measure_latency(plan: Plan, merged: Path, quantization: str = "none") -> dic
     dtype = str(after.dtype).removeprefix("torch.")
     section = plan.recipe.model.model_copy(update={"quantization": quantization, "dtype": dtype})
     before = load_base(section, plan.base.folder, where).eval()
+    before.set_attn_implementation(after.config._attn_implementation)  # training packs, and has an attention of its own
     length = min(TOKENS, after.config.max_position_embeddings)
     ids = torch.arange(length, device=where)[None] % after.config.vocab_size
     for model in (before, after):
         _seconds(model, ids)  # a first pass allocates
-    rounds = [_round(before, after, ids, index % 2 == 1) for index in range(ROUNDS)]
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < FEWEST or (len(rounds) < ROUNDS and sum(map(sum, rounds)) < MOST_SECONDS):
+        rounds.append(_round(before, after, ids, len(rounds) % 2 == 1))
     del before, after
     gc.collect()
     base, own = (statistics.median(seconds[n] for seconds in rounds) for n in (0, 1))
@@ -54,7 +58,7 @@ def measure_latency(plan: Plan, merged: Path, quantization: str = "none") -> dic
         "merged_tokens_per_second": length / own,
         "base_tokens_per_second": length / base,
         "ratio": statistics.median(seconds[0] / seconds[1] for seconds in rounds),
-        "measured": f"median of {ROUNDS} alternating passes over 1 x {length} tokens, {dtype} on {where.type}",
+        "measured": f"median of {len(rounds)} alternating passes over 1 x {length} tokens, {dtype} on {where.type}",
     }
 
 

@@ -43,7 +43,7 @@ def test_a_merge_reports_how_exact_it_was(plain: Trained, tmp_path: Path, capsys
     report = report_of(tmp_path / "out")
     assert report.keys() == KEYS | {"latency"}
     assert report["latency"].keys() == {"merged_tokens_per_second", "base_tokens_per_second", "ratio", "measured"}
-    assert report["latency"]["base_tokens_per_second"] > 0 and 0.05 < report["latency"]["ratio"] < 20
+    assert report["latency"]["base_tokens_per_second"] > 0 and report["latency"]["ratio"] > 0
     assert report["max_abs_logit_diff"] < 1e-3 and report["top1_agreement"] == 1.0
     assert report["loss_before"] == pytest.approx(report["loss_after"], abs=1e-5) and report["loss_before"] > 1
     assert report["tokens"] > 50 and report["text"] == "4 validation rows"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.cli import main
@@ -58,6 +58,9 @@ def test_a_llama_is_written_whole(target: str, default: Trained, tmp_path: Path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits(model), default.logits(), rtol=1e-4, atol=2e-4)
     assert "without" not in report_of(tmp_path / "out")
+    write = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+    (said,) = write("What is 7?", max_new_tokens=8, do_sample=False)
+    assert said["generated_text"].startswith("What is 7?") and len(said["generated_text"]) > len("What is 7?")
 
 
 def test_what_sglang_drops_is_refused_with_its_cost(
@@ -240,3 +243,15 @@ def test_an_unknown_target_in_a_script(default: Trained, tmp_path: Path) -> None
 
     with pytest.raises(UserError, match=r"--for vlm: there is transformers, vllm, .* Did you mean 'vllm'"):
         merge_run(default.folder.path, tmp_path / "out", target="vlm")
+
+
+def test_without_b_four_bits_lose_nothing(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """B alone keeps these slots from `nf4_lossless`; the report has what leaving it out costs."""
+    slots = {"A": "block", "B": "lora", "C": "vector", "E": "vector"}
+    trained = train(std=0.01, rank=1, slots=slots, model={"quantization": "nf4"})
+    run = ["merge", str(trained.folder.path), "--out", str(tmp_path / "out"), "--quantize", "nf4_lossless"]
+    assert main(run) == 2 and "B lora" in capsys.readouterr().err
+    assert main([*run, "--without", "B", "--max-loss-change", "5"]) == 0
+    report = report_of(tmp_path / "out")
+    assert report["lossless"]["codes_changed"] == 0 < report["lossless"]["codes"]
+    assert len(report["without"]["left_out"]) == 14 and "latency" in report
