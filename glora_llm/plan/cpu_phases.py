@@ -14,6 +14,7 @@ from glora_llm.plan.memory import FLOAT32, Sharding, adapter_dtype, at_rest
 from glora_llm.plan.phases import (
     Phase,
     Subject,
+    compared_tokens,
     largest_parts,
     merged_bytes,
     merging,
@@ -57,9 +58,22 @@ def cpu_phases(subject: Subject) -> list[Phase]:
     if recipe.search is not None:
         search = largest_parts([rest | subject.passed("slopes"), rest | subject.scored()])
         found.append(Phase("searching", sum_parts(search, {"workspace": round(FIGURES)})))
-    scored = merged_bytes(subject) + sum(subject.scored().values()) if recipe.data.test is not None else 0
-    merged = max(merging(subject), scored)
-    return passed_through(recipe, [*found, Phase("merging", {"workspace": merged} | merging_libraries)])
+    left = {"adapter": memory.adapter, "optimizer": optimizer}  # DeepSpeed does not give them back
+    if recipe.search is not None:
+        merging_libraries["libraries"] += round(FIGURES)  # they were drawn
+    merged = left | merging_libraries | {"workspace": max(merging(subject), _scored_merged(subject))}
+    return passed_through(recipe, [*found, Phase("merging", merged)])
+
+
+def _scored_merged(subject: Subject) -> int:
+    """Return what the scoring of the merged model on test rows holds: its file, and its weights in another dtype."""
+    recipe, sizes = subject.recipe, subject.sizes
+    if recipe.data.test is None:
+        return 0
+    file = merged_bytes(subject)
+    same = getattr(torch, recipe.merge.dtype) == subject.dtype
+    weights = 0 if same else sizes.dense * subject.dtype.itemsize
+    return FLOAT32 * compared_tokens(subject) * sizes.vocabulary + file + weights
 
 
 def _weights(subject: Subject) -> tuple[dict[str, int], dict[str, int], int]:

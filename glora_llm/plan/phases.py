@@ -163,11 +163,11 @@ def merging(subject: Subject) -> int:
     shard = min(merged_bytes(subject), int(recipe.merge.max_shard_gb * GB))
     trained = 0 if recipe.adapter.is_full else FLOAT32 * sum(sizes.trained)
     # before, after, their difference and its magnitude; the output head, and the embedding that is not it
-    comparing = 4 * _compared(subject) * sizes.vocabulary * FLOAT32 + 2 * FLOAT32 * sizes.largest
+    comparing = 4 * compared_tokens(subject) * sizes.vocabulary * FLOAT32 + 2 * FLOAT32 * sizes.largest
     return trained + max(shard + FLOAT32 * sizes.largest, comparing)
 
 
-def _compared(subject: Subject) -> int:
+def compared_tokens(subject: Subject) -> int:
     """Return the tokens by which a merged model is compared with the unmerged one."""
     plan = subject.plan
     if plan is None or not subject.recipe.output.keep_sample:

@@ -1,12 +1,51 @@
 """`glora-llm plan`: a table of at most 100 columns, JSON, and one message for what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from glora_llm.cli import main
 from glora_llm.models.random_llama import SMALL, llama_config
+
+ROOT = Path(__file__).parents[2]
+# Each prints its CPU seconds at the end; the first also the modules that it has loaded by then.
+DRY_RUN = """
+import json, os, sys
+from glora_llm.cli import main
+assert main(["train", "--recipe", "tiny_cpu", "--dry-run", "output.dir=" + sys.argv[1]]) == 0
+print(json.dumps([sum(os.times()[:2]), [name for name in sys.modules if name != "__main__"]]))
+"""
+IMPORTS = """
+import contextlib, importlib, json, os, sys
+from glora_llm.launch.quiet import quiet_libraries
+quiet_libraries()
+for name in json.load(sys.stdin):
+    with contextlib.suppress(Exception):  # some are no modules that can be asked for by name
+        importlib.import_module(name)
+print(json.dumps([sum(os.times()[:2]), []]))
+"""
+
+
+def seconds(code: str, argument: Path, given: str = "") -> tuple[float, list[str]]:
+    """Run code in a process of its own; return its CPU seconds and what it prints beside them."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(argument)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, input=given, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    taken, names = json.loads(result.stdout.splitlines()[-1])
+    return taken, names
+
+
+def test_a_dry_run_takes_little_more_than_its_imports(tmp_path: Path) -> None:
+    """Measured 1.15 times as much (docs/plan.md); twice would be a second forward pass, or data that are read again."""
+    seconds(DRY_RUN, tmp_path)  # makes model and data in the cache
+    dry, names = seconds(DRY_RUN, tmp_path)
+    imports, _ = seconds(IMPORTS, tmp_path, json.dumps(names))
+    assert len(names) > 1000 and dry < 2 * imports
 
 
 def test_a_recipe_is_planned_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

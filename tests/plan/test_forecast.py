@@ -104,3 +104,17 @@ def test_a_7b_shape_is_planned_from_its_configuration_alone(tmp_path: Path) -> N
     assert found.counts.total == 40_706_048 and found.frozen == 6_738_415_616
     assert found.time.peak_flops == 165e12 and found.time.steps == 100
     assert found.time.least_seconds == pytest.approx(100 * found.time.step_flops / 165e12)
+
+
+def test_on_a_cpu_files_stay_mapped(tiny: ResolvedModel) -> None:
+    """By hand: dense float32 weights are those of the file; in nf4 the file is there beside the packed values."""
+    file = (tiny.folder / "model.safetensors").stat().st_size
+    bases = {}
+    for quantization in ("none", "nf4"):
+        recipe = recipes.load("tiny_cpu", [f"model.quantization={quantization}"])
+        phases = {phase.name: phase.parts for phase in forecast(recipe, tiny.folder, CPU, None).phases}
+        bases[quantization] = phases["loading"]["base"], phases["training"]["base"]
+    linears = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert bases["none"] == (0, file)
+    assert bases["nf4"][1] == file + linears // 2
+    assert bases["nf4"][0] == pytest.approx(linears * 4 + linears // 2, rel=0.05)
