@@ -152,7 +152,7 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
         f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
         "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
         f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. `merge --to lora` keeps C and E as the "
-        "LoRA's bias."
+        "LoRA's bias; `merge --for transformers --without C,E` leaves them out there, and says what that costs."
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -82,6 +83,18 @@ def test_what_sglang_drops_is_refused_with_its_cost(
     )
     assert abs(after - before) > 0.01, "else nothing was measured"
     assert cost["top1_agreement"] < 1 and len(cost["left_out"]) == 6
+
+
+def test_what_the_message_says_to_train_fits(
+    default: Trained, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge(default, tmp_path / "out", "--for", "sglang", "--no-compare") == 2
+    said = capsys.readouterr().err
+    assert "What leaving them out costs was not measured" in said
+    paths = yaml.safe_load(said.split("adapter.paths='")[1].split("'")[0])
+    again = train(slots=ALL_MODES, paths=paths)
+    assert merge(again, tmp_path / "out", "--for", "sglang", "--no-compare") == 0
+    assert "sglang serves all slots of this adapter." in capsys.readouterr().out
 
 
 def test_left_out_where_the_target_drops_them_alone(default: Trained, tmp_path: Path) -> None:
