@@ -54,7 +54,7 @@ SCENARIOS: dict[str, list[str]] = {
     ],
     "bfloat16": ["model.dtype=bfloat16", "training.deepspeed=zero2"],
     "float16": ["model.dtype=float16", f"training.deepspeed={FLOAT16}", "training.max_bad_steps=1"],
-    "broken": ["training.lr=1000", "adapter.alpha=1e15", "training.max_grad_norm=0", "training.max_bad_steps=2"],
+    "broken": ["training.lr=1000", "adapter.alpha=1e18", "training.max_grad_norm=0", "training.max_bad_steps=2"],
 }
 LOGITS_AT_ONCE = output_head.LOGITS_AT_ONCE
 RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora", "bfloat16", "float16")
