@@ -76,7 +76,7 @@ def test_one_process_is_killed(
 @pytest.mark.parametrize(
     ("told", "place", "steps"),
     [
-        (1, "step.before_backward:3:usr1", [1]),  # in the middle of step 2, which is left out
+        (1, "step.before_backward:3:usr1", [2]),  # in the first of two micro batches: the step is completed
         pytest.param(0, "step.before_backward:4:term", [2], marks=every),
         (1, "evaluation.before_batch:2:term", [4]),  # the validation after step 4
         pytest.param(0, "evaluation.before_batch:1:int", [2], marks=every),
