@@ -36,7 +36,9 @@ FEWER: dict[str, tuple[str, ...]] = {
 }
 MODELS_OF_HUB, DATA_OF_HUB = "the model is on the hub", "the data are on the hub"
 ELSEWHERE = {
-    **dict.fromkeys(("llama2_glora", "llama2_lora", "llama2_glora_search", "llama3_glora"), MODELS_OF_HUB),
+    **dict.fromkeys(
+        ("llama2_glora", "llama2_lora", "llama2_glora_search", "llama2_lossless4", "llama3_glora"), MODELS_OF_HUB
+    ),
     "llama2_70b_glora": MODELS_OF_HUB,
     **dict.fromkeys(("vit_cifar10_dense", "vit_cifar10_glora", "vit_cifar10_vlora", "vlora_1b"), DATA_OF_HUB),
     **dict.fromkeys(("dense_lm", "vlora_lm"), "the data (WikiText-2) are not shipped"),

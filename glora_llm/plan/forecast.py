@@ -17,7 +17,7 @@ from glora_llm.models.load import compute_dtype, linear_names, meta_model
 from glora_llm.plan.batches import largest_micro_batch
 from glora_llm.plan.cpu_phases import cpu_phases
 from glora_llm.plan.duration import Duration, duration
-from glora_llm.plan.gpu_fit import fitting, gpu_dtype, in_words
+from glora_llm.plan.gpu_fit import NO_TRACE, fitting, gpu_dtype, in_words
 from glora_llm.plan.memory import GB, RESERVE, TRACED_METHODS, model_sizes
 from glora_llm.plan.phases import Phase, Subject, gpu_phases, merged_bytes
 from glora_llm.plan.plan import Plan
@@ -144,7 +144,13 @@ def forecast(recipe: Recipe, folder: Path, machine: Machine, plan: Plan | None) 
     model = inject(bare, without_start(recipe.adapter), recipe.training.seed, 1)
     counts = trained_counts(model)
     subject = subject_of(recipe, folder, machine, plan, dtype)
-    found = phases_of(subject)
+    try:
+        found = phases_of(subject)
+    except NO_TRACE as error:
+        raise UserError(
+            "The memory of this recipe cannot be computed: a step of its model cannot be followed without values "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from error
     peak = max(phase.total for phase in found)
     fits = None if machine.memory is None else peak + reserve(machine) <= machine.memory
     changes: dict[str, int] = {}
