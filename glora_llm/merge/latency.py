@@ -44,8 +44,9 @@ def measure_latency(plan: Plan, merged: Path, quantization: str = "none") -> dic
     section = plan.recipe.model.model_copy(update={"quantization": quantization, "dtype": dtype})
     before = load_base(section, plan.base.folder, where).eval()
     before.set_attn_implementation(after.config._attn_implementation)  # training packs, and has an attention of its own
-    length = min(TOKENS, after.config.max_position_embeddings)
-    ids = torch.arange(length, device=where)[None] % after.config.vocab_size
+    config = after.config.get_text_config(decoder=True)
+    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)  # BLOOM has no such bound
+    ids = torch.arange(length, device=where)[None] % config.vocab_size
     for model in (before, after):
         _seconds(model, ids)  # a first pass allocates
     rounds: list[tuple[float, float]] = []

@@ -185,12 +185,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
     for family in ("qwen2", "gptj"):
         folder = tmp_path_factory.mktemp(family)
-        before = dict(SIZES)
-        SIZES.update(vocab_size=260, max_position_embeddings=512, n_positions=512)
-        try:
-            model = small(family)
-        finally:
-            SIZES.update(before)
+        model = small(family, vocab_size=260, max_position_embeddings=512, n_positions=512)
         assert model is not None
         model.save_pretrained(folder)
         byte_tokenizer(512).save_pretrained(folder)
