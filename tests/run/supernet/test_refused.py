@@ -156,7 +156,7 @@ def test_a_mistake_in_a_genome(
 def test_a_genome_that_is_cut_off(refused: Said, searched: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text((searched / "genome.json").read_text()[:-5])
     said = refused("merge", searched, "--out", tmp_path / "out", "--genome", tmp_path / "cut.json")
-    assert "genome: not valid JSON" in said and not (tmp_path / "out").exists()
+    assert "genome is not valid JSON" in said and not (tmp_path / "out").exists()
 
 
 def other_supernet(run: Path) -> None:
