@@ -25,9 +25,9 @@ IDS = torch.tensor([[1, 5, 9, 13, 17, 21], [2, 6, 10, 14, 18, 22]])
 
 
 def llama(**keys: Any) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_hidden_layers": 2} | keys
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **keys)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
@@ -84,7 +84,8 @@ def test_the_default_is_the_paper_s_path_without_d() -> None:
 def test_a_preset_trains_its_slots(name: str) -> None:
     given = section(preset=name, composition="hadamard" if name == "repadapter" else "product")
     assert adapter_config(given, seed=0, steps=20).composition == {"hira": "hadamard"}.get(name, "product")
-    base = llama(attention_bias=True)
+    wide = {"hidden_size": 128, "intermediate_size": 128} if name == "lossless4" else {}  # two blocks of 64 in a row
+    base = llama(attention_bias=True, **wide)
     expected = logits(base)
     model = inject(base, given, seed=0, steps=20)
     assert torch.equal(logits(model), expected)
