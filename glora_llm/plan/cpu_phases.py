@@ -58,7 +58,7 @@ def cpu_phases(subject: Subject) -> list[Phase]:
     if recipe.search is not None:
         search = largest_parts([rest | subject.passed("slopes"), rest | subject.scored()])
         found.append(Phase("searching", sum_parts(search, {"workspace": round(FIGURES)})))
-    left = {"adapter": memory.adapter, "optimizer": optimizer}  # DeepSpeed does not give them back
+    left = {"adapter": memory.adapter, "optimizer": optimizer}  # as measured: still resident when the merge begins
     if recipe.search is not None:
         merging_libraries["libraries"] += round(FIGURES)  # they were drawn
     merged = left | merging_libraries | {"workspace": max(merging(subject), _scored_merged(subject))}
