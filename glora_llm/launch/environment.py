@@ -45,7 +45,7 @@ def _require_launch() -> None:
         raise UserError(f"DS_ACCELERATOR is '{accelerator}'; expected {' or '.join(ACCELERATORS)}, or unset it.")
     if "RANK" not in os.environ:
         return
-    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    lacking = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if lacking:
         raise UserError(
             f"RANK is set, and {', '.join(lacking)} not: a launcher (deepspeed, torchrun) sets them all. For one "

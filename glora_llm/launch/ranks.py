@@ -1,9 +1,12 @@
 """The processes of one launch: the process group, and this process's place in it."""
 
+import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from glora_llm.launch.extensions import leave_out_shared_buffers
 # A process may download a model, or write and verify a large checkpoint, while the others wait for it. A failed
 # process ends the launch much sooner (glora_llm/launch/failure.py).
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
+MEETING_SECONDS = 900.0  # how long a process waits for the others at the start: they load the same libraries
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,17 @@ def start() -> Processes:
     """Join the process group (of one, when started without a launcher) and take this process's device.
 
     Raises:
-        UserError: when the machine has GPUs that torch cannot use, or fewer than it has processes.
+        UserError: when the machine has GPUs that torch cannot use, or fewer than it has processes, when another
+            program listens at the port, and for WORLD_SIZE without RANK.
     """
     import deepspeed
 
     if "RANK" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # a dry run may be asked about that many; a run is one process
+            raise UserError(
+                f"The environment says WORLD_SIZE={os.environ['WORLD_SIZE']}, and RANK is not set: a launcher "
+                "(deepspeed, torchrun) sets both. For one process, unset WORLD_SIZE."
+            )
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     device = choose_device()
     if device.type == "cuda":
@@ -51,8 +61,45 @@ def start() -> Processes:
         keep_freed_memory()
         leave_out_shared_buffers()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    with _meeting():
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """End this process, with exit code 2 and one message, when the others of its launch do not come.
+
+    torch waits in native code, which neither Ctrl-C nor an exception reaches: a timer ends the wait.
+
+    Raises:
+        UserError: when the process that others connect to cannot listen at its port.
+    """
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+    launch = f"RANK={os.environ['RANK']} of WORLD_SIZE={os.environ['WORLD_SIZE']} processes, {place}"
+
+    def give_up() -> None:
+        print(
+            f"error: this is {launch}, and not all of them came in {MEETING_SECONDS:g} s. Start every one of them, by "
+            "a launcher (deepspeed, torchrun), and let their machines reach that address; for one process, unset RANK "
+            "and WORLD_SIZE.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(MEETING_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"This is {launch}, and the first of them cannot be met there: {str(error).splitlines()[0]} Choose a free "
+            "MASTER_PORT, and an address of the machine of RANK=0."
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def _share_the_cores() -> None:

@@ -44,7 +44,7 @@ ENVIRONMENT: dict[str, Case] = {
         ("RANK=3 of WORLD_SIZE=1 processes; ranks begin at 0", {**PORT, "WORLD_SIZE": "1", "RANK": "3"}, PORT, ""),
         ("RANK=2 of WORLD_SIZE=2 processes", {**PORT, "WORLD_SIZE": "2", "RANK": "2"}, PORT, ""),
         ("RANK is '-1'", {**PORT, "WORLD_SIZE": "1", "RANK": "-1"}, PORT, ""),
-        ("RANK is set, and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not", {"RANK": "0"}, (), " alone"),
+        ("RANK is set, and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not", {"RANK": "0"}, (), " alone"),
         (
             "MASTER_PORT is 'abc'",
             {**PORT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "abc"},
