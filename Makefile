@@ -49,8 +49,9 @@ test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are sk
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
 	@$(IN_VENV) python -m pytest -q -m "not slow and not launch and not reliability" $(TESTS)
 
-test-reliability: $(STAMP)  ## kill runs at every named place, fill their disks, signal them; prints what was seen
-	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --durations=5 tests/reliability
+test-reliability: $(STAMP)  ## kill runs at every named place, fill their disks, signal them, and other tests of minutes
+	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=5 \
+	  tests/reliability tests/training/test_loading_launch.py tests/scripts/test_gpu_check.py tests/launch/test_extensions.py
 
 test-gpu: $(STAMP)  ## the tests marked gpu, each of which has a twin that `make test` runs on the CPU
 	@gpus=$$($(BIN)/python -c '$(COUNT_GPUS)') || exit 1; \

@@ -44,6 +44,7 @@ def test_every_environment_has_extensions_of_its_own(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 def test_a_build_that_is_killed_does_not_block_the_next_one(tmp_path: Path) -> None:
     """SIGKILL in the middle of the compiler's run; then two processes at once, as two ranks would."""
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}

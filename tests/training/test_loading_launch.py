@@ -11,7 +11,7 @@ import pytest
 from glora_llm.models.random_llama import TINY, write_random_llama
 from tests.training.launching import ROOT, finished, launch, metrics
 
-pytestmark = [pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.reliability]
 SHAPE = replace(TINY, layers=38, hidden=768, intermediate=2048, heads=12, kv_heads=6, std=0.02)
 
 
