@@ -27,8 +27,11 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    import deepspeed.utils
-
+    logging.disable(logging.WARNING)  # DeepSpeed warns while it is imported where there is no GPU
+    try:
+        import deepspeed.utils
+    finally:
+        logging.disable(logging.NOTSET)
     deepspeed.utils.logger.setLevel(logging.ERROR)
 
 

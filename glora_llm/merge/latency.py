@@ -16,7 +16,8 @@ from glora_llm.models.stored import StoredTensors
 from glora_llm.plan.plan import Plan
 
 TOKENS = 64
-ROUNDS, FEWEST, MOST_SECONDS = 5, 3, 5.0  # on a slow machine the fewest are enough
+ROUNDS, LEAST_SECONDS = 5, 0.5  # at least so many rounds for at least so long: passes of small models take milliseconds
+FEWEST, MOST_SECONDS = 3, 5.0  # on a slow machine the fewest are enough
 MOST_ON_CPU = 1.5e9  # bytes: two models of 188 M weights, some seconds; a merge is small beside larger ones
 MOST_OF_MEMORY = 0.8  # of what is free
 
@@ -50,7 +51,7 @@ def measure_latency(plan: Plan, merged: Path, quantization: str = "none") -> dic
     for model in (before, after):
         _seconds(model, ids)  # a first pass allocates
     rounds: list[tuple[float, float]] = []
-    while len(rounds) < FEWEST or (len(rounds) < ROUNDS and sum(map(sum, rounds)) < MOST_SECONDS):
+    while _goes_on(rounds):
         rounds.append(_round(before, after, ids, len(rounds) % 2 == 1))
     del before, after
     gc.collect()
@@ -86,6 +87,12 @@ def _obstacle(plan: Plan, merged: Path, where: torch.device) -> str | None:
     if both > MOST_OF_MEMORY * psutil.virtual_memory().available:
         return "the two do not fit in the memory that is free"
     return None
+
+
+def _goes_on(rounds: list[tuple[float, float]]) -> bool:
+    seconds, count = sum(map(sum, rounds)), len(rounds)
+    is_enough = count >= ROUNDS and seconds >= LEAST_SECONDS
+    return count < FEWEST or (seconds < MOST_SECONDS and not is_enough)
 
 
 def _round(before: Any, after: Any, ids: torch.Tensor, swapped: bool) -> tuple[float, float]:
