@@ -22,7 +22,7 @@ TRAINED: dict[str, list[str]] = {
     "lossless4": ["smollm2_lossless4", "adapter.rank=2", "adapter.alpha=4"],
     "glora": ["smollm2_glora", "model.quantization=nf4"],
 }
-RATES = {"lora": ["5e-3", "1e-2"], "lossless4": ["1e-2", "2e-2"], "glora": ["2e-3"]}
+RATES = {"lora": ["5e-3", "1e-2", "2e-2"], "lossless4": ["1e-2", "2e-2", "4e-2"], "glora": ["2e-3"]}
 ROWS = 200
 
 
