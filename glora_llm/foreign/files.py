@@ -21,7 +21,7 @@ READ = (
 
 @dataclass(frozen=True)
 class ForeignFiles:
-    """What is on the disk.
+    """The files of a foreign adapter.
 
     Attributes:
         path: as it was given.
@@ -35,7 +35,7 @@ class ForeignFiles:
 
     @property
     def base_name(self) -> str | None:
-        """What the adapter calls its base, or None."""
+        """The name of the base in adapter_config.json, or None."""
         name = (self.config or {}).get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 

@@ -1,4 +1,4 @@
-"""What `glora-llm merge` is asked for."""
+"""The options of one `glora-llm merge`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -28,7 +28,7 @@ BIAS_SLOTS = {"C", "E"}  # what makes a bias where the base has none
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is to be merged or exported.
+    """An adapter that is ready to be merged or exported.
 
     Attributes:
         plan: of the adapter that is written.

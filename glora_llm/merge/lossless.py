@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_llm.adapters.methods import unmerged
-from glora_llm.errors import CheckFailed, UserError
+from glora_llm.errors import CheckFailed
 from glora_llm.evaluation.progress import progress
 from glora_llm.evaluation.trained import fits
 from glora_llm.glora.block import block_factors
@@ -24,7 +23,13 @@ from glora_llm.glora.linear import Slots
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.folder_writer import folder_writer
 from glora_llm.merge.layers import AdapterLayers, merge_device
-from glora_llm.merge.model_merge import add_untied_head, merged_tensors, write_settings, zero_biases
+from glora_llm.merge.model_merge import (
+    add_untied_head,
+    mergeable_layers,
+    merged_tensors,
+    write_settings,
+    zero_biases,
+)
 from glora_llm.merge.published import REPORT, published
 from glora_llm.merge.sample import comparison_batches
 from glora_llm.merge.verify import MergeReport, adapted_model, answers, compare, require_within
@@ -33,7 +38,6 @@ from glora_llm.models.fingerprint import stored_bytes
 from glora_llm.models.load import keep_quantized_weights, quantization_config
 from glora_llm.models.quantised import quantised_linear
 from glora_llm.models.stored import StoredTensors, stored_tensors
-from glora_llm.plan.checks import merge_obstacle
 from glora_llm.plan.lossless import find_losses
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
@@ -101,11 +105,8 @@ def write_lossless(plan: Plan, adapter: Path, out: Path, dtype: torch.dtype, wri
     Returns:
         the largest difference of a written weight from the merged one in float32: rounding.
     """
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
+    layers = mergeable_layers(plan, adapter)
     config = layers.model.get_base_model().config
-    obstacle = unmerged(plan.recipe.adapter) or merge_obstacle(config, layers.model)
-    if obstacle:
-        raise UserError(obstacle)
     stored = stored_tensors(plan.base.folder, plan.recipe.model, dtype)
     difference = 0.0
     with folder_writer(

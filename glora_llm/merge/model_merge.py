@@ -19,6 +19,22 @@ from glora_llm.plan.checks import merge_obstacle
 from glora_llm.plan.plan import Plan
 
 
+def mergeable_layers(plan: Plan, adapter: Path) -> AdapterLayers:
+    """Return the layers of a trained adapter that can be merged into its model.
+
+    Args:
+        adapter: folder that PEFT saved.
+
+    Raises:
+        UserError: when the adapter does not fit the recipe, or cannot be merged.
+    """
+    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
+    obstacle = unmerged(plan.recipe.adapter) or merge_obstacle(layers.model.get_base_model().config, layers.model)
+    if obstacle:
+        raise UserError(obstacle)
+    return layers
+
+
 def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, dtype: str) -> None:
     """Merge an adapter into its base and write the model as plain transformers loads it.
 
@@ -31,11 +47,8 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     Raises:
         UserError: when `out` exists, the disk is too small, or the adapter does not fit or cannot be merged.
     """
-    layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
+    layers = mergeable_layers(plan, adapter)
     config = layers.model.get_base_model().config
-    obstacle = unmerged(plan.recipe.adapter) or merge_obstacle(config, layers.model)
-    if obstacle:
-        raise UserError(obstacle)
     stored = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype)
     size = stored.numbers() * getattr(torch, dtype).itemsize
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:

@@ -26,7 +26,7 @@ NONE: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Family:
-    """How a server loads one family.
+    """The rule by which a server loads one family.
 
     Attributes:
         biases: last name parts of the linears whose bias it adds; None: it runs the modules of transformers, and adds

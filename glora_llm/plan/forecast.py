@@ -78,7 +78,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a recipe will take.
+    """The parameters, memory, disk and time of a recipe.
 
     Args:
         machine: that it is planned for.

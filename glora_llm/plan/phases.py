@@ -26,7 +26,7 @@ FLOAT32_COPIES = 6  # matrices that the arithmetic of a merge holds (merge/layer
 
 @dataclass(frozen=True)
 class Phase:
-    """What one process holds at the peak of a phase.
+    """The memory of one process at the peak of a phase.
 
     Args:
         name: of the phase.

@@ -35,7 +35,7 @@ POLL = 0.05  # seconds between two looks at the metrics
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried.
+    """One comparison of a killed run with an uninterrupted one.
 
     Args:
         recipe: a name or path, as on the command line.
