@@ -18,7 +18,7 @@ BELOW_PLAN = BASE | {"adapters", "data", "glora", "launch", "models", "search", 
 BELOW_RUN = BELOW_PLAN | {"evaluation", "merge", "plan", "recipe", "report"}
 ALLOWED = {
     "errors": set(),
-    "schema": set(),
+    "schema": {"errors"},
     "registry": {"errors"},
     "failpoints": {"errors"},
     "atomic": {"errors", "failpoints"},

@@ -1,0 +1,40 @@
+"""Every score that a task reports: which way is better, and what it is. Names are without `validation/` or `test/`."""
+
+from dataclasses import dataclass
+
+from glora_llm.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a split.
+
+    Args:
+        higher: True where more is better.
+        meaning: what it is, and its unit.
+    """
+
+    higher: bool
+    meaning: str
+
+
+SCORES: dict[str, Score] = {
+    "loss": Score(False, "mean cross entropy of the label tokens or classes, nats"),
+    "perplexity": Score(False, "exp(loss)"),
+    "token_accuracy": Score(True, "share of label tokens that are the most likely ones"),
+    "exact_match": Score(True, "share of samples whose label tokens are all the most likely ones"),
+    "label_accuracy": Score(True, "share of samples whose label word is the most likely of the label words"),
+    "accuracy": Score(True, "share of samples whose class or option is right"),
+    "top5_accuracy": Score(True, "share of images whose class is among the five most likely"),
+}
+
+
+def score_of(name: str) -> Score:
+    """Return the score of a name.
+
+    Raises:
+        UserError: for a name that no task reports.
+    """
+    if name not in SCORES:
+        raise UserError(f"'{name}' is no score.{nearest(name, SCORES)} There is: {', '.join(SCORES)}.")
+    return SCORES[name]
