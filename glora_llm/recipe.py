@@ -113,6 +113,8 @@ def validate(values: dict[str, Any], origins: Origins) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML from which the run can be started again."""
     values = recipe.model_dump(mode="json", exclude_none=True)
+    if recipe.data.benchmark is not None:  # a key that is left out would be filled again
+        values["data"] = recipe.data.model_dump(mode="json") | values["data"]
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

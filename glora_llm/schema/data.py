@@ -1,9 +1,11 @@
 """The section `data`: the samples."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from glora_llm.errors import UserError
+from glora_llm.schema.benchmarks import benchmark_of
 from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.section import PositiveInt, Section, Share, key
 
@@ -11,6 +13,9 @@ from glora_llm.schema.section import PositiveInt, Section, Share, key
 class DataSection(Section):
     """The samples, and their way to tokens, or to images of one size."""
 
+    benchmark: str | None = key(
+        None, "a public data set (docs/tasks.md): fills the keys of this section that the recipe leaves out"
+    )
     format: str = key(..., "alpaca, prompt_completion, chat, text, classification or images (docs/data_formats.md)")
     source: str | list[str] = key(
         ..., "file(s) (json, jsonl, csv, parquet, txt), a folder of them, a hub id, or `embedded:NAME`"
@@ -41,6 +46,18 @@ class DataSection(Section):
     )
     max_bad_rows: Share = key(0.01, "bad_rows: skip stops when more than this share of a source is bad", "share")
     images: ImagesSection | None = key(None, "format images: size and augmentation; none: all defaults")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        """Add what the benchmark says to the keys that are not given; a key that is given as null stays null."""
+        name = given.get("benchmark") if isinstance(given, dict) else None
+        if not isinstance(name, str):
+            return given
+        try:
+            return benchmark_of(name).settings() | given
+        except UserError as error:
+            raise ValueError(f"benchmark: {str(error).removesuffix('.')}") from None
 
     @model_validator(mode="after")
     def _text_or_images(self) -> "DataSection":

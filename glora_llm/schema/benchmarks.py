@@ -1,0 +1,220 @@
+"""The data sets that the field trains and scores on, by the name that `data.benchmark` takes.
+
+One entry each. It fills the keys of the section `data` that a recipe leaves out; the names of scores are those of
+`schema/scores.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from glora_llm.errors import UserError, nearest
+
+Kind = Literal["classification", "regression", "multiple_choice", "number_answer", "instruction", "text", "images"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public data set, as the field splits, words and scores it.
+
+    Args:
+        kind: of task.
+        title: what it asks, in a few words.
+        format: data.format.
+        source: data.source: a hub id, or `embedded:NAME`.
+        metrics: scores that are reported of it, the main one first.
+        paper: where it comes from: arXiv id or address.
+        subset: configuration of the hub data set.
+        train: split that is trained on; None: there is none.
+        validation: held-out rows that choices are made by: a split, or a share or number of the training rows.
+        test: split that judges, with labels: GLUE's own test labels are withheld, so its validation split is one.
+        columns: role of the format -> name of the column.
+        prompt: template over columns.
+        labels: label words, by class number.
+        more: further keys of the section `data`.
+    """
+
+    kind: Kind
+    title: str
+    format: str
+    source: str
+    metrics: tuple[str, ...]
+    paper: str
+    subset: str | None = None
+    train: str | None = "train"
+    validation: str | int | float | None = None
+    test: str | int | float | None = None
+    columns: Mapping[str, str] | None = None
+    prompt: str | None = None
+    labels: tuple[str, ...] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keys of the section `data` that this benchmark says something about."""
+        found: dict[str, Any] = {
+            "format": self.format,
+            "source": self.source,
+            "subset": self.subset,
+            "split": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            "columns": self.columns and dict(self.columns),
+            "prompt": self.prompt,
+            "labels": self.labels and list(self.labels),
+            **self.more,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def _glue(subset: str, title: str, paper: str, *metrics: str, **more: Any) -> Benchmark:
+    """Return one of GLUE's tasks: a tenth of the training rows is held out for choices, the validation split judges."""
+    given: dict[str, Any] = {"kind": "classification", "format": "classification", "validation": 0.1}
+    given |= {"test": "validation"} | more
+    return Benchmark(title=title, source="nyu-mll/glue", subset=subset, metrics=metrics, paper=paper, **given)
+
+
+PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+MNLI: dict[str, Any] = {
+    "prompt": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
+    "labels": ("True", "Neither", "False"),
+    "validation": 2000,
+}
+ENTAILMENT = "{sentence1}\nQuestion: {sentence2} Yes or no?\nAnswer:"
+
+BENCHMARKS: dict[str, Benchmark] = {
+    # GLUE (Wang et al. 2018, arXiv 1804.07461)
+    "cola": _glue(
+        "cola",
+        "is a sentence acceptable English",
+        "arXiv 1805.12471",
+        "matthews_correlation",
+        "accuracy",
+        prompt="Sentence: {sentence}\nAcceptable:",
+        labels=("no", "yes"),
+    ),
+    "sst2": _glue(
+        "sst2",
+        "mood of a sentence from a film review",
+        "https://aclanthology.org/D13-1170",
+        "accuracy",
+        prompt="Review: {sentence}\nSentiment:",
+        labels=("negative", "positive"),
+        validation=1000,
+    ),
+    "mrpc": _glue(
+        "mrpc",
+        "do two sentences from the news say the same",
+        "https://aclanthology.org/I05-5002",
+        "f1",
+        "accuracy",
+        prompt=PAIR + "Same meaning:",
+        labels=("no", "yes"),
+    ),
+    "qqp": _glue(
+        "qqp",
+        "do two questions on Quora ask the same",
+        "arXiv 1804.07461",
+        "f1",
+        "accuracy",
+        prompt="Question 1: {question1}\nQuestion 2: {question2}\nSame question:",
+        labels=("no", "yes"),
+        validation=2000,
+    ),
+    "stsb": _glue(
+        "stsb",
+        "how alike two sentences are, 0 to 5",
+        "arXiv 1708.00055",
+        "pearson",
+        "spearman",
+        kind="regression",
+        format="regression",
+        prompt=PAIR + "Similarity:",
+    ),
+    "mnli": _glue(
+        "mnli",
+        "does a premise entail a hypothesis; test rows of the same genres",
+        "arXiv 1704.05426",
+        "accuracy",
+        test="validation_matched",
+        **MNLI,
+    ),
+    "mnli_mismatched": _glue(
+        "mnli",
+        "does a premise entail a hypothesis; test rows of other genres",
+        "arXiv 1704.05426",
+        "accuracy",
+        test="validation_mismatched",
+        **MNLI,
+    ),
+    "qnli": _glue(
+        "qnli",
+        "does a sentence answer a question",
+        "arXiv 1606.05250",
+        "accuracy",
+        prompt="Question: {question}\nSentence: {sentence}\nAnswered:",
+        labels=("yes", "no"),
+        validation=2000,
+    ),
+    "rte": _glue(
+        "rte",
+        "does a text entail a sentence",
+        "arXiv 1804.07461",
+        "accuracy",
+        prompt=ENTAILMENT,
+        labels=("yes", "no"),
+    ),
+    "wnli": _glue(
+        "wnli",
+        "to what does a pronoun refer",
+        "https://cdn.aaai.org/ocs/4492/4492-21843-1-PB.pdf",
+        "accuracy",
+        prompt=ENTAILMENT,
+        labels=("no", "yes"),
+    ),
+    # other classification
+    "banking77": Benchmark(
+        kind="classification",
+        title="which of 77 intents a question to a bank has",
+        format="classification",
+        source="embedded:banking77",
+        metrics=("label_accuracy",),
+        paper="arXiv 2003.04807",
+        validation=0.05,
+        test="test",
+        prompt="Question: {text}\nIntent:",
+    ),
+    # instructions
+    "alpaca": Benchmark(
+        kind="instruction",
+        title="52,000 instructions and answers of a language model, cleaned",
+        format="alpaca",
+        source="yahma/alpaca-cleaned",
+        metrics=("loss",),
+        paper="https://github.com/tatsu-lab/stanford_alpaca",
+        validation=0.02,
+    ),
+    "sharegpt": Benchmark(
+        kind="instruction",
+        title="conversations of several turns that users shared",
+        format="chat",
+        source="anon8231489123/ShareGPT_Vicuna_unfiltered",
+        metrics=("loss",),
+        paper="https://lmsys.org/blog/2023-03-30-vicuna",
+        validation=0.02,
+        columns={"conversations": "conversations"},
+    ),
+}
+
+
+def benchmark_of(name: str) -> Benchmark:
+    """Return the benchmark of a name.
+
+    Raises:
+        UserError: for a name that is not in the table.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(
+            f"'{name}' is no benchmark.{nearest(name, BENCHMARKS)} There is: {', '.join(BENCHMARKS)}. Data of your own "
+            "need none: leave data.benchmark out, and set data.format and data.source."
+        )
+    return BENCHMARKS[name]
