@@ -51,5 +51,5 @@ def test_this_package_stands_on_floors(script: dict[str, Any]) -> None:
     trees: dict[Path, ast.Module] = script["parse"](ROOT / "glora_llm")
     edges = script["imports_between_units"](ROOT / "glora_llm", trees)
     floor = script["floors"](edges)
-    assert floor["errors"] == floor["schema"] == 0 < floor["plan"] < floor["run"] < floor["cli"]
+    assert floor["errors"] == 0 < floor["schema"] < floor["plan"] < floor["run"] < floor["cli"]
     assert all(floor[above] > floor[below] for above, below in edges)
