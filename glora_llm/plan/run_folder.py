@@ -20,6 +20,7 @@ FREE_KEYS = {
 BASE_GONE = "Put a copy of it back: without it nothing says that the base is still the one that was trained on."
 LOOKED_AT = 1 << 20  # bytes of metrics.jsonl
 FOLDERS = ("checkpoints", "adapter", "model", "tensorboard", "search", "finetuned", "merged")
+LAUNCHES = "launches.jsonl"
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 
 
@@ -95,6 +96,21 @@ class RunFolder:
         file = self.path / "summary.json"
         advice = "Delete the file: the same training command writes it again."
         return read_object(file, advice) if file.exists() else {}
+
+    def launches(self) -> list[dict[str, Any]]:
+        """Return a record of every launch that began to train: started, from_step, command, versions, hardware ...
+
+        Lines that are none are left out: nothing depends on them but a report.
+        """
+        file = self.path / LAUNCHES
+        found = []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            found += [entry] if isinstance(entry, dict) else []
+        return found
 
     def write(self, name: str, text: str) -> None:
         """Write a small file atomically."""

@@ -34,6 +34,7 @@ from glora_llm.plan.predicted import predicted_peak_gb
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.build import TrainingParts, build
+from glora_llm.run.launches import note_launch
 from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
 from glora_llm.schema import Recipe
@@ -135,6 +136,7 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRe
     parts = build(plan, folder, processes)
     if processes.is_main_process:
         claim(plan, folder, processes.device)
+        note_launch(folder, processes, parts.start, stop)
     writes, unit = processes.is_main_process, plan.task.unit
     with contextlib.closing(MetricLog(folder.path, parts.start, plan.steps, writes, unit)) as log:
         Run(plan, folder, processes, parts, log, stop or StopRequest()).train()

@@ -7,8 +7,6 @@ of processes, until it ends.
 
 import hashlib
 import json
-import os
-import platform
 import random
 import signal
 import subprocess
@@ -16,20 +14,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from safetensors.torch import load_file
 
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.device import choose_device
+from glora_llm.launch.machine import hardware, versions
 from glora_llm.plan.run_folder import RunFolder
 
 COMPARED = ("train/loss", "train/lr", "train/grad_norm")
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "safetensors")
 POLL = 0.05  # seconds between two looks at the metrics
 
 
@@ -154,8 +150,8 @@ def proof_of(trial: Trial, whole: RunFolder, killed: RunFolder, starts: list[dic
         "tolerance": 0.0 if trial.then == trial.processes else trial.tolerance,
         "passed": identical if trial.then == trial.processes else near,
         "losses": dict(zip(("uninterrupted", "killed"), losses, strict=True)),
-        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "hardware": _hardware(),
+        "versions": versions(),
+        "hardware": hardware(choose_device().type),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -175,25 +171,6 @@ def _losses_apart(first: Mapping[int, float], second: Mapping[int, float]) -> fl
     if first.keys() != second.keys() or not first:
         raise CheckFailed("The runs logged other steps.")
     return max(abs(first[step] - second[step]) / max(abs(first[step]), 1e-30) for step in first)
-
-
-def _hardware() -> dict[str, Any]:
-    device = choose_device()
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {
-        "device": device.type,
-        "gpus": gpus if device.type == "cuda" else [],
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _verdict(proof: Mapping[str, Any]) -> str:
