@@ -4,6 +4,7 @@ Each process fills the rows that it scored into one table; the tables are summed
 table in row order.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
 from glora_llm.failpoints import reach
@@ -123,12 +125,14 @@ def score_split(
     process_rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
+    rows_file: Path | None = None,
 ) -> dict[str, float]:
     """Return the scores of a split's rows, named `SPLIT/...`.
 
     Args:
         score, gather, process_rank, world_size: as of `score_rows`.
         limit: of rows, in a seeded order; None: all.
+        rows_file: the first process writes the table there, in the order of the rows; None: nothing is written.
 
     Raises:
         UserError: when the recipe has no such rows.
@@ -138,6 +142,9 @@ def score_split(
         raise UserError(f"The recipe has no {split} rows: set data.{split}.")
     numbers = plan.choice(rows, limit)
     table = score_chosen(plan, rows, numbers, score, gather, process_rank, world_size, title=split)
+    if rows_file is not None and process_rank == 0:
+        values = [row for _, row in sorted(zip(numbers, table.tolist(), strict=True))]
+        write_text(rows_file, json.dumps({"rows": rows.digest(), "scores": values}) + "\n")
     return plan.task.means(table, split)
 
 

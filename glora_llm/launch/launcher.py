@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+STARTER = "GLORA_STARTER"  # number of the process that started this one alone (`glora-llm compare`), and waits for it
 COMMAND = "GLORA_COMMAND"  # `glora-llm train --gpus` hands its own command line down in it
 RUNNERS = {"deepspeed", "ds", "deepspeed.launcher.runner"}
 
@@ -17,7 +18,8 @@ class Launcher:
     """The processes that started this one, as it finds them when it begins.
 
     `deepspeed` (or `glora-llm train --gpus`) starts DeepSpeed's launch.py, which starts the processes that train;
-    torchrun starts them itself. A process that no launcher started has none, and may outlive its shell.
+    torchrun starts them itself. A process that no launcher started has none, and may outlive its shell; but not the
+    process that the variable GLORA_STARTER numbers.
 
     Attributes:
         parent: launch.py or torchrun; None without a launcher.
@@ -39,7 +41,7 @@ class Launcher:
     def is_gone(self) -> bool:
         """Tell whether the launcher ended while this process runs."""
         if self.parent is None:
-            return False
+            return os.environ.get(STARTER, str(os.getppid())) != str(os.getppid())
         try:
             return os.getppid() != self.parent.pid or (
                 self.runner is not None and self.parent.ppid() != self.runner.pid

@@ -9,6 +9,7 @@ from glora_llm.adapters.start import require_weights
 from glora_llm.adapters.targets import require_names
 from glora_llm.errors import Problems, UserError
 from glora_llm.models.resolve import look_at_model, stored_modules
+from glora_llm.plan.other_text import check_other_text
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
@@ -35,6 +36,9 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
     with found.collected():
         if data:
             first_look(recipe.data)
+    with found.collected():
+        if data:
+            check_other_text(recipe)
     with found.collected():
         check_method(recipe.adapter)
     with found.collected():

@@ -23,12 +23,13 @@ from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.resumed import Resumed, describe_changes, layout
 from glora_llm.run.saving import Clock, Saver
+from glora_llm.schema import AdapterSection
 from glora_llm.training import checkpoint
 from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.optim import Trainable
-from glora_llm.training.sharding import element_count, set_whole
+from glora_llm.training.sharding import element_count, set_whole, undivided
 from glora_llm.vlora import vlora_layers
 
 
@@ -106,6 +107,21 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     return TrainingParts(
         model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb
     )
+
+
+def describe_parts(parts: TrainingParts, adapter: AdapterSection, world_size: int) -> list[str]:
+    """Return what each process holds, and a warning where ZeRO 3 leaves or left the model whole, line by line."""
+    held = parts.engine.held()
+    scales = f", {held.scales / 1e6:.1f} MB of them scales of quantised weights" if held.scales else ""
+    lines = [
+        f"{held.bytes / 1e6:.1f} MB of parameters on each of {world_size} processes{scales}",
+        f"peak of memory while loading: {parts.load_peak_gb:.2f} GB",
+    ]
+    if parts.engine.stage == 3 and reads_base(adapter):
+        lines.append(f"every process held the whole base at first: adapter.method {adapter.method} may read it")
+    if parts.engine.stage == 3 and (warning := undivided(held, world_size)):
+        lines.append(f"warning: {warning}")
+    return lines
 
 
 def _shards(plan: Plan) -> Shards | None:

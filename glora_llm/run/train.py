@@ -13,7 +13,6 @@ import torch
 from torch import distributed as dist
 
 from glora_llm import recipe as recipes
-from glora_llm.adapters.config import reads_base
 from glora_llm.evaluation.scoring import score_split
 from glora_llm.failpoints import reach
 from glora_llm.launch import ranks
@@ -33,7 +32,8 @@ from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.predicted import predicted_peak_gb
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
-from glora_llm.run.build import TrainingParts, build
+from glora_llm.run.build import TrainingParts, build, describe_parts
+from glora_llm.run.forgetting import text_before, text_without_and_with
 from glora_llm.run.launches import note_launch
 from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
@@ -44,7 +44,6 @@ from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.hyperparameters import compared_settings
 from glora_llm.training.loop import Hooks, Schedule, ValidationLeft, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
-from glora_llm.training.sharding import undivided
 from glora_llm.vlora import m_steps
 
 
@@ -178,9 +177,9 @@ class Run:
         self._announce()
         if recipe.evaluation.test_before and parts.start == 0:
             self._record({"test_before": self._score("test", None)})
-        schedule = Schedule(
-            parts.start, self.plan.steps, recipe.evaluation.every, recipe.output.save_every, recipe.training.log_every
-        )
+        if before := text_before(self.plan, parts, self.processes):
+            self._record(before)
+        schedule = Schedule.of(recipe, parts.start, self.plan.steps)
         hooks = Hooks(
             batches=lambda step: self.plan.process_batches(
                 step, self.processes.process_rank, self.processes.world_size
@@ -213,15 +212,8 @@ class Run:
 
     def _say_memory(self) -> None:
         """Log what each process holds, and warn where ZeRO 3 leaves or left the model whole."""
-        parts, adapter, world_size = self.parts, self.plan.recipe.adapter, self.processes.world_size
-        held = parts.engine.held()
-        scales = f", {held.scales / 1e6:.1f} MB of them scales of quantised weights" if held.scales else ""
-        self.log.say(f"{held.bytes / 1e6:.1f} MB of parameters on each of {world_size} processes{scales}")
-        self.log.say(f"peak of memory while loading: {parts.load_peak_gb:.2f} GB")
-        if parts.engine.stage == 3 and reads_base(adapter):
-            self.log.say(f"every process held the whole base at first: adapter.method {adapter.method} may read it")
-        if parts.engine.stage == 3 and (warning := undivided(held, world_size)):
-            self.log.say(f"warning: {warning}")
+        for line in describe_parts(self.parts, self.plan.recipe.adapter, self.processes.world_size):
+            self.log.say(line)
 
     def _observe(self, step: int) -> dict[str, float]:
         """Return the size of each layer's increment: the M step of the VLoRA paper."""
@@ -237,7 +229,9 @@ class Run:
         if self.plan.rows(split) is None:
             return {}
         engine, place = self.parts.engine, (self.processes.process_rank, self.processes.world_size)
-        return score_split(self.plan, split, score or engine.score, engine.gather_rows, *place, limit)
+        keeps = split == "test" and self.plan.recipe.evaluation.row_scores
+        file = self.folder.path / "test_rows.json" if keeps else None
+        return score_split(self.plan, split, score or engine.score, engine.gather_rows, *place, limit, file)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Return the validation scores after a step: of all rows at the end, of evaluation.max_rows before."""
@@ -256,12 +250,14 @@ class Run:
         """Score the test rows, and write the final weights and summary.json."""
         parts, total = self.parts, self.plan.steps
         summary = self.folder.summary()
-        if parts.start >= total and "test" in summary and parts.saver.is_written:
+        tests = self.plan.recipe.evaluation.test
+        if parts.start >= total and ("test" in summary or not tests) and parts.saver.is_written:
             self.log.say(f"training had ended already, after step {total}")
             return
         tensors = parts.saver.gather(parts.engine)
         parts.supernet.largest()
-        test = self._score("test", None)
+        test = self._score("test", None) if tests else {}
+        text = text_without_and_with(self.plan, parts, self.processes, summary)
         if not self.processes.is_main_process:
             return
         parts.saver.save_result(tensors)
@@ -271,7 +267,8 @@ class Run:
             {
                 "steps": total,
                 "validation": validation or summary.get("validation", {}),
-                "test": test,
+                **({"test": test} if tests else {}),
+                **text,
                 "trained_parameters": parts.trained,
                 "seconds": parts.clock.seconds(),
                 "peak_memory_gb": peak_memory_gb(self.processes.device),

@@ -41,6 +41,11 @@ class OutputSection(Section):
     max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = key(
         None, "after so long this launch ends as if told to: a checkpoint, exit code 75; null: never", "hours"
     )
+    stop_after: PositiveInt | None = key(
+        None,
+        "end this launch after this step, with a checkpoint and exit code 75; the schedule stays that of all steps",
+        "steps",
+    )
     keep_sample: bool = key(
         True, "keep sample.json, up to 16 samples of the data (256 tokens each), by which a merge is compared"
     )

@@ -67,6 +67,11 @@ class EvaluationSection(Section):
     batch: PositiveInt = key(8, "samples of one forward pass on one process; changes no score", "samples")
     max_rows: PositiveInt | None = key(None, "validate on at most this many rows during training", "rows")
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
+    test: bool = key(True, "score the test rows after training; false: later, by the same command with true")
+    row_scores: bool = key(False, "write the scores of every test row too: RUN/test_rows.json")
+    forgetting: str | None = key(
+        None, "text that is not trained on (a file, `embedded:tinyshakespeare`): its loss without and with the adapter"
+    )
 
 
 class SearchSection(Section):

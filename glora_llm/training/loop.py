@@ -20,6 +20,7 @@ from glora_llm.errors import CheckFailed
 from glora_llm.failpoints import reach
 from glora_llm.launch.ranks import broadcast
 from glora_llm.launch.stop import StopRequest, drop_broken_output
+from glora_llm.schema import Recipe
 from glora_llm.training.batch import Batch
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
@@ -67,6 +68,7 @@ class Schedule:
         start: steps that an earlier launch has done.
         total: steps of the whole run.
         validate_every, save_every, log_every: steps between two; each happens after the last step too.
+        stop_after: the step after which this launch ends as if told to; None: it does not.
     """
 
     start: int
@@ -74,6 +76,17 @@ class Schedule:
     validate_every: int | None
     save_every: int
     log_every: int
+    stop_after: int | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, start: int, total: int) -> "Schedule":
+        """Return the schedule of a recipe's run of `total` steps, of which `start` are done."""
+        evaluation, output, every = recipe.evaluation, recipe.output, recipe.training.log_every
+        return cls(start, total, evaluation.every, output.save_every, every, output.stop_after)
+
+    def is_last_here(self, step: int) -> bool:
+        """Tell whether this launch ends after `step` steps, and the run does not."""
+        return self.stop_after is not None and self.stop_after <= step < self.total
 
     def due(self, step: int, every: int | None) -> bool:
         """Tell whether something that happens every so many steps, and at the end, happens after `step` steps."""
@@ -103,6 +116,8 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
     reset_peak_memory(engine.device)
     if _is_validation_missing(schedule, log, engine.device):
         last_validation = _validate(schedule, hooks, log, schedule.start, save=False)
+    if schedule.is_last_here(schedule.start):
+        raise _end(schedule, hooks, log, schedule.start, save=False)
     for step in range(schedule.start, schedule.total):
         began = time.perf_counter()
         reach("step.before")
@@ -131,6 +146,8 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             log.flush()
             hooks.save(done)
             saved = done
+        if schedule.is_last_here(done):
+            raise _end(schedule, hooks, log, done, save=not bad and saved < done)
     _require_trained(engine, schedule, hooks, bad)
     return last_validation
 
@@ -192,9 +209,8 @@ def _end(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool
     if save:
         log.flush()
         hooks.save(done)
-    told = hooks.stop.reason or (
-        "its launcher ended" if hooks.stop.launcher.is_gone() else "a signal to another process"
-    )
+    told = hooks.stop.reason or ("output.stop_after" if schedule.is_last_here(done) else None)
+    told = told or ("its launcher ended" if hooks.stop.launcher.is_gone() else "a signal to another process")
     log.say(f"told to end ({told}) after step {done} of {schedule.total}. This goes on:\n  {hooks.stop.command}")
     dist.barrier()  # a job manager may kill all processes when the first one leaves: not before the checkpoint
     return hooks.stop.follow()

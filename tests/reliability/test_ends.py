@@ -47,6 +47,30 @@ def test_a_run_ends_after_its_hours(server: Server, adapter: Path, tmp_path: Pat
     note("output.max_hours", "a checkpoint, exit code 75; same bytes", f"75; {', '.join(steps)}; same bytes")
 
 
+def test_a_launch_ends_after_a_step_and_the_test_rows_are_scored_later(
+    server: Server, adapter: Path, tmp_path: Path, note: Note
+) -> None:
+    run = tmp_path / "run"
+    command = [*ADAPTER, f"output.dir={run}"]
+    for already in (0, 3):
+        code, said = server.run(*command, "output.stop_after=3", "evaluation.test=false")
+        assert code == 75 and "told to end (output.stop_after) after step 3 of 6" in said, said
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"], f"{already} steps were done"
+    code, said = server.run(*command, "evaluation.test=false")
+    summary, whole = (json.loads((path / "summary.json").read_text()) for path in (run, adapter))
+    assert code == 0 and "test" not in summary and summary["validation"] == whole["validation"], said
+    more = ["evaluation.row_scores=true", "evaluation.forgetting=embedded:tinyshakespeare"]
+    code, said = server.run(*command, *more)
+    summary, table = (json.loads((run / name).read_text()) for name in ("summary.json", "test_rows.json"))
+    assert code == 0 and summary["test"] == whole["test"], said
+    losses, targets = (sum(row[column] for row in table["scores"]) for column in (0, 1))
+    assert len(table["scores"]) == 8 and losses / targets == pytest.approx(summary["test"]["test/loss"], abs=1e-9)
+    before, after = summary["forgetting"]["before"], summary["forgetting"]["after"]
+    assert before == pytest.approx(5.9, abs=0.3) and 0 < abs(after - before) < 5  # random weights: ln(vocabulary)
+    assert contents(run / "adapter") == contents(adapter / "adapter") and logged(run) == logged(adapter)
+    note("output.stop_after, evaluation.test=false", "75; the same bytes and scores later", "75; the same")
+
+
 @pytest.mark.parametrize(
     ("alpha", "bad"),
     [pytest.param("1e38", 4, marks=every, id="none applied"), pytest.param("1e18", 3, id="the last were bad")],
