@@ -25,7 +25,7 @@ from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.report.summary import print_scores
-from glora_llm.tasks.task import Rows
+from glora_llm.tasks.task import COLUMNS, Rows
 from glora_llm.training.batch import Batch, to_device
 
 
@@ -59,11 +59,11 @@ def score_rows(
         title: what the progress bar says; none: no bar.
 
     Returns:
-        (rows, 5) float64: summed loss, targets, correct targets, all correct, all correct among label words.
+        (rows, C) float64, the columns of `tasks.task.COLUMNS`.
     """
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    table = torch.zeros(len(lengths), 5, dtype=torch.float64)
+    table = torch.zeros(len(lengths), len(COLUMNS), dtype=torch.float64)
     rounds = math.ceil(len(batches) / world_size)
     for turn in tqdm(range(rounds), desc=title, disable=None if title and process_rank == 0 else True, leave=False):
         mine = turn * world_size + process_rank
@@ -77,11 +77,14 @@ def score_rows(
 
 
 def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
-    columns = (scores.row, scores.loss, torch.ones_like(scores.loss), scores.correct, scores.among_labels)
+    columns = [scores.row, scores.loss, torch.ones_like(scores.loss), scores.correct, scores.among_labels]
+    columns += [torch.zeros_like(scores.loss) if one is None else one for one in (scores.predicted, scores.reference)]
     values = torch.stack([column.double() for column in columns]).cpu()  # one read from the device
-    sums = values.new_zeros(4, len(rows)).index_add_(1, values[0].long(), values[1:])
-    loss, targets, correct, among_labels = sums
-    table[rows] = torch.stack([loss, targets, correct, correct == targets, among_labels == targets], dim=1)
+    values[5:, 1:] *= values[0, 1:] != values[0, :-1]  # a row is answered at its first target
+    sums = values.new_zeros(6, len(rows)).index_add_(1, values[0].long(), values[1:])
+    loss, targets, correct, among_labels, predicted, reference = sums
+    whole = (correct == targets, among_labels == targets)
+    table[rows] = torch.stack([loss, targets, correct, *whole, predicted, reference], dim=1)
 
 
 def score_chosen(
@@ -102,7 +105,7 @@ def score_chosen(
         score, gather, process_rank, world_size, title: as of `score_rows`; without them one process scores alone.
 
     Returns:
-        the table of `score_rows`, (len(numbers), 5).
+        the table of `score_rows`, (len(numbers), C).
     """
     lengths = rows.lengths()
     return score_rows(

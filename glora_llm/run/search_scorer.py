@@ -19,9 +19,9 @@ from glora_llm.glora.slopes import slopes
 from glora_llm.glora.supernet import set_paths
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import SearchSection
-from glora_llm.tasks.task import Rows
+from glora_llm.tasks.task import COLUMNS, Rows
 
-COLUMNS = {"exact_match": 3, "label_accuracy": 4}
+COLUMN_OF = {"exact_match": COLUMNS.index("all_correct"), "label_accuracy": COLUMNS.index("among_labels")}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class RowScorer:
     def __call__(self, requests: Sequence[tuple[Genome, NDArray[np.int64]]]) -> list[NDArray[np.float64]]:
         """Return the scores of each request's rows, higher is better."""
         reach("search.before_scores")
-        tables = [torch.zeros(len(rows), 5, dtype=torch.float64) for _, rows in requests]
+        tables = [torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64) for _, rows in requests]
         for index, (genome, rows) in enumerate(requests):
             if self.sharded or index % self.world_size == self.process_rank:
                 set_paths(self.layers, genome)
@@ -112,7 +112,7 @@ class RowScorer:
 
     def _values(self, table: torch.Tensor) -> NDArray[np.float64]:
         """Return the scores of a table; the mean over all rows of `loss` is minus validation/loss."""
-        column = -table[:, 0] / self.mean_targets if self.metric == "loss" else table[:, COLUMNS[self.metric]]
+        column = -table[:, 0] / self.mean_targets if self.metric == "loss" else table[:, COLUMN_OF[self.metric]]
         values: NDArray[np.float64] = column.numpy()
         return values
 

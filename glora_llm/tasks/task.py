@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from glora_llm.training.batch import Batch
 
+# What evaluation fills in for every row (R, C), float64: the summed loss of its targets and their number; how many of
+# them are the most likely ones; whether all are, and whether all are among the label words (images: whether the class
+# is among the first five); what the model chose and what is right (a class, an option or a number).
+COLUMNS = ("loss", "targets", "correct", "all_correct", "among_labels", "predicted", "reference")
+
 
 class Rows(Protocol):
     """The rows of one split, read as they are asked for."""

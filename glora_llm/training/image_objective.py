@@ -74,5 +74,7 @@ class ImageObjective(nn.Module):
 def scores(logits: Tensor, labels: Tensor) -> TokenScores:
     """Return the scores of logits (B, C) for labels (B); `among_labels`: the class is among the five most likely."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="none")
-    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices == labels[:, None]
-    return TokenScores(torch.arange(len(labels), device=labels.device), loss, best[:, 0], best.any(-1))
+    first = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+    best = first == labels[:, None]
+    rows = torch.arange(len(labels), device=labels.device)
+    return TokenScores(rows, loss, best[:, 0], best.any(-1), first[:, 0], labels)

@@ -38,6 +38,10 @@ class TokenScores(NamedTuple):
     loss: Tensor  # float32, -log p(target)
     correct: Tensor  # bool, the target is the most likely token
     among_labels: Tensor  # bool, the target is the most likely of the tokens that continue a label word
+    predicted: Tensor | None = (
+        None  # the class or number of the model's choice; of label words: see `LabelTrie.choices`
+    )
+    reference: Tensor | None = None  # the right one
 
 
 class CausalLMObjective(nn.Module):
@@ -110,11 +114,12 @@ class CausalLMObjective(nn.Module):
         return [torch.cat(column) for column in zip(*scores, strict=True)]
 
 
-def _scores(logits: Tensor, targets: Tensor, choices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, `correct` and `among_labels` (N) for logits (N, V), targets (N) and choices (N, C)."""
+def _scores(logits: Tensor, targets: Tensor, choices: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return what `TokenScores` holds beside the rows, (N) each, for logits (N, V), targets (N) and choices (N, C)."""
     loss = cross_entropy(logits, targets, reduction="none")
     correct = logits.argmax(-1) == targets
     if choices is None:
         return loss, correct, torch.zeros_like(correct)
     best = logits.gather(-1, choices.clamp(min=0)).argmax(-1, keepdim=True)
-    return loss, correct, choices.gather(-1, best)[:, 0] == targets  # a choice of no token, -1, is never a target
+    among = choices.gather(-1, best)[:, 0] == targets  # a choice of no token, -1, is never a target
+    return loss, correct, among, best[:, 0], (choices == targets[:, None]).int().argmax(-1)

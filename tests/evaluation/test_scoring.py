@@ -69,11 +69,13 @@ def by_hand(objective: CausalLMObjective, row: Row) -> list[float]:
     logits, goals = logits[wanted], ids[1:][wanted]
     right = (logits.argmax(-1) == goals).tolist()
     loss = -float(logits.log_softmax(-1)[range(len(goals)), goals].sum())
-    by_label = []
+    by_label, chosen = [], []
     for place, goal in enumerate(goals.tolist()):
         allowed = sorted({word[place] for word in WORDS if word[:place] == goals.tolist()[:place]})
-        by_label.append(allowed[int(logits[place, allowed].argmax())] == goal)
-    return [loss, len(goals), sum(right), all(right), all(by_label)]
+        chosen.append(int(logits[place, allowed].argmax()))
+        by_label.append(allowed[chosen[-1]] == goal)
+    reference = sorted({word[0] for word in WORDS}).index(int(goals[0]))
+    return [loss, len(goals), sum(right), all(right), all(by_label), chosen[0], reference]
 
 
 @pytest.mark.parametrize(("batch", "world"), list(itertools.product([1, 3, 8, 100], [1, 2, 3, 5])))
@@ -125,7 +127,7 @@ def test_a_table_by_hand() -> None:
     def batch(indices: list[int]) -> dict[str, Tensor]:
         return {"row": torch.tensor([i for i in sorted(indices) for _ in range(3 if i == 0 else 1)])}
 
-    expected = [[1.5, 3, 2, 0, 1], [2.0, 1, 1, 1, 1]]
+    expected = [[1.5, 3, 2, 0, 1, 0, 0], [2.0, 1, 1, 1, 1, 0, 0]]
     for size in (1, 2):
         assert score_rows([3, 7], batch, score, lambda table: table, size).tolist() == expected
 
