@@ -76,6 +76,10 @@ class Example:
         """Return the texts to be learnt."""
         return [m.content for m in self.messages if m.is_target] + [s.text for s in self.segments if s.is_target]
 
+    def class_name(self) -> str:
+        """Return what is learnt, which of format classification is the label word."""
+        return "".join(self.targets()).strip()
+
 
 @dataclass(frozen=True)
 class Format:

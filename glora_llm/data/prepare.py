@@ -16,7 +16,7 @@ from glora_llm.data.pack import pack
 from glora_llm.data.preview import preview
 from glora_llm.data.report import Report
 from glora_llm.data.sources import Role, Sources, locate, locate_roles
-from glora_llm.data.splits import Split, make_splits, to_split
+from glora_llm.data.splits import Split, make_splits, require_known_classes, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
 from glora_llm.errors import UserError
@@ -35,6 +35,7 @@ class Prepared:
     """The prepared token sets of a run.
 
     Attributes:
+        tests: the test sets by role: `test`, or `test/NAME` of several.
         reports: by role: what was read, kept, dropped, and so on.
         previews: three training samples as text, shortened, with the targets between « and ».
         label_sequences: classification: the token sequences of all label words, each with its end token; else none.
@@ -43,11 +44,16 @@ class Prepared:
 
     train: TokenSet
     validation: TokenSet | None
-    test: TokenSet | None
+    tests: dict[str, TokenSet]
     reports: dict[str, Report]
     previews: list[str]
     label_sequences: list[list[int]] | None
     folder: Path
+
+    @property
+    def test(self) -> TokenSet | None:
+        """The test set, the first one of several."""
+        return next(iter(self.tests.values()), None)
 
 
 def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: Path, seed: int) -> Prepared:
@@ -73,7 +79,7 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
     return Prepared(
         train=TokenSet(folder / "train", "train", "train"),
         validation=TokenSet(folder / "validation", "validation", "validation") if "validation" in reports else None,
-        test=TokenSet(folder / "test", "test", "test") if "test" in reports else None,
+        tests={role: TokenSet(folder / role, "test", role) for role in reports if role.partition("/")[0] == "test"},
         reports=reports,
         previews=meta["previews"],
         label_sequences=meta["label_sequences"],
@@ -185,7 +191,10 @@ def _read(settings: DataSection, sources: dict[Role, Sources]) -> dict[Role, Spl
         column = (settings.columns or {}).get("label", "label")
         names = next((t.label_names[column] for t in tables.values() if column in t.label_names), None)
         settings = settings.model_copy(update={"labels": names and [readable(name) for name in names]})
-    return {role: to_split(role, table, settings, bad[role]) for role, table in tables.items()}
+    splits = {role: to_split(role, table, settings, bad[role]) for role, table in tables.items()}
+    if settings.format == "classification":
+        require_known_classes(splits)
+    return splits
 
 
 def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], Iterator[str]]]:
@@ -203,7 +212,7 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
         "settings": settings.model_dump(mode="json", exclude=AFTER_TEXT),
         "content": {role: source.fingerprint() for role, source in sources.items()},
         "seed": seed if any(isinstance(n, int | float) for n in (settings.validation, settings.test)) else None,
-        "chosen_by": None if settings.max_rows is None else seed,
+        "chosen_by": None if settings.max_rows is None and settings.shots is None else seed,
     }
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

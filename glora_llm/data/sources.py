@@ -1,13 +1,14 @@
 """data.source, data.validation and data.test -> rows: files, folders, hub data sets and the embedded one."""
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from glora_llm.data.bad_rows import BadRows
 from glora_llm.data.local_sources import EMBEDDED, EmbeddedSource, FileSource
@@ -16,9 +17,10 @@ from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
-Role = Literal["train", "validation", "test"]
+Role = str  # train, validation, test; test/NAME for each of several named test sets
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # a data set of the hub and its split; no split has a slash in its name
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,9 @@ def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sourc
 
 
 def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Locate = locate) -> Sources:
-    """Return the sources that data.validation or data.test names: a file or folder, else a split of data.source.
+    """Return the sources that data.validation or data.test names.
+
+    That is a file, a folder, a hub data set (`owner/name` or `owner/name:split`), or else a split of data.source.
 
     Args:
         role: `validation` or `test`; also the split that is read of a folder named here.
@@ -215,6 +219,9 @@ def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Loc
     plain = [n for n in names_of(settings.source) if (found := find_path(n)) is not None and found.is_file()]
     if is_file or (("/" in name or plain) and find_path(name) is not None):
         return Sources((locate_one(name, settings.subset, role),))
+    if HUB.fullmatch(name):
+        place, _, split = name.partition(":")
+        return Sources((locate_one(place, None, split or role),))
     if plain:
         raise UserError(
             f"data.{role}: '{name}' is no file, and no split either: data.source is the file {plain[0]}, which has no "
@@ -234,6 +241,25 @@ def locate_roles(settings: DataSection, locate_one: Locate = locate) -> dict[Rol
     sources: dict[Role, Sources] = {"train": locate_training(settings, locate_one)}
     if isinstance(settings.validation, str):
         sources["validation"] = locate_held_out(settings, "validation", settings.validation, locate_one)
-    if isinstance(settings.test, str):
-        sources["test"] = locate_held_out(settings, "test", settings.test, locate_one)
+    for role, name in test_roles(settings).items():
+        with named(role):
+            sources[role] = locate_held_out(settings, "test", name, locate_one)
     return sources
+
+
+def test_roles(settings: DataSection) -> dict[Role, str]:
+    """Return the test sets that have a source of their own: role (`test`, or `test/NAME` of named ones) -> source."""
+    if isinstance(settings.test, str):
+        return {"test": settings.test}
+    return {f"test/{name}": place for name, place in settings.test.items()} if isinstance(settings.test, dict) else {}
+
+
+@contextlib.contextmanager
+def named(role: Role) -> Iterator[None]:
+    """Say in a UserError which of the named test sets it is about."""
+    try:
+        yield
+    except UserError as error:
+        if "/" not in role or str(error).startswith(role):
+            raise
+        raise UserError(f"data.test, {role.partition('/')[2]}: {error}") from error

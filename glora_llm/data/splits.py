@@ -1,16 +1,17 @@
 """Training, validation and test examples: read from their own source, or drawn from the training rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.formats import FORMATS, Example
 from glora_llm.data.sampler import permutation
-from glora_llm.data.sources import Role
+from glora_llm.data.shots import Classed, draw_shots
+from glora_llm.data.sources import Role, test_roles
 from glora_llm.data.table import Table
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection
 
 # Streams of the seeded choices, so that changing one leaves the others as they are.
@@ -18,15 +19,7 @@ _DRAW = {"train": 11, "validation": 12, "test": 13}
 _LIMIT = {"train": 21, "validation": 22, "test": 23}
 
 
-class Comparable(Protocol):
-    """An example of any kind: equal texts are duplicates."""
-
-    def text(self) -> str:
-        """Return all that it says, or a digest of it."""
-        ...
-
-
-E = TypeVar("E", bound=Comparable)
+E = TypeVar("E", bound=Classed)
 
 
 @dataclass
@@ -78,6 +71,22 @@ def to_split(role: Role, table: Table, settings: DataSection, bad: BadRows | Non
     return split
 
 
+def require_known_classes(splits: Mapping[Role, Split[Example]]) -> None:
+    """Check that named test sets hold no class that the training rows have not; a class may be missing there.
+
+    Raises:
+        UserError: naming the test set and the class.
+    """
+    known = {example.class_name() for example in splits["train"].examples}
+    for role, split in splits.items():
+        new = sorted({example.class_name() for example in split.examples} - known) if "/" in role else []
+        if new:
+            raise UserError(
+                f"data.test, {role.partition('/')[2]}: class '{new[0]}' is not among those of the training rows, so "
+                f"nothing learns it.{nearest(new[0], known)} A test set may have fewer classes, and no others."
+            )
+
+
 def rows_wanted(wish: float | int, total: int, available: int, role: Role) -> int:
     """Return how many rows a share (0.1) of `total` rows, or a number (200), is.
 
@@ -119,11 +128,14 @@ def draw(pool: Split[E], count: int, role: Role, seed: int) -> tuple[Split[E], S
 def limit(split: Split[E], most: int | None, seed: int) -> None:
     """Keep at most `most` examples of `split`, by a seeded choice, in their order."""
     if most is not None and most < len(split.examples):
-        chosen = sorted(permutation(len(split.examples), seed, _LIMIT[split.role])[:most].tolist())
+        stream = _LIMIT[split.role.partition("/")[0]]
+        chosen = sorted(permutation(len(split.examples), seed, stream)[:most].tolist())
         split.examples = [split.examples[n] for n in chosen]
 
 
-def make_splits(settings: DataSection, seed: int, read: Callable[[Role], Split[E]]) -> list[Split[E]]:
+def make_splits(
+    settings: DataSection, seed: int, read: Callable[[Role], Split[E]], classes: Sequence[str] | None = None
+) -> list[Split[E]]:
     """Return the splits of a recipe, training first.
 
     The test rows are drawn first, then the validation rows: asking for validation changes no test row.
@@ -131,24 +143,32 @@ def make_splits(settings: DataSection, seed: int, read: Callable[[Role], Split[E
     Args:
         seed: of what is drawn.
         read: returns the split of a role that has a source of its own.
+        classes: whose records data.shots counts; None: those that the training rows have.
 
     Raises:
-        UserError: as `read`, `rows_wanted` and `draw`.
+        UserError: as `read`, `rows_wanted`, `draw` and `draw_shots`.
     """
     train = read("train")
     total = len(train.examples)
-    wishes: list[tuple[Role, float | int | str | None]] = [("test", settings.test), ("validation", settings.validation)]
-    held = []
-    for role, wish in wishes:
-        if isinstance(wish, str):
-            held.append(read(role))
-        elif wish is not None:
-            drawn, train = draw(train, rows_wanted(wish, total, len(train.examples), role), role, seed)
-            held.append(drawn)
+    if settings.shots and classes is None:
+        classes = settings.labels or sorted({example.class_name() for example in train.examples})
+    tests, validations = [read(role) for role in test_roles(settings)], []
+    if isinstance(settings.test, float | int):
+        drawn, train = draw(train, rows_wanted(settings.test, total, total, "test"), "test", seed)
+        tests = [drawn]
+    if isinstance(settings.validation, str):
+        validations = [read("validation")]
+    elif settings.validation is not None:
+        count = rows_wanted(settings.validation, total, len(train.examples), "validation")
+        drawn, train = draw(train, count, "validation", seed)
+        validations = [drawn]
     limit(train, settings.max_rows, seed)
+    if settings.shots and classes:
+        drawn_by = seed if settings.shots_seed is None else settings.shots_seed
+        train.examples = draw_shots(train.examples, settings.shots, drawn_by, classes)
     texts = {example.text() for example in train.examples}
-    for split in held:
-        if split.role == "test":
-            limit(split, settings.max_test_rows, seed)
+    for split in tests:
+        limit(split, settings.max_test_rows, seed)
+    for split in (*validations, *tests):
         split.also_in_train = sum(example.text() in texts for example in split.examples)
-    return [train, *reversed(held)]
+    return [train, *validations, *tests]

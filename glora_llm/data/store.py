@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ class RowSet:
         name: for messages; `train`, say.
     """
 
-    def __init__(self, role: Literal["train", "validation", "test"], name: str):
+    def __init__(self, role: str, name: str):
         self.role = role
         self.name = name
         self._sealed = ""
@@ -65,7 +65,7 @@ class TokenSet(RowSet):
         name: for messages; `train`, say.
     """
 
-    def __init__(self, folder: Path, role: Literal["train", "validation", "test"], name: str):
+    def __init__(self, folder: Path, role: str, name: str):
         super().__init__(role, name)
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._targets = np.load(folder / "targets.npy", mmap_mode="r")

@@ -130,7 +130,7 @@ def score_split(
     limit: int | None = None,
     rows_file: Path | None = None,
 ) -> dict[str, float]:
-    """Return the scores of a split's rows, named `SPLIT/...`.
+    """Return the scores of a split's rows, named `SPLIT/...`; of `test` those of each test set, `test/NAME/...`.
 
     Args:
         score, gather, process_rank, world_size: as of `score_rows`.
@@ -140,15 +140,22 @@ def score_split(
     Raises:
         UserError: when the recipe has no such rows.
     """
-    rows = plan.rows(split)
-    if rows is None:
-        raise UserError(f"The recipe has no {split} rows: set data.{split}.")
-    numbers = plan.choice(rows, limit)
-    table = score_chosen(plan, rows, numbers, score, gather, process_rank, world_size, title=split)
+    scores: dict[str, float] = {}
+    digests: list[str] = []
+    values: list[list[float]] = []
+    for name in plan.splits(split):
+        rows = plan.rows(name)
+        if rows is None:
+            raise UserError(f"The recipe has no {split} rows: set data.{split}.")
+        numbers = plan.choice(rows, limit)
+        table = score_chosen(plan, rows, numbers, score, gather, process_rank, world_size, title=name)
+        scores |= plan.task.means(table, name)
+        if rows_file is not None and process_rank == 0:
+            digests.append(rows.digest())
+            values += [row for _, row in sorted(zip(numbers, table.tolist(), strict=True))]
     if rows_file is not None and process_rank == 0:
-        values = [row for _, row in sorted(zip(numbers, table.tolist(), strict=True))]
-        write_text(rows_file, json.dumps({"rows": rows.digest(), "scores": values}) + "\n")
-    return plan.task.means(table, split)
+        write_text(rows_file, json.dumps({"rows": "+".join(digests), "scores": values}) + "\n")
+    return scores
 
 
 def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ def largest_micro_batch(plan: Plan) -> Batch:
 
 def largest_scored_batch(plan: Plan) -> Batch:
     """Return the batch with the most tokens of those that evaluation scores; there must be validation or test rows."""
-    scored = filter(None, (plan.task.validation, plan.task.test))
+    scored = filter(None, (plan.task.validation, *plan.task.tests.values()))
     found = [_most_padded(rows, plan.recipe.evaluation.batch) for rows in scored]
     _, rows, numbers = max(found, key=lambda item: item[0])
     return plan.batch(rows, numbers)

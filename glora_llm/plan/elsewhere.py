@@ -42,7 +42,8 @@ def recipe_for_scores(folder: RunFolder, recipe: Recipe, split: str) -> Recipe:
     if _has_source(recipe.data):
         return recipe
     held = getattr(recipe.data, split)
-    if not isinstance(held, str) or find_path(held) is None:
+    places = list(held.values()) if isinstance(held, dict) else [held]
+    if not all(isinstance(place, str) and find_path(place) is not None for place in places):
         raise UserError(
             f"{folder.path} was trained on data.source={recipe.data.source}, which is not here. Name the rows to "
             f"score: `glora-llm evaluate {folder.path} --split {split} data.{split}=FILE`; or, where they are drawn "
@@ -51,7 +52,16 @@ def recipe_for_scores(folder: RunFolder, recipe: Recipe, split: str) -> Recipe:
         )
     if recipe.model.config is not None:
         recipe = _on_trained_model(folder, recipe)
-    alone = {"source": held, "split": split, "validation": None, "test": None, split: held, "max_rows": None}
+    alone = {
+        "source": places[0],
+        "shots": None,
+        "shots_seed": None,
+        "split": split,
+        "validation": None,
+        "test": None,
+        split: held,
+        "max_rows": None,
+    }
     evaluation = recipe.evaluation.model_copy(update={"every": None, "test_before": False})
     data = recipe.data.model_copy(update=alone)
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "search": None})

@@ -74,8 +74,14 @@ class Plan:
         ]
 
     def rows(self, split: str) -> Rows | None:
-        """Return the rows of `validation` or `test`, or None where the recipe has none."""
-        return self.task.validation if split == "validation" else self.task.test
+        """Return the rows of `validation`, `test` (of several sets the first) or `test/NAME`; None: there are none."""
+        if split == "validation":
+            return self.task.validation
+        return self.task.tests.get(split, self.task.test if split == "test" else None)
+
+    def splits(self, split: str) -> list[str]:
+        """Return what is scored as `split`: itself, or for `test` each of several named sets."""
+        return list(self.task.tests) if split == "test" and self.task.tests else [split]
 
     def choice(self, rows: Rows, limit: int | None) -> list[int]:
         """Return `limit` row numbers in a seeded order, or all; files are often sorted by class."""

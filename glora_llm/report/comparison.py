@@ -57,13 +57,14 @@ class Compared:
         """The test score that matters most, and its name; the validation score where nothing was tested."""
         found = self.summary.get("test") or self.summary.get("validation") or {}
         plain = {name.partition("/")[2]: value for name, value in found.items()}
-        name = next((name for name in SCORES if name in plain), None)
+        found_as = {name.rpartition("/")[2]: name for name in reversed(plain)}  # of several test sets the first
+        name = next((found_as[name] for name in SCORES if name in found_as), None)
         return (name, plain[name]) if name else ("loss", self.losses[-1])
 
     @property
     def last_loss(self) -> float:
         """The test loss, or the last one that there is."""
-        tested = self.summary.get("test", {}).get("test/loss")
+        tested = next((v for k, v in self.summary.get("test", {}).items() if k.endswith("/loss")), None)
         return tested if tested is not None else self.validation[-1][2] if self.validation else self.losses[-1]
 
 

@@ -158,10 +158,12 @@ def run_search(
     return results
 
 
-def _closed(plan: Plan) -> contextlib.AbstractContextManager[None]:
+def _closed(plan: Plan) -> contextlib.AbstractContextManager[Any]:
     """Close the test rows: a genome is chosen, and they will judge it."""
-    test = plan.rows("test")
-    return contextlib.nullcontext() if test is None else test.sealed("a search was choosing a genome")
+    with contextlib.ExitStack() as stack:
+        for test in plan.task.tests.values():
+            stack.enter_context(test.sealed("a search was choosing a genome"))
+        return stack.pop_all()
 
 
 def _measured(

@@ -1,8 +1,9 @@
 """The section `data`: the samples."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from glora_llm.errors import UserError
 from glora_llm.schema.benchmarks import benchmark_of
@@ -25,9 +26,16 @@ class DataSection(Section):
     validation: Share | PositiveInt | str | None = key(
         None, "share or number of training rows held out, or a split name, or a file", "share or rows"
     )
-    test: Share | PositiveInt | str | None = key(
-        None, "the same for the rows scored before and after training, never used to choose", "share or rows"
+    test: Share | PositiveInt | str | dict[str, str] | None = key(
+        None,
+        "the same for the rows scored before and after training, never used to choose; or several test sets, name -> "
+        "split, file, folder or hub id: each is scored by itself",
+        "share or rows",
     )
+    shots: PositiveInt | None = key(
+        None, "few-shot: train on so many records of each class, drawn by shots_seed; none: on all", "records"
+    )
+    shots_seed: Annotated[int, Field(ge=0)] | None = key(None, "of the draw of shots; none: training.seed")
     max_rows: PositiveInt | None = key(None, "use at most this many training rows (seeded choice)", "rows")
     max_test_rows: PositiveInt | None = key(None, "use at most this many test rows (seeded choice)", "rows")
     columns: dict[str, str] | None = key(None, "role of the format -> name of the column, where they differ")
@@ -58,6 +66,31 @@ class DataSection(Section):
             return benchmark_of(name).settings() | given
         except UserError as error:
             raise ValueError(f"benchmark: {str(error).removesuffix('.')}") from None
+
+    @field_validator("test", mode="after")
+    @classmethod
+    def _names_of_tests(cls, test: Any) -> Any:
+        if isinstance(test, dict) and not test:
+            raise ValueError("an empty mapping: give name: SOURCE for each test set, or null for none")
+        odd = [name for name in test if not re.fullmatch(r"\w[\w.-]*", name)] if isinstance(test, dict) else []
+        if odd:
+            raise ValueError(f"'{odd[0]}' names a test set, and should be letters, digits, _, . or - alone")
+        return test
+
+    @model_validator(mode="after")
+    def _shots_of_classes(self) -> "DataSection":
+        if self.shots is None:
+            if self.shots_seed is not None:
+                raise ValueError("shots_seed is of the draw of shots: set data.shots=N, or data.shots_seed=null")
+            return self
+        if self.format not in ("classification", "images"):
+            raise ValueError(
+                f"shots are records of each class, and format '{self.format}' has no classes (classification and "
+                "images have): data.shots=null takes it away; max_rows takes a number of records"
+            )
+        if self.max_rows is not None:
+            raise ValueError("shots and max_rows both say how many records are trained on: set one of them to null")
+        return self
 
     @model_validator(mode="after")
     def _text_or_images(self) -> "DataSection":

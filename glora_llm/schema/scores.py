@@ -35,11 +35,12 @@ SCORES: dict[str, Score] = {
 
 
 def score_of(name: str) -> Score:
-    """Return the score of a name.
+    """Return the score of a name; of one of several test sets, the name may stand before it (`sketch/accuracy`).
 
     Raises:
         UserError: for a name that no task reports.
     """
+    name = name.rpartition("/")[2]
     if name not in SCORES:
         raise UserError(f"'{name}' is no score.{nearest(name, SCORES)} There is: {', '.join(SCORES)}.")
     return SCORES[name]

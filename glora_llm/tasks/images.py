@@ -48,8 +48,13 @@ class ImageTask:
 
     @property
     def test(self) -> ImageSet | None:
-        """The images that judge."""
+        """The images that judge, the first set of several."""
         return self.data.test
+
+    @property
+    def tests(self) -> dict[str, ImageSet]:
+        """All test sets: `test`, or `test/NAME` of each of several sets."""
+        return self.data.tests
 
     @property
     def reports(self) -> dict[str, ImageReport]:

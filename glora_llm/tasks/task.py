@@ -53,6 +53,8 @@ class Task(Protocol):
         unit: what a row is made of, and speed is counted in: `tokens`, or `patches`.
         scored: what each loss and each comparison is of: `tokens`, or `images`.
         causal: attention sees what came before alone (half of its products are masked).
+        test: the rows that judge, the first set of several.
+        tests: all test sets by split: `test`, or `test/NAME` of each of several.
         reports: by split: what was read, kept, dropped.
         previews: some training samples as text, for the eye.
     """
@@ -69,6 +71,8 @@ class Task(Protocol):
     def validation(self) -> Rows | None: ...  # noqa: D102
     @property
     def test(self) -> Rows | None: ...  # noqa: D102
+    @property
+    def tests(self) -> Mapping[str, Rows]: ...  # noqa: D102
     @property
     def reports(self) -> Mapping[str, Described]: ...  # noqa: D102
     @property

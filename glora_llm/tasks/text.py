@@ -50,8 +50,13 @@ class TextTask:
 
     @property
     def test(self) -> TokenSet | None:
-        """The rows that judge."""
+        """The rows that judge, the first set of several."""
         return self.data.test
+
+    @property
+    def tests(self) -> dict[str, TokenSet]:
+        """All test sets: `test`, or `test/NAME` of each of several."""
+        return self.data.tests
 
     @property
     def reports(self) -> dict[str, Report]:

@@ -135,11 +135,12 @@ def test_mean_and_deviation_are_those_of_the_training_images(prepared: Prepare, 
 def test_the_cache_is_used_and_made_again_when_it_is_damaged(prepared: Prepare, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "folder")
     first = prepared(source)
-    made = (first.folder / "train.npy").stat().st_mtime_ns
+    (file,) = (tmp_path / "cache").glob("*/pixels.npy")
+    made = file.stat().st_mtime_ns
     assert prepared(source, images=ImagesSection(flip=True, mixup=0.5)).folder == first.folder
-    assert (first.folder / "train.npy").stat().st_mtime_ns == made
+    assert prepared(source, validation=6).folder != first.folder and file.stat().st_mtime_ns == made
     before = content(first.train)
-    (first.folder / "train.npy").write_bytes(b"damaged")
+    file.write_bytes(b"damaged")
     assert content(prepared(source).train) == before
     picture(99).save(tmp_path / "folder" / "cat" / "new.png")
     assert prepared(source).folder != first.folder

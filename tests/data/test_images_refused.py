@@ -96,5 +96,5 @@ def test_an_unknown_class_of_a_held_out_folder(prepared: Prepare, tmp_path: Path
     (tmp_path / "held" / "cats").mkdir(parents=True)
     picture(0).save(tmp_path / "held" / "cats" / "a.png")
     message = refused(prepared, source, test=str(tmp_path / "held"))
-    assert "test row 1: label 0 is none of the 3 classes (cat, dog, owl)" in message
+    assert "test row 1: label 0 (cats) is none of the 3 classes (cat, dog, owl)" in message
     assert "Did you mean 'cat'?" in message
