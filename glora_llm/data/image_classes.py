@@ -63,8 +63,9 @@ def class_numbers(table: Table, settings: DataSection, names: list[str], role: R
         word = own[label] if isinstance(label, int) and 0 <= label < len(own) and settings.labels is None else label
         number = label if isinstance(word, int) else names.index(str(word)) if str(word) in names else -1
         if not 0 <= number < len(names):
+            called = f"{label!r} ({word})" if word != label else repr(label)
             raise UserError(
-                f"{role} row {place}: label {label!r}{f' ({word})' if word != label else ''} is none of the {len(names)} classes ({', '.join(names[:8])}"
+                f"{role} row {place}: label {called} is none of the {len(names)} classes ({', '.join(names[:8])}"
                 f"{', ...' if len(names) > 8 else ''}): expected 0 to {len(names) - 1}, or a name."
                 f"{nearest(str(word), names)}{SUBSET if '/' in role else ''}"
             )
