@@ -11,6 +11,27 @@ def print_scores(scores: dict[str, float]) -> None:
         print(f"{name:28s} {value:.4f}")
 
 
+def print_benchmarks(values: dict[str, Any]) -> None:
+    """Print the scores of lm-eval's tasks with their standard errors.
+
+    Args:
+        values: of `evaluation.benchmarks`: `tasks` (name -> METRIC and METRIC_stderr), `num_fewshot` and `questions`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{values['model']}: {values['weights']}", title_justify="left")
+    for title in ("task", "few-shot", "questions", "score", "value", "standard error"):
+        table.add_column(title, justify="left" if title in ("task", "score") else "right")
+    for task, scores in values["tasks"].items():
+        about = [str(values[key].get(task, "")) for key in ("num_fewshot", "questions")]
+        for name, value in scores.items():
+            if not name.endswith("_stderr"):
+                error = scores.get(f"{name}_stderr")
+                table.add_row(task, *about, name, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    Console(width=100).print(table)
+
+
 def print_summary(folder: RunFolder) -> None:
     """Print the scores of a run, skipped steps with a warning, and the places of its parts."""
     from rich.console import Console

@@ -1,4 +1,7 @@
-"""lm-eval scores a run's adapter on its base as it scores the merged model, and both otherwise than the base."""
+"""lm-eval scores a run's adapter on its base as it scores the merged model, and both otherwise than the base.
+
+`glora-llm evaluate --tasks` gives the scores of lm-eval's own command line.
+"""
 
 import json
 import sys
@@ -59,6 +62,18 @@ def test_unmerged_and_merged_score_alike(
             "accuracy": found["tiny_choice"]["acc,none"],
         }
 
+    def ours(*more: str) -> dict[str, Any]:
+        out = tmp_path / "ours.json"
+        command = ["evaluate", *more, "--task-folder", str(tasks), "--tasks", ",".join(TASKS), "--out", str(out)]
+        assert main([*command, "--batch", "1"]) == 0
+        found: dict[str, Any] = json.loads(out.read_text())["tasks"]
+        return {"perplexity": found["tiny_text"]["byte_perplexity"], "accuracy": found["tiny_choice"]["acc"]}
+
     adapted = scores(f"pretrained={base},peft={trained.folder.adapter}")
-    assert scores(f"pretrained={merged}") == pytest.approx(adapted, rel=1e-4)
+    by_command = scores(f"pretrained={merged}")
+    assert by_command == pytest.approx(adapted, rel=1e-4)
     assert abs(scores(f"pretrained={base}")["perplexity"] - adapted["perplexity"]) > 0.01
+    run_folder = str(trained.folder.path)
+    assert ours(run_folder, "--merged", str(merged)) == by_command  # every bit
+    assert ours(str(merged)) == by_command
+    assert ours(run_folder) == pytest.approx(by_command, rel=1e-4)
