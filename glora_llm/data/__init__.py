@@ -3,6 +3,7 @@
 `prepare` reads, splits, tokenises and caches; `GlobalSampler` gives the rows of a step; `collate` makes tensors.
 """
 
+from glora_llm.data import choices as choices  # registers the format multiple_choice
 from glora_llm.data.batch import collate, collate_joined
 from glora_llm.data.formats import FORMATS, Example, Message, Segment
 from glora_llm.data.prepare import Prepared, prepare

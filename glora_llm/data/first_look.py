@@ -11,9 +11,10 @@ from typing import IO
 
 from glora_llm.data.bad_rows import BadRows
 from glora_llm.data.columns import Row, check_columns
-from glora_llm.data.formats import FORMATS, check_settings, readable
+from glora_llm.data.formats import FORMATS, check_settings
 from glora_llm.data.image_sources import locate_images
 from glora_llm.data.images import check_image_settings
+from glora_llm.data.label_words import readable
 from glora_llm.data.local_sources import FileSource
 from glora_llm.data.readers import READERS, class_names, numbered, read_file, read_separated, require_text, suffix
 from glora_llm.data.sources import Role, Sources, locate, locate_roles

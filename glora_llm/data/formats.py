@@ -5,11 +5,11 @@ To add a format, write one function here: `data_format` registers it, and names 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from glora_llm.data.bad_rows import RowError
 from glora_llm.data.columns import Row, answer, fill, template_fields, text, value, whole
+from glora_llm.data.label_words import label_word
 from glora_llm.errors import UserError, nearest
 from glora_llm.registry import Registry
 from glora_llm.schema import DataSection
@@ -52,14 +52,30 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Options:
+    """The options of a record of multiple choice.
+
+    Attributes:
+        segments: of each option, prompt and option as the segments of a sample.
+        lengths: characters of each option.
+        right: number of the right one, from 0.
+    """
+
+    segments: tuple[tuple[Segment, ...], ...]
+    lengths: tuple[int, ...]
+    right: int
+
+
+@dataclass(frozen=True)
 class Example:
     """One row: either messages (format chat) or segments (all others; the last of them is a target).
 
-    `origin` says where the row stands, for error messages.
+    Of multiple choice the segments are those of the right option. `origin` says where the row stands, for messages.
     """
 
     messages: tuple[Message, ...] = ()
     segments: tuple[Segment, ...] = ()
+    options: Options | None = None
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -214,53 +230,6 @@ def _why_no_text(turn: dict[str, Any], content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def readable(name: str) -> str:
-    """Return a label such as `card_payment_fee_charged` as words; a label with spaces of its own stays as it is."""
-    return name if " " in name else name.replace("_", " ").strip()
-
-
-def label_word(label: Any, words: list[str] | None) -> str:
-    """Return the word that stands for `label` in the text.
-
-    Args:
-        label: a class number, a number in digits, or a name.
-        words: the word of each class number; none: only names can be read.
-
-    Raises:
-        RowError: for a number without a word, a number outside `words`, and a name that is not among them.
-    """
-    is_digits = isinstance(label, str) and label.removeprefix("-").isdecimal()
-    if isinstance(label, str) and label.strip() and (words is None or not is_digits or label in words):
-        known = [w for w in (whole(label), readable(label)) if words is None or w in words]
-        if known:
-            return known[-1] if words is None else known[0]
-        raise RowError(
-            "a label that is not among the labels",
-            f"Label '{label}' is not among the labels: {', '.join(words or [])}.{_nearest(label, *words or [])}",
-        )
-    is_whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
-    if not is_digits and not is_whole:
-        raise RowError("no label", f"A label should be a class number or a word, and is {label!r}")
-    if words is None:
-        raise RowError(
-            "a class number without a word",
-            f"Label {label!r} is a number without a word; list the words by number: data.labels=[no,yes]",
-        )
-    number = int(label)
-    if not 0 <= number < len(words):
-        hint = " -1 marks rows whose labels are withheld: score on another split." if number == -1 else ""
-        raise RowError(
-            "a class number without a word",
-            f"Class number {number} has no word: data.labels has numbers 0 to {len(words) - 1}.{hint}",
-        )
-    return words[number]
-
-
-@lru_cache(4096)  # the same wrong label may stand in a million records
-def _nearest(label: str, *words: str) -> str:
-    return nearest(label, words)
-
-
 def check_settings(settings: DataSection) -> None:
     """Check what can be checked before any row is read.
 
@@ -273,17 +242,21 @@ def check_settings(settings: DataSection) -> None:
             f"Unknown data format '{settings.format}'; there is: {', '.join(known)}.{nearest(settings.format, known)}"
         )
     chosen = FORMATS.get(settings.format)
+    is_choice, templates = settings.format == "multiple_choice", "classification, multiple_choice and prompt_completion"
+    has_labels = is_choice or settings.format == "classification"
     misplaced = [
-        ("prompt", settings.prompt is not None and not chosen.takes_template, "classification and prompt_completion"),
-        ("labels", settings.labels is not None and settings.format != "classification", "classification"),
+        ("prompt", settings.prompt is not None and not chosen.takes_template, templates),
+        ("labels", settings.labels is not None and not has_labels, "classification or multiple_choice"),
+        ("options", settings.options is not None and not is_choice, "multiple_choice"),
         ("overlong=split", settings.overlong == "split" and settings.format != "text", "text; use drop or truncate"),
         ("chat_template=tokenizer", settings.chat_template == "tokenizer" and settings.format == "text", "the others"),
     ]
     for name, is_misplaced, owner in misplaced:
         if is_misplaced:
             raise UserError(f"data.{name} does not go with format {settings.format}: it belongs to format {owner}.")
-    if settings.format == "classification" and settings.overlong == "truncate":
-        raise UserError("data.overlong=truncate would cut off the label, which stands at the end: use error or drop.")
+    if has_labels and settings.overlong == "truncate":
+        what = "options, which stand" if is_choice else "label, which stands"
+        raise UserError(f"data.overlong=truncate would cut off the {what} at the end: use error or drop.")
     if settings.labels is not None and len(set(settings.labels)) != len(settings.labels):
         raise UserError(f"data.labels names a word twice: {', '.join(settings.labels)}")
     if settings.system is not None and settings.format != "chat" and settings.chat_template != "tokenizer":

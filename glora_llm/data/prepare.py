@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.cache import cached, key_of
 from glora_llm.data.columns import check_columns
-from glora_llm.data.formats import Example, check_settings, readable
+from glora_llm.data.formats import Example, check_settings
+from glora_llm.data.label_words import readable
+from glora_llm.data.option_samples import tokenize_options
 from glora_llm.data.pack import pack
 from glora_llm.data.preview import preview
 from glora_llm.data.report import Report
@@ -154,7 +156,9 @@ def _tokenized(
         splits = make_splits(settings, seed, own.__getitem__)
     reports = [_report(split) for split in splits]
     samples = [
-        tokenize(split.examples, tokenizer, settings, report, split.bad)
+        (tokenize_options if settings.format == "multiple_choice" and split.role != "train" else tokenize)(
+            split.examples, tokenizer, settings, report, split.bad
+        )
         for split, report in zip(splits, reports, strict=True)
     ]
     require_usable(bad, settings)

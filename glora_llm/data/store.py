@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,16 @@ class Row(NamedTuple):
     Attributes:
         tokens: (T) int32.
         targets: (T) bool, True where the token is learnt.
-        starts: index of the first token of each sample.
+        starts: index of the first token of each sample, or of each option's sequence.
+        right: of held-out multiple choice, the number of the right option, from 0; else -1.
+        option_lengths: characters of each option; else empty.
     """
 
     tokens: Tokens
     targets: Mask
     starts: list[int]
+    right: int = -1
+    option_lengths: tuple[int, ...] = ()
 
 
 class RowSet:
@@ -71,6 +76,9 @@ class TokenSet(RowSet):
         self._targets = np.load(folder / "targets.npy", mmap_mode="r")
         self._samples = np.load(folder / "samples.npy")
         self._rows = np.load(folder / "rows.npy")
+        has_options = (folder / "right.npy").is_file()
+        self._right = np.load(folder / "right.npy") if has_options else None
+        self._option_lengths = np.load(folder / "option_lengths.npy") if has_options else None
 
     def __len__(self) -> int:
         return len(self._rows) - 1
@@ -86,7 +94,11 @@ class TokenSet(RowSet):
         bounds = self._samples[self._rows[i] : self._rows[i + 1] + 1]
         first, last = int(bounds[0]), int(bounds[-1])
         starts = [int(start) - first for start in bounds[:-1]]
-        return Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+        row = Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+        if self._right is None or self._option_lengths is None:
+            return row
+        lengths = self._option_lengths[self._rows[i] : self._rows[i + 1]].tolist()
+        return row._replace(right=int(self._right[i]), option_lengths=tuple(lengths))
 
     def digest(self) -> str:
         """Return a SHA-256 over all tokens and targets in row order: what a run was trained on."""
@@ -106,11 +118,26 @@ def write_set(folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[i
 
     tokens (N) int32 and targets (N) bool of all samples, end to end; samples (S + 1): where each begins in them;
     rows (R + 1): the first sample of each row.
+
+    Of held-out multiple choice S counts the options, and there are two more: right (R), option_lengths (S).
     """
     folder.mkdir(parents=True)
     order = [number for row in rows for number in row]
-    lengths = [len(samples[number].tokens) for number in order]
+    pieces = [_lengths(samples[number]) for number in order]
     np.save(folder / "tokens.npy", np.concatenate([samples[n].tokens for n in order]).astype(np.int32))
     np.save(folder / "targets.npy", np.concatenate([samples[n].targets for n in order]))
-    np.save(folder / "samples.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / "rows.npy", np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64))
+    np.save(folder / "samples.npy", np.cumsum([0, *chain(*pieces)], dtype=np.int64))
+    counts = [sum(len(_lengths(samples[number])) for number in row) for row in rows]
+    np.save(folder / "rows.npy", np.cumsum([0, *counts], dtype=np.int64))
+    options = [spans for n in order if (spans := samples[n].options) is not None]
+    if options:
+        np.save(folder / "right.npy", np.array([spans.right for spans in options], dtype=np.int64))
+        np.save(folder / "option_lengths.npy", np.array([*chain(*(spans.lengths for spans in options))]))
+
+
+def _lengths(sample: Sample) -> list[int]:
+    """Return the tokens of a sample, or of each of its options."""
+    if sample.options is None:
+        return [len(sample.tokens)]
+    lengths: list[int] = np.diff([*sample.options.starts, len(sample.tokens)]).tolist()
+    return lengths

@@ -26,16 +26,40 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
+class OptionSpans:
+    """Where the options of a sample of multiple choice stand.
+
+    Attributes:
+        starts: index of the first token of each option's sequence.
+        lengths: characters of each option.
+        right: number of the right option, from 0.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    right: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample.
 
     Attributes:
         tokens: (T) token ids.
         targets: (T) True where the token is learnt; never at the first token.
+        options: of held-out multiple choice, whose sample is a sequence for each option, end to end.
     """
 
     tokens: Tokens
     targets: Mask
+    options: OptionSpans | None = None
+
+    @property
+    def length(self) -> int:
+        """The tokens of the sample, or of its longest option: what data.max_tokens limits."""
+        if self.options is None:
+            return len(self.tokens)
+        return int(np.diff([*self.options.starts, len(self.tokens)]).max())
 
 
 @dataclass(frozen=True)
@@ -105,38 +129,51 @@ def tokenize(
     Raises:
         UserError: as `render` and `ends_of`.
     """
+    found = BadRows(report.role, len(examples)) if bad is None else bad
+    samples = tokenize_each(examples, tokenizer, settings, report, found)
+    if bad is None:
+        found.require_none()
+    return [sample for sample in samples if sample is not None]
+
+
+def tokenize_each(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: DataSection,
+    report: Report,
+    found: BadRows,
+) -> list[Sample | None]:
+    """Return the sample of each example, in their order, or None for one that `found` took in (see `tokenize`)."""
     from tqdm import tqdm
 
     ends = ends_of(tokenizer, settings)
-    found = BadRows(report.role, len(examples)) if bad is None else bad
-    samples = []
+    samples: list[Sample | None] = []
     with tqdm(total=len(examples), desc=f"tokenise {report.role}", disable=not sys.stderr.isatty()) as bar:
         for first in range(0, len(examples), CHUNK):
             chunk = examples[first : first + CHUNK]
-            rendered = []
-            for example in chunk:
+            made: list[Sample | None] = [None] * len(chunk)
+            rendered: dict[int, Rendered] = {}
+            for number, example in enumerate(chunk):
                 with found.collecting(example.origin):
-                    rendered.append((example.origin, render(example, tokenizer, settings)))
-            for (origin, written), (ids, spots) in zip(rendered, _encoded(rendered, tokenizer), strict=True):
+                    rendered[number] = render(example, tokenizer, settings)
+            encoded = _encoded(list(rendered.values()), tokenizer)
+            for (number, written), (ids, spots) in zip(rendered.items(), encoded, strict=True):
                 targets, straddling = mark(spots, written)
                 sample = close(ids, targets, ends, written.add_end)
-                with found.collecting(origin):
+                with found.collecting(chunk[number].origin):
                     _check(sample, written, ends, tokenizer)
-                    samples.append(sample)
+                    made[number] = sample
                     report.boundary_tokens += straddling
+            samples += made
             bar.update(len(chunk))
-    if bad is None:
-        found.require_none()
     return samples
 
 
-def _encoded(
-    rendered: Sequence[tuple[str, Rendered]], tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[Tokens, Offsets]]:
+def _encoded(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[tuple[Tokens, Offsets]]:
     """Return the token ids (T) and the characters (T, 2) of each text."""
     if not rendered:
         return []
-    texts = [written.text for _, written in rendered]
+    texts = [written.text for written in rendered]
     encoded: Any = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
         (np.asarray(ids, dtype=np.int32), np.asarray(spots, dtype=np.int64).reshape(-1, 2))
@@ -199,11 +236,11 @@ def fit_length(samples: list[Sample], settings: DataSection, bos: int | None, re
         UserError: when there are longer samples and data.overlong=error; when no sample is left.
     """
     most = settings.max_tokens
-    lengths = [len(sample.tokens) for sample in samples]
+    lengths = [sample.length for sample in samples]
     report.longest = max(lengths, default=0)
     overlong = sum(length > most for length in lengths)
     if overlong and settings.overlong == "error":
-        others = {"classification": "drop", "text": "drop, truncate or split"}
+        others = {"classification": "drop", "multiple_choice": "drop", "text": "drop, truncate or split"}
         raise UserError(
             f"{overlong} of {len(samples)} {report.role} samples are longer than data.max_tokens={most}; the longest "
             f"has {report.longest} tokens. Set data.max_tokens={report.longest}, or data.overlong to "
@@ -211,7 +248,7 @@ def fit_length(samples: list[Sample], settings: DataSection, bos: int | None, re
         )
     kept: list[Sample] = []
     for sample in samples:
-        kept += [sample] if len(sample.tokens) <= most else _shorten(sample, settings, bos, report)
+        kept += [sample] if sample.length <= most else _shorten(sample, settings, bos, report)
     if not kept:
         raise UserError(
             f"No {report.role} sample is left: all {len(samples)} are longer than data.max_tokens={most} (the longest: "

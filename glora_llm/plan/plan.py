@@ -4,6 +4,7 @@ Train, dry run, evaluate and merge all start from a `Plan`. Mistakes of a recipe
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,16 @@ from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.tasks.images import image_task
+from glora_llm.tasks.multiple_choice import choice_task
 from glora_llm.tasks.task import Rows, Task
 from glora_llm.tasks.text import text_task
 from glora_llm.training.batch import Batch
 from glora_llm.training.deepspeed_config import DeepSpeedConfig, resolve_deepspeed_config
 
+TASKS: dict[str, Callable[[Recipe, bool], tuple[ResolvedModel, Task]]] = {  # data.format -> its task; else text
+    "images": image_task,
+    "multiple_choice": choice_task,
+}
 CHOICE = 41  # stream of the seeded choice of scored rows
 
 
@@ -109,7 +115,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     with found.collected():
         genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     with found.collected():
-        base, task = (image_task if recipe.data.format == "images" else text_task)(recipe, weights)
+        base, task = TASKS.get(recipe.data.format, text_task)(recipe, weights)
     found.raise_all()
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training

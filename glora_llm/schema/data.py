@@ -17,7 +17,9 @@ class DataSection(Section):
     benchmark: str | None = key(
         None, "a public data set (docs/tasks.md): fills the keys of this section that the recipe leaves out"
     )
-    format: str = key(..., "alpaca, prompt_completion, chat, text, classification or images (docs/data_formats.md)")
+    format: str = key(
+        ..., "alpaca, prompt_completion, chat, text, classification, multiple_choice or images (docs/data_formats.md)"
+    )
     source: str | list[str] = key(
         ..., "file(s) (json, jsonl, csv, parquet, txt), a folder of them, a hub id, or `embedded:NAME`"
     )
@@ -39,8 +41,15 @@ class DataSection(Section):
     max_rows: PositiveInt | None = key(None, "use at most this many training rows (seeded choice)", "rows")
     max_test_rows: PositiveInt | None = key(None, "use at most this many test rows (seeded choice)", "rows")
     columns: dict[str, str] | None = key(None, "role of the format -> name of the column, where they differ")
-    labels: list[str] | None = key(None, "classification: the label words, by class number")
-    prompt: str | None = key(None, "classification and prompt_completion: template such as 'Review: {text}\\nMood:'")
+    labels: list[str] | None = key(
+        None, "classification: the label words, by class number; multiple_choice: the names that answers have"
+    )
+    options: list[str] | None = key(
+        None, "multiple_choice: the columns of the options, one each; none: the column `options` lists them"
+    )
+    prompt: str | None = key(
+        None, "classification, multiple_choice and prompt_completion: template such as 'Review: {text}\\nMood:'"
+    )
     system: str | None = key(None, "system message put before every conversation")
     chat_template: Literal["auto", "tokenizer", "none"] = key(
         "auto", "auto: the tokenizer's template for format chat, plain text for the others"
