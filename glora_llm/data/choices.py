@@ -1,5 +1,6 @@
 """Multiple choice: a record with options of its own. Its right option is learnt; of held-out records all are scored."""
 
+import re
 from typing import Any
 
 from glora_llm.data.bad_rows import RowError
@@ -21,6 +22,7 @@ def multiple_choice(row: Row, settings: DataSection) -> Example:
     Where data.columns names a `blank`, its text up to `_` and the option are the prompt, and what follows is learnt
     (partial evaluation, Trinh and Le 2018, as WinoGrande is scored).
     """
+    row = CLEANED[settings.benchmark](row) if settings.benchmark in CLEANED else row
     texts, names = _options(row, settings)
     right = right_option(value(row, "answer", settings), texts, names)
     if "blank" in (settings.columns or {}):
@@ -30,6 +32,30 @@ def multiple_choice(row: Row, settings: DataSection) -> Example:
         space = "" if prompt.endswith("\n") else " "
         segments = tuple((Segment(prompt, False), Segment(space + option, True)) for option in texts)
     return Example(segments=segments[right], options=Options(segments, tuple(map(len, texts)), right))
+
+
+def clean_wikihow(row: Row) -> Row:
+    """Return a record of HellaSwag without the marks of WikiHow's pages, as lm-eval words it.
+
+    The columns `activity_label`, `ctx` and `endings` are used; where `ctx_a` and `ctx_b` are there, `ctx` is made of
+    them, with a capital at the begin of the second.
+    """
+    made = dict(row)
+    if isinstance(row.get("ctx_a"), str) and isinstance(row.get("ctx_b"), str):
+        made["ctx"] = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+    if isinstance(made.get("ctx"), str) and isinstance(row.get("activity_label"), str):
+        prefix = f"{row['activity_label']}: "
+        made["ctx"] = _without_marks(prefix + made["ctx"]).removeprefix(prefix)
+    if isinstance(row.get("endings"), list):
+        made["endings"] = [_without_marks(one) if isinstance(one, str) else one for one in row["endings"]]
+    return made
+
+
+def _without_marks(content: str) -> str:
+    return re.sub(r"\[.*?\]", "", content.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+CLEANED = {"hellaswag": clean_wikihow}  # data.benchmark -> what is done to its records first
 
 
 def _cloze(sentence: str, texts: list[str]) -> tuple[tuple[Segment, ...], ...]:

@@ -257,6 +257,10 @@ def check_settings(settings: DataSection) -> None:
     if has_labels and settings.overlong == "truncate":
         what = "options, which stand" if is_choice else "label, which stands"
         raise UserError(f"data.overlong=truncate would cut off the {what} at the end: use error or drop.")
+    if settings.options is not None and len(settings.options) < 2:
+        raise UserError(f"data.options names {len(settings.options)} column, and a choice needs two or more.")
+    if is_choice and settings.prompt is not None and "blank" in (settings.columns or {}):
+        raise UserError("data.prompt and the column `blank` do not fit: the sentence with the blank is the prompt.")
     if settings.labels is not None and len(set(settings.labels)) != len(settings.labels):
         raise UserError(f"data.labels names a word twice: {', '.join(settings.labels)}")
     if settings.system is not None and settings.format != "chat" and settings.chat_template != "tokenizer":

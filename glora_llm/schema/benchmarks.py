@@ -73,6 +73,23 @@ def _glue(subset: str, title: str, paper: str, *metrics: str, **more: Any) -> Be
     return Benchmark(title=title, source="nyu-mll/glue", subset=subset, metrics=metrics, paper=paper, **given)
 
 
+def _choice(title: str, source: str, paper: str, *metrics: str, **more: Any) -> Benchmark:
+    """Return a task of multiple choice; where test labels are withheld, the validation split judges."""
+    given: dict[str, Any] = {
+        "validation": 0.1,
+        "test": "validation",
+        "metrics": metrics or ("accuracy", "accuracy_norm"),
+    }
+    kind: Kind = "multiple_choice"
+    return Benchmark(kind=kind, format="multiple_choice", title=title, source=source, paper=paper, **(given | more))
+
+
+def _arc(subset: str, title: str) -> Benchmark:
+    given = {"validation": "validation", "test": "test", "columns": {"options": "choices", "answer": "answerKey"}}
+    return _choice(title, "allenai/ai2_arc", "arXiv 1803.05457", subset=subset, prompt=QUESTION, **given)
+
+
+QUESTION = "Question: {question}\nAnswer:"
 PAIR = "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
 MNLI: dict[str, Any] = {
     "prompt": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
@@ -182,6 +199,69 @@ BENCHMARKS: dict[str, Benchmark] = {
         validation=0.05,
         test="test",
         prompt="Question: {text}\nIntent:",
+    ),
+    # multiple choice by likelihood; prompts are those of lm-eval's tasks
+    "arc_easy": _arc("ARC-Easy", "questions of science at school, the easier ones"),
+    "arc_challenge": _arc("ARC-Challenge", "questions of science at school, the harder ones"),
+    "openbookqa": _choice(
+        "questions of science that need a fact and common sense",
+        "allenai/openbookqa",
+        "arXiv 1809.02789",
+        subset="main",
+        test="test",
+        validation="validation",
+        columns={"options": "choices", "answer": "answerKey"},
+        prompt="{question_stem}",
+    ),
+    "piqa": _choice(
+        "which of two ways reaches a goal in the physical world",
+        "baber/piqa",
+        "arXiv 1911.11641",
+        columns={"answer": "label"},
+        prompt="Question: {goal}\nAnswer:",
+        more={"options": ["sol1", "sol2"]},
+    ),
+    "siqa": _choice(
+        "what people do, feel and mean",
+        "lighteval/siqa",
+        "arXiv 1904.09728",
+        "accuracy",
+        columns={"answer": "label"},
+        prompt="Q: {context} {question}\nA:",
+        labels=("1", "2", "3"),
+        more={"options": ["answerA", "answerB", "answerC"]},
+    ),
+    "winogrande": _choice(
+        "to which of two nouns a sentence refers; scored by what follows the blank",
+        "allenai/winogrande",
+        "arXiv 1907.10641",
+        "accuracy",
+        subset="winogrande_xl",
+        columns={"blank": "sentence"},
+        labels=("1", "2"),
+        more={"options": ["option1", "option2"]},
+    ),
+    "hellaswag": _choice(
+        "which ending of a story makes sense",
+        "Rowan/hellaswag",
+        "arXiv 1905.07830",
+        "accuracy_norm",
+        "accuracy",
+        columns={"options": "endings", "answer": "label"},
+        prompt="{activity_label}: {ctx}",
+    ),
+    "boolq": Benchmark(
+        kind="classification",
+        title="yes or no to a question on a passage",
+        format="classification",
+        source="google/boolq",
+        metrics=("accuracy",),
+        paper="arXiv 1905.10044",
+        validation=0.1,
+        test="validation",
+        columns={"label": "answer"},
+        prompt="{passage}\nQuestion: {question}?\nAnswer:",
+        labels=("no", "yes"),
     ),
     # instructions
     "alpaca": Benchmark(

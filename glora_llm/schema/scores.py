@@ -25,17 +25,14 @@ SCORES: dict[str, Score] = {
     "exact_match": Score(True, "share of samples whose label tokens are all the most likely ones"),
     "label_accuracy": Score(True, "share of samples whose label word is the most likely of the label words"),
     "accuracy": Score(True, "share of samples whose class or option is right"),
-<<<<<<< HEAD
     "f1": Score(True, "F1 of class 1 where there are two classes, else the mean of the classes' F1 (macro)"),
     "matthews_correlation": Score(True, "Matthews correlation of classes, -1 to 1"),
     "pearson": Score(True, "Pearson correlation of numbers, -1 to 1"),
     "spearman": Score(True, "Spearman rank correlation of numbers, -1 to 1"),
     "mean_squared_error": Score(False, "mean squared error of numbers"),
-=======
     "accuracy_norm": Score(
         True, "share of samples whose right option has the highest log-likelihood a character (lm-eval's acc_norm)"
     ),
->>>>>>> d6f9272 (Multiple choice by likelihood: options of each record, accuracy by sum and by length)
     "top5_accuracy": Score(True, "share of images whose class is among the five most likely"),
 }
 

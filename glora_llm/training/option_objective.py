@@ -18,7 +18,9 @@ class OptionObjective(CausalLMObjective):
     Training batches hold the right options alone, and are those of `CausalLMObjective`.
     """
 
-    def forward(self, *, score: bool = False, **batch: Any) -> Tensor | TokenScores:
+    def forward(  # type: ignore[override]  # one batch in two forms; its keys are those of the base or more
+        self, *, score: bool = False, **batch: Any
+    ) -> Tensor | TokenScores:
         """Return the sum of -log p over the target tokens of the right options; or, to `score`, their scores.
 
         `among_labels` of the scores tells whether the row's right option has the highest log-likelihood, `predicted`
