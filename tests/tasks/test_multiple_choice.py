@@ -18,6 +18,7 @@ from glora_llm.cli import main
 from glora_llm.data.option_batch import collate_options
 from glora_llm.data.store import Row
 from glora_llm.evaluation.scoring import score_rows
+from glora_llm.tasks.task import COLUMNS
 from glora_llm.training.option_objective import OptionObjective
 from tests.in_process import alone, one_thread, train_in_process
 
@@ -85,7 +86,8 @@ def table_of(objective: Any, rows: list[Row], batch: int, rank: int = 0, world: 
 def test_scores_are_those_of_a_hand(rows: list[Row], model: Any) -> None:
     table = table_of(OptionObjective(model), rows, 2)
     expected = torch.tensor([by_hand(model, row) for row in rows], dtype=torch.float64)
-    torch.testing.assert_close(table[:, [0, 1, 4, 5]], expected, atol=1e-5, rtol=1e-5)
+    by_length = (table[:, COLUMNS.index("predicted")] == table[:, COLUMNS.index("reference")]).double()
+    torch.testing.assert_close(torch.cat([table[:, [0, 1, 4]], by_length[:, None]], 1), expected, atol=1e-5, rtol=1e-5)
     assert 0 < expected[:, 2].sum() < len(rows) and expected[:, 2].tolist() != expected[:, 3].tolist()
 
 
