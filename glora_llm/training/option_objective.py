@@ -60,7 +60,7 @@ def _chosen(
     option_lengths: Tensor,
     right_options: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the numbers (R) of the likeliest options (by log-likelihood, by that a character) and of the right ones."""
+    """Return the numbers (R) of the likeliest options: by log-likelihood, by that a character; and of the right."""
     likelihood = torch.zeros(len(option_lengths), dtype=torch.float64, device=loss.device)
     likelihood.index_add_(0, target_option, -(loss * is_scored).double())
     chosen = [
