@@ -10,7 +10,8 @@ import numpy as np
 from glora_llm.data.bad_rows import BadRows, RowError
 from glora_llm.data.formats import Example
 from glora_llm.data.report import Report
-from glora_llm.data.tokenize import OptionSpans, Sample, tokenize, tokenize_each
+from glora_llm.data.sample import OptionSpans, Sample
+from glora_llm.data.tokenize import tokenize, tokenize_each
 from glora_llm.schema import DataSection
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from glora_llm.data.option_samples import tokenize_options
 from glora_llm.data.pack import pack
 from glora_llm.data.preview import preview
 from glora_llm.data.report import Report
+from glora_llm.data.sample import Sample
 from glora_llm.data.sources import Role, Sources, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, require_known_classes, to_split
 from glora_llm.data.store import TokenSet, write_set
-from glora_llm.data.tokenize import Sample, ends_of, fill_rows, fit_length, tokenize
+from glora_llm.data.tokenize import ends_of, fill_rows, fit_length, tokenize
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glora_llm.data.bad_rows import printable
-from glora_llm.data.tokenize import Sample
+from glora_llm.data.sample import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

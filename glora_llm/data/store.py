@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from glora_llm.data.tokenize import Mask, Sample, Tokens
+from glora_llm.data.sample import Mask, Sample, Tokens
 
 
 class Row(NamedTuple):

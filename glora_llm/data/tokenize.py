@@ -12,54 +12,16 @@ from glora_llm.data.bad_rows import BadRows, RowError
 from glora_llm.data.formats import Example
 from glora_llm.data.render import Rendered, render
 from glora_llm.data.report import Report
+from glora_llm.data.sample import Mask, Sample, Tokens
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 Offsets = NDArray[np.int64]
 
 CHUNK = 256
-
-
-@dataclass(frozen=True)
-class OptionSpans:
-    """Where the options of a sample of multiple choice stand.
-
-    Attributes:
-        starts: index of the first token of each option's sequence.
-        lengths: characters of each option.
-        right: number of the right option, from 0.
-    """
-
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
-    right: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample.
-
-    Attributes:
-        tokens: (T) token ids.
-        targets: (T) True where the token is learnt; never at the first token.
-        options: of held-out multiple choice, whose sample is a sequence for each option, end to end.
-    """
-
-    tokens: Tokens
-    targets: Mask
-    options: OptionSpans | None = None
-
-    @property
-    def length(self) -> int:
-        """The tokens of the sample, or of its longest option: what data.max_tokens limits."""
-        if self.options is None:
-            return len(self.tokens)
-        return int(np.diff([*self.options.starts, len(self.tokens)]).max())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from glora_llm.data.images import PreparedImages, prepare_images
-from glora_llm.data.tokenize import Sample
+from glora_llm.data.sample import Sample
 from glora_llm.schema import DataSection
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from glora_llm.data.report import Report
-from glora_llm.data.tokenize import Sample, fill_rows
+from glora_llm.data.sample import Sample
+from glora_llm.data.tokenize import fill_rows
 
 BOS = 1
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from glora_llm.data.sample import Sample
 from glora_llm.data.store import TokenSet, write_set
-from glora_llm.data.tokenize import Sample
 
 
 @pytest.fixture

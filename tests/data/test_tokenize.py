@@ -7,7 +7,8 @@ import pytest
 
 from glora_llm.data.formats import FORMATS
 from glora_llm.data.report import Report
-from glora_llm.data.tokenize import Sample, cut, ends_of, fit_length, tokenize
+from glora_llm.data.sample import Sample
+from glora_llm.data.tokenize import cut, ends_of, fit_length, tokenize
 from glora_llm.errors import UserError
 from tests.data.conftest import Settings, learnt
 
