@@ -40,8 +40,10 @@ ALLOWED = {
     "merge": BELOW_PLAN | {"evaluation", "plan"},
     # An import writes a run folder, and reads it by the merge's own code.
     "foreign": BELOW_PLAN | {"merge", "recipe"},
+    # A comparison starts runs as processes of their own, and reads their folders.
+    "compare": BELOW_PLAN | {"plan", "recipe"},
     "run": BELOW_RUN,
-    "cli": BELOW_RUN | {"foreign", "run"},
+    "cli": BELOW_RUN | {"compare", "foreign", "run"},
     "__main__": {"cli"},
 }
 ROOT_MODULES = {"__init__", "__main__", "atomic", "errors", "failpoints", "recipe", "registry"}

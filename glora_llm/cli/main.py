@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from glora_llm import __version__
 from glora_llm.cli import (
+    compare,
     evaluate,
     import_adapter,
     init,
@@ -37,6 +38,7 @@ COMMANDS = (
     merge,
     search,
     evaluate,
+    compare,
     verify_resume,
     import_adapter,
     vlora,

@@ -20,8 +20,20 @@ def limits(settings: SearchSection) -> dict[str, float]:
     parts = settings.budget if isinstance(settings.budget, list) else str(settings.budget).split(",")
     found = {}
     for part in parts:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([kKmMgG]?)\s*", part)
-        if match is None:
-            raise UserError(f"search.budget '{part}' is no limit; expected something like 0.5M, 250k or 1000000.")
-        found[part.strip()] = float(match[1]) * UNITS[match[2].lower()]
+        found[part.strip()] = amount(part, "search.budget")
     return found
+
+
+def amount(text: str, name: str) -> float:
+    """Return the number that a user wrote with a unit: `0.5M` is 500,000.
+
+    Args:
+        name: of the key or option, for the message.
+
+    Raises:
+        UserError: for something that is no number.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([kKmMgG]?)\s*", text)
+    if match is None:
+        raise UserError(f"{name} '{text}' is no limit; expected something like 0.5M, 250k or 1000000.")
+    return float(match[1]) * UNITS[match[2].lower()]

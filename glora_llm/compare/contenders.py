@@ -1,0 +1,97 @@
+"""The methods that are compared: each an adapter section, with one number that sets how many parameters it trains."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from glora_llm.adapters.methods import METHODS, REFUSED
+from glora_llm.errors import UserError, nearest
+from glora_llm.schema import AdapterSection
+from glora_llm.schema.slots import Preset
+
+PRESETS = tuple(f"glora:{name}" for name in get_args(Preset))
+# methods whose number of parameters another argument of PEFT sets than the rank
+KNOBS = {"fourierft": "n_frequency", "waveft": "n_frequency", "c3a": "block_size", "boft": "boft_block_size"}
+WITHOUT_KNOB = ("full", "ia3", "ln_tuning", "beft", "road", "osf", "glora:bitfit", "glora:ssf", "glora:ia3_like")
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)  # of adapters
+FULL_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of a model that is trained as a whole
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method of adapter.method, or a preset of GLoRA.
+
+    Args:
+        name: as the user wrote it: `lora`, `glora:hira`.
+    """
+
+    name: str
+
+    @property
+    def method(self) -> str:
+        """The value of adapter.method."""
+        return self.name.partition(":")[0]
+
+    @property
+    def knob(self) -> str | None:
+        """What sets the number of parameters: `rank`, or an argument of PEFT; None: nothing does."""
+        return None if self.name in WITHOUT_KNOB else KNOBS.get(self.method, "rank")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that are tried where the user names none."""
+        return FULL_RATES if self.method == "full" else RATES
+
+    def settings(self, base: AdapterSection, value: int | None, targets: str | None = None) -> dict[str, Any]:
+        """Return the adapter section as plain values.
+
+        What the recipe says of targets, dropout and saved modules holds for every method. A rank keeps the recipe's
+        alpha / rank, so that the scale of the update does not follow the number of parameters.
+
+        Args:
+            base: of the recipe.
+            value: of the knob; None: what the recipe, or else the method, has.
+            targets: instead of the recipe's.
+        """
+        own = base.method == self.method
+        plain = base.model_dump(mode="json", exclude_none=True)
+        kept = {"targets", "rank", "alpha", "modules_to_save"} | ({"dropout"} if base.dropout else set())
+        if own and not base.is_supernet and ":" not in self.name:
+            kept = plain.keys() - {"genome", "weights", "supernet"}
+        found = {"method": self.method} | {key: plain[key] for key in kept if key in plain and key != "method"}
+        if ":" in self.name:
+            found["preset"] = self.name.partition(":")[2]
+        if targets is not None:
+            found["targets"] = targets
+        if value is not None and self.knob == "rank":
+            found |= {"rank": value, "alpha": base.alpha / base.rank * value}
+        elif value is not None:
+            found["peft"] = found.get("peft", {}) | {self.knob: value}
+        return found
+
+
+def contenders(text: str) -> list[Contender]:
+    """Return the methods of `--methods`, in its order.
+
+    Raises:
+        UserError: for an unknown method or preset, for one named twice, and for none.
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise UserError("--methods names none; expected some as lora,dora,glora,glora:hira.")
+    for number, name in enumerate(names):
+        _check_name(name)
+        if name in names[:number]:
+            raise UserError(f"--methods names {name} twice.")
+    return [Contender(name) for name in names]
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("glora:") and name not in PRESETS:
+        raise UserError(f"--methods: '{name}' is unknown.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}.")
+    known: Sequence[str] = [*METHODS, *PRESETS]
+    if name not in known and name not in REFUSED:
+        raise UserError(
+            f"--methods: '{name}' is unknown.{nearest(name, known)} There is: {', '.join(sorted(METHODS))}; "
+            f"{', '.join(PRESETS)}."
+        )

@@ -1,0 +1,289 @@
+"""The course of one method: its rates on the first seed with successive halving, then all seeds at the best rate."""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from glora_llm import recipe as recipes
+from glora_llm.compare.pool import Pool
+from glora_llm.compare.progress import Progress
+from glora_llm.compare.record import RECIPE, Record
+from glora_llm.compare.trial import Result, Trial
+from glora_llm.errors import UserError
+from glora_llm.launch.stop import EXIT_CODE
+
+T = TypeVar("T")
+R = TypeVar("R")
+KEPT = 0.5  # share of the rates that goes on at each halving
+BAD_INPUT = 2  # exit code of a UserError
+SPEED_STEPS = 12  # of the launch that measures a method's speed
+
+
+class NotRun(Exception):
+    """A method cannot be compared; the message says why.
+
+    Args:
+        is_defect: a trial failed in a way that neither the user nor the method causes.
+    """
+
+    def __init__(self, why: str, is_defect: bool = False):
+        super().__init__(why)
+        self.is_defect = is_defect
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a comparison have in common.
+
+    Args:
+        out: the folder of the comparison.
+        score: that decides, and whether more of it is better.
+        every: steps between two validations.
+        seeds: values of training.seed, the first one chooses the rate.
+        forgetting: text whose loss is measured before and after; None: none.
+        save_every: steps between two checkpoints.
+    """
+
+    out: Path
+    score: str
+    higher: bool
+    every: int
+    seeds: tuple[int, ...]
+    forgetting: str | None
+    save_every: int
+
+    def rung(self, steps: int) -> int:
+        """Return the step at which half of the rates is left: the last validation in the first third of the run."""
+        return max(self.every, steps // 3 // self.every * self.every)
+
+    def better(self, value: float) -> float:
+        """Return a number that is smaller for a better score; a loss that is not finite is worst."""
+        return (-value if self.higher else value) if math.isfinite(value) else math.inf
+
+
+@dataclass
+class Outcome:
+    """What came of a method.
+
+    Attributes:
+        lr: the best rate.
+        rates: rate -> validation score at the end of the first seed's run.
+        stopped: rate -> validation score where it was stopped; None: it diverged.
+        is_at_edge: the best rate is the lowest or highest that was tried.
+        finals: results at the best rate, one a seed.
+    """
+
+    lr: float = math.nan
+    rates: dict[float, float] = field(default_factory=dict)
+    stopped: dict[float, float | None] = field(default_factory=dict)
+    is_at_edge: bool = False
+    finals: list[Result] = field(default_factory=list)
+
+
+class Course:
+    """Runs the trials of one method; several courses run beside each other in threads.
+
+    Args:
+        setting: of the comparison.
+        make: (rate, seed) -> trial.
+        record, pool, progress: of the comparison.
+    """
+
+    def __init__(
+        self, setting: Setting, make: Callable[[float, int], Trial], record: Record, pool: Pool, progress: Progress
+    ):
+        self.setting, self.make, self.record, self.pool, self.progress = setting, make, record, pool, progress
+
+    def run(self, rates: Sequence[float]) -> Outcome:
+        """Find the best rate and run it on all seeds.
+
+        Raises:
+            NotRun: when every rate diverges, or a trial fails.
+            Ending: when the comparison is told to end.
+        """
+        found, seed = Outcome(), self.setting.seeds[0]
+        alive = self._halve([self.make(lr, seed) for lr in sorted(rates)], found)
+        self._finish(alive, found)
+        if not found.rates:
+            raise NotRun(f"it diverged at every rate that was tried: {', '.join(map(rate_text, found.stopped))}")
+        found.lr = self._best(found)
+        beyond = _beyond(found)
+        if beyond is not None:
+            self._finish([self.make(beyond, seed)], found)
+            found.lr = self._best(found)
+        tried = [*found.rates, *found.stopped]
+        found.is_at_edge = len(tried) > 1 and found.lr in (min(tried), max(tried))
+        finals = [self.make(found.lr, seed) for seed in self.setting.seeds]
+        results = in_parallel(lambda trial: self.launch(trial, None, is_final=True), finals)
+        if any(result is None for result in results):
+            raise NotRun(f"it diverged at its best rate {rate_text(found.lr)} with another seed")
+        found.finals = [result for result in results if result is not None]
+        return found
+
+    def _halve(self, trials: list[Trial], found: Outcome) -> list[Trial]:
+        """Run the first third of each trial, and return the better half."""
+        rung = self.setting.rung(trials[0].steps)
+        if len(trials) < 3 or rung >= trials[0].steps:
+            return trials
+        results = in_parallel(lambda trial: self.launch(trial, rung), trials)
+        scores = {}
+        for trial, result in zip(trials, results, strict=True):
+            score = None if result is None else result.validation(self.setting.score, rung)
+            found.stopped[trial.lr] = score
+            if score is not None:
+                scores[trial.lr] = self.setting.better(score)
+        kept = sorted(scores, key=lambda lr: (scores[lr], lr))[: math.ceil(KEPT * len(trials))]
+        return [trial for trial in trials if trial.lr in kept]
+
+    def _finish(self, trials: list[Trial], found: Outcome) -> None:
+        """Run trials to their end, and note their scores."""
+        for trial, result in zip(trials, in_parallel(lambda trial: self.launch(trial, None), trials), strict=True):
+            score = None if result is None else result.validation(self.setting.score, trial.steps)
+            if score is None:
+                found.stopped[trial.lr] = None
+            else:
+                found.rates[trial.lr] = score
+                found.stopped.pop(trial.lr, None)
+
+    def _best(self, found: Outcome) -> float:
+        return min(found.rates, key=lambda lr: (self.setting.better(found.rates[lr]), lr))
+
+    def seconds_per_step(self, trial: Trial) -> float:
+        """Return the measured seconds of a step: the mean of the steps after the first two of a short launch."""
+        result = self.launch(trial, SPEED_STEPS)
+        seconds = result.series("train/seconds_per_step")[2:] if result else []
+        if not seconds:
+            raise NotRun("its speed could not be measured: it diverged within the first steps")
+        return sum(seconds) / len(seconds)
+
+    def launch(self, trial: Trial, until: int | None, is_final: bool = False) -> Result | None:
+        """Run a trial up to step `until`, or to its end; what is done already is not done again. None: it diverged.
+
+        Args:
+            is_final: score the test rows at the end.
+
+        Raises:
+            NotRun: when the trial fails.
+        """
+        recipe_file = self.setting.out / RECIPE
+        name = trial.name(recipes.load(str(recipe_file), trial.settings()))
+        if self.record.trials.get(name, {}).get("status") == "diverged":
+            return None
+        result = Result.of(trial.root / name)
+        if not self._is_done(result, trial, until, is_final):
+            return self._train(trial, name, until, is_final)
+        self.progress.reuse(name, until or trial.steps)
+        self._note(name, trial, result, "ended" if result.has_ended(trial.steps, tested=False) else "stopped")
+        return result
+
+    def _train(self, trial: Trial, name: str, until: int | None, is_final: bool) -> Result | None:
+        """Start a trial, wait for it, and note what came of it."""
+        folder, log = trial.root / name, trial.root / f"{name}.log"
+        start = max((line["step"] for line in Result.of(folder).lines), default=0)
+        log_start = log.stat().st_size if log.is_file() else 0
+        of_launch = self._of_launch(folder, until, is_final)
+        command = ["train", "--recipe", str(self.setting.out / RECIPE), *trial.settings(), *of_launch]
+        code, seconds = self.pool.run(command, folder, log, partial(self.progress.begin, name))
+        result = Result.of(folder)
+        said = log.read_bytes()[log_start:].decode("utf-8", "replace")
+        status = self._status(code, said, result, trial, until, is_final)
+        earlier = self.record.trials.get(name, {}).get("wall_seconds", 0.0)
+        self._note(name, trial, result, status, wall_seconds=seconds + earlier)
+        self.progress.end(name, (start, until or trial.steps), seconds, self._shown(result, status))
+        if status == "failed":
+            why = f"trial {name} ended with exit code {code}: {_last_words(said)} ({log})"
+            raise NotRun(why, is_defect=code != BAD_INPUT)
+        self._require_score(result)
+        return None if status == "diverged" else result
+
+    def _require_score(self, result: Result) -> None:
+        """Check that the task reports the score that decides.
+
+        Raises:
+            UserError: with the scores that it reports.
+        """
+        names = {name.partition("/")[2] for line in result.lines for name in line if name.startswith("validation/")}
+        if names and self.setting.score not in names:
+            raise UserError(f"--score {self.setting.score} is none of this task's scores: {', '.join(sorted(names))}.")
+
+    def _is_done(self, result: Result, trial: Trial, until: int | None, is_final: bool) -> bool:
+        if until is not None and not is_final:
+            name = self.setting.score
+            return result.validation(name, until) is not None or len(result.series("train/loss")) >= until
+        return result.has_ended(trial.steps, is_final)
+
+    def _of_launch(self, folder: Path, until: int | None, is_final: bool) -> list[str]:
+        """Return the settings that belong to a launch alone."""
+        setting, is_full = self.setting, folder.name.startswith("full-")
+        text = setting.forgetting if is_final or is_full else None  # of a whole model the loss before is needed
+        values = {
+            "output.dir": str(folder), "output.keep": 1, "output.save_every": setting.save_every,
+            "output.stop_after": until, "output.max_hours": None, "evaluation.every": setting.every,
+            "evaluation.test": is_final, "evaluation.row_scores": True, "evaluation.forgetting": text,
+        }  # fmt: skip
+        return [f"{key}={recipes.value_text(value)}" for key, value in values.items()]
+
+    def _status(self, code: int, said: str, result: Result, trial: Trial, until: int | None, is_final: bool) -> str:
+        if code in (0, EXIT_CODE) and self._is_done(result, trial, until, is_final):
+            return "ended" if until is None else "stopped"
+        return "diverged" if code == 1 and "check failed:" in said else "failed"
+
+    def _note(self, name: str, trial: Trial, result: Result, status: str, **more: float) -> None:
+        values = {
+            "method": trial.method, "lr": trial.lr, "seed": trial.seed, "steps": trial.steps, "status": status,
+            "folder": str(Path("trials") / name), "validation": result.validations(self.setting.score),
+            "test": result.summary.get("test"),
+        }  # fmt: skip
+        self.record.note(name, **values, **more)
+
+    def _shown(self, result: Result, status: str) -> str:
+        scores = result.validations(self.setting.score)
+        last = f"validation {self.setting.score} {scores[max(scores)]:.4f} at step {max(scores)}" if scores else ""
+        return ", ".join(part for part in (status, last) if part)
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return what `work` makes of each item, in threads; the first exception is raised when all have ended."""
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+
+    def one(number: int, item: T) -> None:
+        try:
+            results[number] = work(item)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in enumerate(items)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+    if failures:
+        raise failures[0]
+    return [results[number] for number in range(len(items))]
+
+
+def _beyond(found: Outcome) -> float | None:
+    """Return the rate beyond the best one, a step of the grid farther, where that is the grid's lowest or highest."""
+    tried = sorted([*found.rates, *found.stopped])
+    if len(tried) < 2 or found.lr not in (tried[0], tried[-1]):
+        return None
+    neighbour = tried[1] if found.lr == tried[0] else tried[-2]
+    return float(f"{found.lr * found.lr / neighbour:.2g}")
+
+
+def rate_text(lr: float) -> str:
+    """Return a rate as it is written: 1e-3, 2.5e-4."""
+    mantissa, _, exponent = f"{lr:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _last_words(said: str) -> str:
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
