@@ -9,7 +9,7 @@ from typing import Any
 
 from glora_llm.data.bad_rows import RowError
 from glora_llm.data.columns import Row, answer, fill, template_fields, text, value, whole
-from glora_llm.data.label_words import label_word
+from glora_llm.data.label_words import label_number, label_word
 from glora_llm.errors import UserError, nearest
 from glora_llm.registry import Registry
 from glora_llm.schema import DataSection
@@ -70,13 +70,15 @@ class Options:
 class Example:
     """One row: either messages (format chat) or segments (all others; the last of them is a target).
 
-    Of multiple choice the segments are those of the right option. `origin` says where the row stands, for messages.
+    Of multiple choice the segments are those of the right option. `origin` says where the row stands, for messages;
+    `label` is what a head learns: the word of a class, or a number.
     """
 
     messages: tuple[Message, ...] = ()
     segments: tuple[Segment, ...] = ()
     options: Options | None = None
     origin: str = field(default="", compare=False)
+    label: str | float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if bool(self.messages) == bool(self.segments):
@@ -176,7 +178,16 @@ def classification(row: Row, settings: DataSection) -> Example:
     """data.prompt filled, then a space and the label word, which is learnt (no space after a line break)."""
     prompt = fill(settings.prompt or CLASSIFICATION_PROMPT, row, settings).rstrip(" ")
     word = label_word(value(row, "label", settings), settings.labels)
-    return Example(segments=(Segment(prompt, False), Segment(word if prompt.endswith("\n") else f" {word}", True)))
+    answer = Segment(word if prompt.endswith("\n") else f" {word}", True)
+    return Example(segments=(Segment(prompt, False), answer), label=word)
+
+
+@data_format("regression", roles=("text", "label"), template="{text}", takes_template=True)
+def regression(row: Row, settings: DataSection) -> Example:
+    """data.prompt filled, and the column `label`, a number, which a head of one output learns."""
+    prompt = fill(settings.prompt or "{text}", row, settings).rstrip(" ")
+    number = label_number(value(row, "label", settings))
+    return Example(segments=(Segment(prompt, False), Segment(f" {number:g}", True)), label=number)
 
 
 @data_format("chat", roles=("messages", "conversations"))
@@ -242,7 +253,10 @@ def check_settings(settings: DataSection) -> None:
             f"Unknown data format '{settings.format}'; there is: {', '.join(known)}.{nearest(settings.format, known)}"
         )
     chosen = FORMATS.get(settings.format)
-    is_choice, templates = settings.format == "multiple_choice", "classification, multiple_choice and prompt_completion"
+    is_choice, templates = (
+        settings.format == "multiple_choice",
+        "classification, regression, multiple_choice and prompt_completion",
+    )
     has_labels = is_choice or settings.format == "classification"
     misplaced = [
         ("prompt", settings.prompt is not None and not chosen.takes_template, templates),
@@ -254,7 +268,7 @@ def check_settings(settings: DataSection) -> None:
     for name, is_misplaced, owner in misplaced:
         if is_misplaced:
             raise UserError(f"data.{name} does not go with format {settings.format}: it belongs to format {owner}.")
-    if has_labels and settings.overlong == "truncate":
+    if (has_labels or settings.format == "regression") and settings.overlong == "truncate":
         what = "options, which stand" if is_choice else "label, which stands"
         raise UserError(f"data.overlong=truncate would cut off the {what} at the end: use error or drop.")
     if settings.options is not None and len(settings.options) < 2:

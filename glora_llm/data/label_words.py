@@ -1,5 +1,6 @@
 """The word that stands for a class in a text."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -53,3 +54,18 @@ def label_word(label: Any, words: list[str] | None) -> str:
 @lru_cache(4096)  # the same wrong label may stand in a million records
 def _nearest(label: str, *words: str) -> str:
     return nearest(label, words)
+
+
+def label_number(label: Any) -> float:
+    """Return the label of a regression.
+
+    Raises:
+        RowError: for what is no finite number.
+    """
+    try:
+        number = math.nan if isinstance(label, bool) else float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError("a label that is no number", f"The label of a regression should be a number, and is {label!r}")
+    return number

@@ -12,10 +12,12 @@ from glora_llm.data.bad_rows import BadRows, require_usable
 from glora_llm.data.cache import cached, key_of
 from glora_llm.data.columns import check_columns
 from glora_llm.data.formats import Example, check_settings
+from glora_llm.data.label_trie import label_sequences
 from glora_llm.data.label_words import readable
 from glora_llm.data.option_samples import tokenize_options
 from glora_llm.data.pack import pack
 from glora_llm.data.preview import preview
+from glora_llm.data.prompts import tokenize_prompts
 from glora_llm.data.report import Report
 from glora_llm.data.sample import Sample
 from glora_llm.data.sources import Role, Sources, locate, locate_roles
@@ -41,7 +43,10 @@ class Prepared:
         tests: the test sets by role: `test`, or `test/NAME` of several.
         reports: by role: what was read, kept, dropped, and so on.
         previews: three training samples as text, shortened, with the targets between « and ».
-        label_sequences: classification: the token sequences of all label words, each with its end token; else none.
+        classes: classification: the label words, by class number; else none.
+        label_sequences: classification by label words: the token sequences of all of them that occur, each with its end
+            token; else none.
+        label_classes: the class number of each sequence.
         folder: where the arrays lie.
     """
 
@@ -50,7 +55,9 @@ class Prepared:
     tests: dict[str, TokenSet]
     reports: dict[str, Report]
     previews: list[str]
+    classes: list[str] | None
     label_sequences: list[list[int]] | None
+    label_classes: list[int] | None
     folder: Path
 
     @property
@@ -59,7 +66,9 @@ class Prepared:
         return next(iter(self.tests.values()), None)
 
 
-def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: Path, seed: int) -> Prepared:
+def prepare(
+    settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: Path, seed: int, head: bool = False
+) -> Prepared:
     """Return the token sets of a recipe, from the cache if they were made before.
 
     Every process may call this, before torch.distributed starts: one process works, the others wait.
@@ -68,15 +77,17 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
         tokenizer: a fast tokenizer of transformers.
         cache: folder of prepared data; a subfolder is made for each combination of settings, content and tokenizer.
         seed: of the choice of held-out rows, data.max_rows and data.max_test_rows.
+        head: samples are prompts alone, which a head answers: no token is learnt.
 
     Raises:
         UserError: for settings that do not fit together, and data that do not fit the settings.
     """
     check_settings(settings)
-    ends_of(tokenizer, settings)
+    if not head:
+        ends_of(tokenizer, settings)
     sources = _locate(settings)
-    key = cache_key(settings, {role: s.fingerprint() for role, s in sources.items()}, tokenizer, seed)
-    folder = cached(cache, key, lambda partial: _build(partial, settings, tokenizer, sources, seed))
+    key = cache_key(settings, {role: s.fingerprint() for role, s in sources.items()}, tokenizer, seed, head)
+    folder = cached(cache, key, lambda partial: _build(partial, settings, tokenizer, sources, seed, head))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     reports = {role: Report(**counts) for role, counts in meta["reports"].items()}
     return Prepared(
@@ -85,13 +96,19 @@ def prepare(settings: DataSection, tokenizer: "PreTrainedTokenizerBase", cache: 
         tests={role: TokenSet(folder / role, "test", role) for role in reports if role.partition("/")[0] == "test"},
         reports=reports,
         previews=meta["previews"],
+        classes=meta["classes"],
         label_sequences=meta["label_sequences"],
+        label_classes=meta["label_classes"],
         folder=folder,
     )
 
 
 def cache_key(
-    settings: DataSection, fingerprints: dict[Role, str], tokenizer: "PreTrainedTokenizerBase", seed: int
+    settings: DataSection,
+    fingerprints: dict[Role, str],
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    head: bool = False,
 ) -> str:
     """Return a SHA-256 over everything that the token sets depend on, this package's own code included."""
     return key_of(
@@ -100,6 +117,7 @@ def cache_key(
             "content": fingerprints,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "seed": seed,
+            "head": head,
         }
     )
 
@@ -122,33 +140,52 @@ def _build(
     tokenizer: "PreTrainedTokenizerBase",
     sources: dict[Role, Sources],
     seed: int,
+    head: bool,
 ) -> None:
-    reports, labels = {}, set()
+    reports = {}
     previews: list[str] = []
-    for split, report, whole in _tokenized(settings, tokenizer, sources, seed):
-        labels |= {tuple(sample.tokens[sample.targets].tolist()) for sample in whole}
+    splits, names = _tokenized(settings, tokenizer, sources, seed, head)
+    classes = None
+    if settings.format == "classification":
+        classes = names or sorted({str(sample.label) for _, _, whole in splits for sample in whole})
+    for split, report, whole in splits:
         is_packed = settings.packing and split.role == "train"
-        samples, rows = _rows(whole, settings, ends_of(tokenizer, settings).bos, is_packed, report)
+        bos = None if head else ends_of(tokenizer, settings).bos
+        samples, rows = _rows(whole, settings, bos, is_packed, report)
         lengths = [len(sample.tokens) for sample in samples]
-        write_set(folder / split.role, samples, rows)
+        write_set(folder / split.role, samples, rows, classes)
         report.kept, report.rows, report.tokens = len(samples), len(rows), sum(lengths)
         report.target_tokens = sum(int(sample.targets.sum()) for sample in samples)
         report.fill = report.tokens / (len(rows) * settings.max_tokens) if is_packed else 0.0
         reports[split.role] = asdict(report)
-        previews = previews or [preview(sample, tokenizer) for sample in samples[:PREVIEWS]]
+        previews = previews or [_preview(sample, tokenizer, head) for sample in samples[:PREVIEWS]]
+    words = {}
+    if classes is not None and not head:
+        words = label_sequences([sample for _, _, whole in splits for sample in whole], classes, tokenizer, settings)
     meta = {
         "reports": reports,
         "previews": previews,
-        "label_sequences": sorted(labels) if settings.format == "classification" else None,
+        "classes": classes,
+        "label_sequences": list(words) or None,
+        "label_classes": list(words.values()) or None,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _preview(sample: Sample, tokenizer: "PreTrainedTokenizerBase", head: bool) -> str:
+    """Return a sample as text; of a head's with the answer behind it."""
+    text = preview(sample, tokenizer)
+    return f"{text} -> {sample.label}" if head else text
+
+
 def _tokenized(
-    settings: DataSection, tokenizer: "PreTrainedTokenizerBase", sources: dict[Role, Sources], seed: int
-) -> list[tuple[Split[Example], Report, list[Sample]]]:
-    """Return the splits with their samples, training first; all that makes a record bad is known then."""
-    own = _read(settings, sources)
+    settings: DataSection, tokenizer: "PreTrainedTokenizerBase", sources: dict[Role, Sources], seed: int, head: bool
+) -> tuple[list[tuple[Split[Example], Report, list[Sample]]], list[str] | None]:
+    """Return the splits with their samples, training first, and the label words by class number, if they are named.
+
+    All that makes a record bad is known then.
+    """
+    own, labels = _read(settings, sources)
     bad = [split.bad for split in own.values()]
     if settings.bad_rows == "error" and any(one.count for one in bad):
         splits = list(own.values())  # nothing is drawn: tokenising only finds what else is bad
@@ -157,9 +194,7 @@ def _tokenized(
         splits = make_splits(settings, seed, own.__getitem__)
     reports = [_report(split) for split in splits]
     samples = [
-        (tokenize_options if settings.format == "multiple_choice" and split.role != "train" else tokenize)(
-            split.examples, tokenizer, settings, report, split.bad
-        )
+        _tokenizer_of(settings, split.role, head)(split.examples, tokenizer, settings, report, split.bad)
         for split, report in zip(splits, reports, strict=True)
     ]
     require_usable(bad, settings)
@@ -168,7 +203,14 @@ def _tokenized(
             raise UserError(f"No {split.role} record is left: {'; '.join(split.bad.first.values())}")
         if split.role in own:
             report.bad, report.first_bad = split.bad.reasons, split.bad.first
-    return list(zip(splits, reports, samples, strict=True))
+    return list(zip(splits, reports, samples, strict=True)), labels
+
+
+def _tokenizer_of(settings: DataSection, role: Role, head: bool) -> Callable[..., list[Sample]]:
+    """Return what makes the samples of a split."""
+    if head:
+        return tokenize_prompts
+    return tokenize_options if settings.format == "multiple_choice" and role != "train" else tokenize
 
 
 def _rows(
@@ -187,8 +229,8 @@ def _locate(settings: DataSection) -> dict[Role, Sources]:
     return locate_roles(settings, partial(locate, documents=settings.overlong == "split"))
 
 
-def _read(settings: DataSection, sources: dict[Role, Sources]) -> dict[Role, Split[Example]]:
-    """Return the examples of every role that has a source of its own, with their bad records."""
+def _read(settings: DataSection, sources: dict[Role, Sources]) -> tuple[dict[Role, Split[Example]], list[str] | None]:
+    """Return the examples of every role that has a source of its own, with their bad records; and the label words."""
     bad = {role: BadRows() for role in sources}
     tables = {role: source.read(bad[role]) for role, source in sources.items()}
     check_columns(tables["train"].rows, settings)
@@ -199,7 +241,7 @@ def _read(settings: DataSection, sources: dict[Role, Sources]) -> dict[Role, Spl
     splits = {role: to_split(role, table, settings, bad[role]) for role, table in tables.items()}
     if settings.format == "classification":
         require_known_classes(splits)
-    return splits
+    return splits, settings.labels
 
 
 def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], Iterator[str]]]:
@@ -222,7 +264,7 @@ def training_texts(settings: DataSection, seed: int) -> tuple[str, Callable[[], 
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def read() -> Iterator[str]:
-        own = _read(settings, sources)
+        own, _ = _read(settings, sources)
         require_usable((split.bad for split in own.values()), settings)
         return (example.text() for example in make_splits(settings, seed, own.__getitem__)[0].examples)
 

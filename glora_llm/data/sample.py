@@ -32,11 +32,13 @@ class Sample:
         tokens: (T) token ids.
         targets: (T) True where the token is learnt; never at the first token.
         options: of held-out multiple choice, whose sample is a sequence for each option, end to end.
+        label: of a classification the word, of a regression the number, else None.
     """
 
     tokens: Tokens
     targets: Mask
     options: OptionSpans | None = None
+    label: str | float | None = None
 
     @property
     def length(self) -> int:

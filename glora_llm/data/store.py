@@ -22,6 +22,7 @@ class Row(NamedTuple):
         starts: index of the first token of each sample, or of each option's sequence.
         right: of held-out multiple choice, the number of the right option, from 0; else -1.
         option_lengths: characters of each option; else empty.
+        label: of a classification the class number, of a regression the number, of the first sample; else None.
     """
 
     tokens: Tokens
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     starts: list[int]
     right: int = -1
     option_lengths: tuple[int, ...] = ()
+    label: float | None = None
 
 
 class RowSet:
@@ -79,6 +81,8 @@ class TokenSet(RowSet):
         has_options = (folder / "right.npy").is_file()
         self._right = np.load(folder / "right.npy") if has_options else None
         self._option_lengths = np.load(folder / "option_lengths.npy") if has_options else None
+        labels = folder / "labels.npy"
+        self._labels = np.load(labels) if labels.is_file() else None
 
     def __len__(self) -> int:
         return len(self._rows) - 1
@@ -95,15 +99,23 @@ class TokenSet(RowSet):
         first, last = int(bounds[0]), int(bounds[-1])
         starts = [int(start) - first for start in bounds[:-1]]
         row = Row(np.asarray(self._tokens[first:last]), np.asarray(self._targets[first:last]), starts)
+        if self._labels is not None:
+            row = row._replace(label=float(self._labels[i]))
         if self._right is None or self._option_lengths is None:
             return row
         lengths = self._option_lengths[self._rows[i] : self._rows[i + 1]].tolist()
         return row._replace(right=int(self._right[i]), option_lengths=tuple(lengths))
 
     def digest(self) -> str:
-        """Return a SHA-256 over all tokens and targets in row order: what a run was trained on."""
+        """Return a SHA-256 over all tokens and targets in row order: what a run was trained on.
+
+        Labels count where they are not among the tokens.
+        """
         found = hashlib.sha256()
-        for array in (self._tokens, self._targets, self._samples, self._rows):
+        arrays = [self._tokens, self._targets, self._samples, self._rows]
+        if self._labels is not None and not self._targets.any():
+            arrays.append(self._labels)
+        for array in arrays:
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
@@ -113,13 +125,19 @@ class TokenSet(RowSet):
         return lengths
 
 
-def write_set(folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[int]]) -> None:
-    """Write the samples, in the order of `rows`, as four arrays into the new folder `folder`.
+def write_set(
+    folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[int]], classes: Sequence[str] | None = None
+) -> None:
+    """Write the samples, in the order of `rows`, as arrays into the new folder `folder`.
 
     tokens (N) int32 and targets (N) bool of all samples, end to end; samples (S + 1): where each begins in them;
     rows (R + 1): the first sample of each row.
 
-    Of held-out multiple choice S counts the options, and there are two more: right (R), option_lengths (S).
+    Of held-out multiple choice S counts the options, and there are two more: right (R), option_lengths (S). Of
+    classification and regression there is one more, labels (R): the class number, or the number, of the first sample.
+
+    Args:
+        classes: label words by class number.
     """
     folder.mkdir(parents=True)
     order = [number for row in rows for number in row]
@@ -133,6 +151,11 @@ def write_set(folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[i
     if options:
         np.save(folder / "right.npy", np.array([spans.right for spans in options], dtype=np.int64))
         np.save(folder / "option_lengths.npy", np.array([*chain(*(spans.lengths for spans in options))]))
+    first = [samples[row[0]].label for row in rows]
+    if first and first[0] is not None:
+        numbers = {word: number for number, word in enumerate(classes or ())}
+        labels = [numbers[label] if isinstance(label, str) else label for label in first]
+        np.save(folder / "labels.npy", np.array(labels, dtype=np.float64))
 
 
 def _lengths(sample: Sample) -> list[int]:

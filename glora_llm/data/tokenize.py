@@ -121,7 +121,7 @@ def tokenize_each(
             encoded = _encoded(list(rendered.values()), tokenizer)
             for (number, written), (ids, spots) in zip(rendered.items(), encoded, strict=True):
                 targets, straddling = mark(spots, written)
-                sample = close(ids, targets, ends, written.add_end)
+                sample = close(ids, targets, ends, written.add_end, chunk[number].label)
                 with found.collecting(chunk[number].origin):
                     _check(sample, written, ends, tokenizer)
                     made[number] = sample
@@ -158,7 +158,7 @@ def mark(offsets: Offsets, rendered: Rendered) -> tuple[Mask, int]:
     return targets, straddling
 
 
-def close(tokens: Tokens, targets: Mask, ends: Ends, add_end: bool) -> Sample:
+def close(tokens: Tokens, targets: Mask, ends: Ends, add_end: bool, label: str | float | None = None) -> Sample:
     """Return the sample with exactly one BOS in front, where the family uses one, and its end token."""
     if ends.strip is not None and tokens[:1].tolist() == [ends.strip]:
         tokens, targets = tokens[1:], targets[1:]
@@ -167,7 +167,7 @@ def close(tokens: Tokens, targets: Mask, ends: Ends, add_end: bool) -> Sample:
     if add_end and tokens[-1:].tolist() != [ends.eos]:
         tokens, targets = np.append(tokens, np.int32(ends.eos)), np.append(targets, True)
     targets[:1] = False
-    return Sample(tokens, targets)
+    return Sample(tokens, targets, label=label)
 
 
 def _check(sample: Sample, rendered: Rendered, ends: Ends, tokenizer: "PreTrainedTokenizerBase") -> None:

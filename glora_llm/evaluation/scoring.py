@@ -80,11 +80,15 @@ def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
     columns = [scores.row, scores.loss, torch.ones_like(scores.loss), scores.correct, scores.among_labels]
     columns += [torch.zeros_like(scores.loss) if one is None else one for one in (scores.predicted, scores.reference)]
     values = torch.stack([column.double() for column in columns]).cpu()  # one read from the device
-    values[5:, 1:] *= values[0, 1:] != values[0, :-1]  # a row is answered at its first target
-    sums = values.new_zeros(6, len(rows)).index_add_(1, values[0].long(), values[1:])
-    loss, targets, correct, among_labels, predicted, reference = sums
-    whole = (correct == targets, among_labels == targets)
-    table[rows] = torch.stack([loss, targets, correct, *whole, predicted, reference], dim=1)
+    row = values[0].long()
+    sums = values.new_zeros(4, len(rows)).index_add_(1, row, values[1:5])
+    loss, targets, correct, among_labels = sums
+    table[rows, :5] = torch.stack([loss, targets, correct, correct == targets, among_labels == targets], dim=1)
+    # A row is answered at the first target that has an answer; one without any gets the column of zeros at the end.
+    count = values.shape[1]
+    places = torch.where(values[6].isnan(), count, torch.arange(count))
+    first = torch.full((len(rows),), count).scatter_reduce_(0, row, places, "amin")
+    table[rows, 5:] = torch.cat([values[5:], values.new_zeros(2, 1)], dim=1)[:, first].T
 
 
 def score_chosen(

@@ -12,6 +12,7 @@ from glora_llm.models.resolve import look_at_model, stored_modules
 from glora_llm.plan.other_text import check_other_text
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
+from glora_llm.schema.scores import score_of
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
 
 LONGEST_SHOWN = 120  # characters of a path
@@ -39,6 +40,9 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
     with found.collected():
         if data:
             check_other_text(recipe)
+    for name in recipe.evaluation.metrics or ():
+        with found.collected():
+            score_of(name)
     with found.collected():
         check_method(recipe.adapter)
     with found.collected():

@@ -66,6 +66,9 @@ class EvaluationSection(Section):
     every: PositiveInt | None = key(None, "steps between validations; none: only at the end", "steps")
     batch: PositiveInt = key(8, "samples of one forward pass on one process; changes no score", "samples")
     max_rows: PositiveInt | None = key(None, "validate on at most this many rows during training", "rows")
+    metrics: list[str] | None = key(
+        None, "further scores of the task (accuracy, f1, pearson ...; docs/tasks.md); none: those of data.benchmark"
+    )
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
     test: bool = key(True, "score the test rows after training; false: later, by the same command with true")
     row_scores: bool = key(False, "write the scores of every test row too: RUN/test_rows.json")

@@ -1,7 +1,7 @@
 """Text: packed rows of tokens, causal language models, loss, perplexity and exact match."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from glora_llm.data.label_trie import LabelTrie
 from glora_llm.data.prepare import Prepared, prepare
 from glora_llm.data.report import Report
 from glora_llm.data.store import Row, TokenSet
+from glora_llm.errors import UserError
 from glora_llm.models.attention import fetch_kernel, packed_arguments
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
+from glora_llm.tasks.metrics import CLASS_METRICS, scores_of, wanted_metrics
 from glora_llm.tasks.new_text import new_text_model
 from glora_llm.training.batch import Batch
 from glora_llm.training.objectives import CausalLMObjective
@@ -29,11 +31,16 @@ MOST_COMPARED = 1024  # tokens by which a merged model is compared
 
 @dataclass(frozen=True)
 class TextTask:
-    """A causal language model on prepared tokens. See `tasks.task.Task` for what the methods are for."""
+    """A causal language model on prepared tokens. See `tasks.task.Task` for what the methods are for.
+
+    Args:
+        metrics: further scores of label words.
+    """
 
     recipe: Recipe
     tokenizer: Any
     data: Prepared
+    metrics: tuple[str, ...] = ()
     unit: str = "tokens"
     scored: str = "tokens"
     causal: bool = True
@@ -74,6 +81,13 @@ class TextTask:
         words = self.data.label_sequences
         return LabelTrie.build(words) if words else None
 
+    @cached_property
+    def first_classes(self) -> list[int] | None:
+        """The class of each token by which label words differ; None: no label words, or one token tells no class."""
+        if self.label_trie is None:
+            return None
+        return self.label_trie.first_classes(self.data.label_sequences or [], self.data.label_classes or [])
+
     @property
     def has_answers(self) -> bool:
         """True where the samples are answers, so that exact match means something."""
@@ -98,7 +112,13 @@ class TextTask:
 
     def means(self, table: Tensor, split: str) -> dict[str, float]:
         """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy."""
-        return means(table, split, self.has_answers, self.data.label_sequences is not None)
+        found = means(table, split, self.has_answers, self.data.label_sequences is not None)
+        if self.data.label_sequences is None:
+            return found
+        own = scores_of(table, [name for name in self.metrics if name != "accuracy"], self.first_classes)
+        if "accuracy" in self.metrics:  # needs no class of a wrong choice
+            own = {"accuracy": found[f"{split}/label_accuracy"]} | own
+        return found | {f"{split}/{name}": own[name] for name in self.metrics if name in own}
 
     def comparison(self, rows: TokenSet, order: list[int]) -> tuple[list[Batch], int]:
         """Return up to 1,024 tokens, end to end in one row, and of how many rows they are."""
@@ -136,7 +156,29 @@ def text_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, TextTask]:
     fetch_kernel(recipe.model.attention, weights)
     tokenizer = load_tokenizer(base.folder)
     data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
-    return base, TextTask(recipe, tokenizer, data)
+    return base, with_metrics(TextTask(recipe, tokenizer, data))
+
+
+def with_metrics(task: TextTask) -> TextTask:
+    """Return the task with the scores that its recipe asks for.
+
+    Raises:
+        UserError: for scores that it has not; for label words that F1 and Matthews correlation cannot tell apart.
+    """
+    labels = task.data.label_sequences is not None
+    has = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if task.has_answers else [])]
+    has += ["label_accuracy", *CLASS_METRICS] if labels else []
+    has += ["accuracy", "accuracy_norm"] if task.recipe.data.format == "multiple_choice" else []
+    what = "a classification by label words" if labels else f"format {task.recipe.data.format}"
+    wanted = wanted_metrics(task.recipe, has, what)
+    by_class = [name for name in wanted if name in CLASS_METRICS and name != "accuracy"]
+    if by_class and task.first_classes is None:
+        raise UserError(
+            f"{by_class[0]} needs the class of every answer, and the label words {', '.join(task.data.classes or [])} "
+            "do not all differ at one token: choose words in data.labels that begin with different tokens, or train a "
+            "head: task=classification."
+        )
+    return replace(task, metrics=wanted)
 
 
 def means(table: Tensor, prefix: str, answers: bool, labels: bool) -> dict[str, float]:

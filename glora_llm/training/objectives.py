@@ -38,10 +38,10 @@ class TokenScores(NamedTuple):
     loss: Tensor  # float32, -log p(target)
     correct: Tensor  # bool, the target is the most likely token
     among_labels: Tensor  # bool, the target is the most likely of the tokens that continue a label word
-    predicted: Tensor | None = (
-        None  # the class or number of the model's choice; of label words: see `LabelTrie.choices`
-    )
-    reference: Tensor | None = None  # the right one
+    # The class or number of the model's choice, and the right one; of label words which of `LabelTrie.choices` it is,
+    # and nan where there is one choice alone.
+    predicted: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class CausalLMObjective(nn.Module):
@@ -122,4 +122,7 @@ def _scores(logits: Tensor, targets: Tensor, choices: Tensor | None = None) -> t
         return loss, correct, torch.zeros_like(correct)
     best = logits.gather(-1, choices.clamp(min=0)).argmax(-1, keepdim=True)
     among = choices.gather(-1, best)[:, 0] == targets  # a choice of no token, -1, is never a target
-    return loss, correct, among, best[:, 0], (choices == targets[:, None]).int().argmax(-1)
+    decides = (choices != choices[:, :1]).any(-1)
+    right = (choices == targets[:, None]).int().argmax(-1)
+    chosen = [torch.where(decides, number.double(), torch.nan) for number in (best[:, 0], right)]
+    return loss, correct, among, *chosen
