@@ -15,8 +15,8 @@ from glora_llm.adapters.methods import check_method
 from glora_llm.atomic import write_text
 from glora_llm.compare.budget import TOLERANCE, require_near, solve
 from glora_llm.compare.contenders import Contender
-from glora_llm.compare.course import Course, NotRun, Setting, in_parallel
-from glora_llm.compare.pool import Pool, slots
+from glora_llm.compare.course import Course, NotRun, Setting
+from glora_llm.compare.pool import Pool, in_parallel, slots
 from glora_llm.compare.progress import Progress
 from glora_llm.compare.record import RECIPE, Record
 from glora_llm.compare.request import Request
@@ -85,7 +85,8 @@ class Comparison:
         """Return the training steps of all trials, as far as they are known before."""
         counts = [len(self._rates(contest)) for contest in self.contests if not contest.why]
         rung, more = self.setting.rung(steps), (len(self.setting.seeds) - 1) * steps
-        return sum(count * rung + -(-count // 2) * (steps - rung) + more for count in counts)
+        halved = (count * rung + -(-count // 2) * (steps - rung) if count > 2 else count * steps for count in counts)
+        return sum(halved) + len(counts) * more
 
     def _rates(self, contest: Contest) -> tuple[float, ...]:
         return self.request.rates or contest.contender.rates

@@ -1,23 +1,19 @@
 """The course of one method: its rates on the first seed with successive halving, then all seeds at the best rate."""
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from glora_llm import recipe as recipes
-from glora_llm.compare.pool import Pool
+from glora_llm.compare.pool import Pool, in_parallel
 from glora_llm.compare.progress import Progress
 from glora_llm.compare.record import RECIPE, Record
 from glora_llm.compare.trial import Result, Trial
 from glora_llm.errors import UserError
 from glora_llm.launch.stop import EXIT_CODE
 
-T = TypeVar("T")
-R = TypeVar("R")
 KEPT = 0.5  # share of the rates that goes on at each halving
 BAD_INPUT = 2  # exit code of a UserError
 SPEED_STEPS = 12  # of the launch that measures a method's speed
@@ -106,23 +102,35 @@ class Course:
             Ending: when the comparison is told to end.
         """
         found, seed = Outcome(), self.setting.seeds[0]
-        alive = self._halve([self.make(lr, seed) for lr in sorted(rates)], found)
-        self._finish(alive, found)
+        if len(rates) == 1:  # nothing to choose
+            found.lr = rates[0]
+        else:
+            self._choose([self.make(lr, seed) for lr in sorted(rates)], found)
+        finals = [self.make(found.lr, each) for each in self.setting.seeds]
+        results = in_parallel(lambda trial: self.launch(trial, None, is_final=True), finals)
+        found.finals = [result for result in results if result is not None]
+        if len(found.finals) < len(results):
+            raise NotRun(f"it diverged at rate {rate_text(found.lr)}")
+        score = found.finals[0].validation(self.setting.score, finals[0].steps)
+        found.rates |= {} if score is None else {found.lr: score}
+        return found
+
+    def _choose(self, trials: list[Trial], found: Outcome) -> None:
+        """Find the best rate on the first seed, where need be one step of the grid beyond it.
+
+        Raises:
+            NotRun: when every rate diverges.
+        """
+        self._finish(self._halve(trials, found), found)
         if not found.rates:
             raise NotRun(f"it diverged at every rate that was tried: {', '.join(map(rate_text, found.stopped))}")
         found.lr = self._best(found)
         beyond = _beyond(found)
         if beyond is not None:
-            self._finish([self.make(beyond, seed)], found)
+            self._finish([self.make(beyond, trials[0].seed)], found)
             found.lr = self._best(found)
         tried = [*found.rates, *found.stopped]
-        found.is_at_edge = len(tried) > 1 and found.lr in (min(tried), max(tried))
-        finals = [self.make(found.lr, seed) for seed in self.setting.seeds]
-        results = in_parallel(lambda trial: self.launch(trial, None, is_final=True), finals)
-        if any(result is None for result in results):
-            raise NotRun(f"it diverged at its best rate {rate_text(found.lr)} with another seed")
-        found.finals = [result for result in results if result is not None]
-        return found
+        found.is_at_edge = found.lr in (min(tried), max(tried))
 
     def _halve(self, trials: list[Trial], found: Outcome) -> list[Trial]:
         """Run the first third of each trial, and return the better half."""
@@ -244,28 +252,6 @@ class Course:
         scores = result.validations(self.setting.score)
         last = f"validation {self.setting.score} {scores[max(scores)]:.4f} at step {max(scores)}" if scores else ""
         return ", ".join(part for part in (status, last) if part)
-
-
-def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return what `work` makes of each item, in threads; the first exception is raised when all have ended."""
-    results: dict[int, R] = {}
-    failures: list[BaseException] = []
-
-    def one(number: int, item: T) -> None:
-        try:
-            results[number] = work(item)
-        except Exception as error:  # noqa: BLE001 - raised again below
-            failures.append(error)
-
-    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in enumerate(items)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(0.5)
-    if failures:
-        raise failures[0]
-    return [results[number] for number in range(len(items))]
 
 
 def _beyond(found: Outcome) -> float | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -17,6 +18,8 @@ from glora_llm.launch.launcher import COMMAND, STARTER, written
 from glora_llm.launch.run_lock import RunLock
 from glora_llm.launch.stop import EXIT_CODE
 
+T = TypeVar("T")
+R = TypeVar("R")
 OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 120.0  # a trial that a killed comparison left behind writes a checkpoint, and ends
@@ -165,3 +168,25 @@ def _tell(pid: int) -> None:
         psutil.Process(pid).terminate()
     except psutil.NoSuchProcess:  # it ended just now
         return
+
+
+def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Return what `work` makes of each item, in threads; the first exception is raised when all have ended."""
+    results: dict[int, R] = {}
+    failures: list[BaseException] = []
+
+    def one(number: int, item: T) -> None:
+        try:
+            results[number] = work(item)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    threads = [threading.Thread(target=one, args=pair, daemon=True) for pair in enumerate(items)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)
+    if failures:
+        raise failures[0]
+    return [results[number] for number in range(len(items))]
