@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glora_llm.data.bad_rows import BadRows
+from glora_llm.data.image_lists import ENDING, image_list, lists_of
 from glora_llm.data.shapes import ROWS, TASKS, GeneratedSource
 from glora_llm.data.sources import SAME_SPLIT, Source, find_path, locate
 from glora_llm.data.table import Table
@@ -61,7 +62,8 @@ def locate_images(name: str, subset: str | None, split: str) -> Source:
     """Return the source of images called `name`: `embedded:NAME`, a folder, a parquet file or a hub data set.
 
     A folder holds folders `train`, `validation`, `test` of subfolders for each class; or those subfolders themselves,
-    which are then the images of whatever split; or else parquet files, named by their split.
+    which are then the images of whatever split; or lists of images (`train800.txt`) named by their split, as VTAB-1K
+    has; or else parquet files, named by their split. A single list is a source too.
 
     Raises:
         UserError: when there is no such set, folder, file or split.
@@ -75,6 +77,16 @@ def locate_images(name: str, subset: str | None, split: str) -> Source:
         there = next((splits[word] for word in named if word in splits), None)
         if there is not None and _classes(there):
             return ImageFolder(there)
+        lists = {file.stem: file for file in lists_of(path)}
+        listed = next((lists[word] for word in (split, *named) if word in lists), None)
+        if listed is not None:
+            return image_list(listed)
+        if "test" in lists or "train800" in lists:
+            raise UserError(
+                f"Folder {path} has lists of images, and none for split '{split}': there is {', '.join(lists)}."
+                f"{nearest(split, lists)} VTAB-1K: choose by data.split=train800 data.validation=val200, then train on "
+                "data.split=train800val200 data.validation=null."
+            )
         if _is_of_classes(path):
             return ImageFolder(path)
         if any(_is_image(file) for file in path.iterdir()):
@@ -82,6 +94,8 @@ def locate_images(name: str, subset: str | None, split: str) -> Source:
                 f"Folder {path} holds images and no classes: expected a subfolder for each class, such as "
                 f"{path.name}/cat/1.png. Move the images into folders named after their classes."
             )
+    if path is not None and path.is_file() and path.suffix == ENDING:
+        return image_list(path)
     return locate(name, subset, split)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from glora_llm.data.cache import cached, key_of
 from glora_llm.data.image_classes import ROLES, cell, class_names, class_numbers
+from glora_llm.data.image_lists import ImageList
 from glora_llm.data.image_pixels import PIXELS, Found, cached_pixels, digests_of, encoded_digest, side_of
 from glora_llm.data.image_sources import locate_images
 from glora_llm.data.image_store import ImageSet, write_rows
@@ -137,6 +138,19 @@ def _check_apart(sources: dict[Role, Sources]) -> None:
                 f"data.{role}: {both[0]} is what is trained on. Name another split or folder (a folder may hold train/ "
                 f"and test/, each with a subfolder for each class), or hold out a share: data.{role}=0.1"
             )
+        held, trained = _listed(source), _listed(sources["train"])
+        if role != "train" and held and held <= trained:
+            raise UserError(
+                f"data.{role}: all of the {len(held)} images of {source.parts[0]} are trained on. Of VTAB-1K, choose "
+                "by data.split=train800 data.validation=val200, then train on data.split=train800val200 "
+                "data.validation=null."
+            )
+
+
+def _listed(source: Sources) -> set[Path]:
+    """Return the files of images that the lists of a source name."""
+    lists = (part for part in source.parts if isinstance(part, ImageList))
+    return {part.file.parent / path for part in lists for path, _ in part.lines}
 
 
 def _pixels(
