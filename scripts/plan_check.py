@@ -44,6 +44,7 @@ ELSEWHERE = {
     ),
     "llama2_70b_glora": MODELS_OF_HUB,
     **dict.fromkeys(("vit_cifar10_dense", "vit_cifar10_glora", "vit_cifar10_vlora", "vlora_1b"), DATA_OF_HUB),
+    **{f"vit_{task}_{kind}": DATA_OF_HUB for task in ("fewshot", "vtab", "cifar100") for kind in ("glora", "lora")},
     **dict.fromkeys(("dense_lm", "vlora_lm"), "the data (WikiText-2) are not shipped"),
 }
 

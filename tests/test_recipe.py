@@ -256,7 +256,7 @@ def test_language_models_differ_in_vlora_alone(family: str) -> None:
     assert one.output.model_copy(update={"dir": ""}) == other.output.model_copy(update={"dir": ""})
 
 
-@pytest.mark.parametrize("family", ["smollm2", "llama2"])
+@pytest.mark.parametrize("family", ["smollm2", "llama2", "vit_fewshot", "vit_vtab", "vit_cifar100"])
 def test_twins_differ_in_the_adapter_alone(family: str) -> None:
     one, other = (recipe.load(str(ROOT / "recipes" / f"{family}_{kind}.yaml")) for kind in ("glora", "lora"))
     differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}

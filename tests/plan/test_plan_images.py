@@ -23,7 +23,8 @@ NAMES = [name for name in EVERY if recipes.load(name).data.format == "images"]
 def local(name: str, tmp_path: Path) -> Recipe:
     """A shipped recipe on generated images; a pretrained model becomes a small one with the names of older files."""
     plain = recipes.load(name)
-    changes = ["data.source=embedded:shapes", f"output.dir={tmp_path / 'run'}"]
+    changes = ["data.source=embedded:shapes", "data.split=train", "data.validation=64", "data.test=test"]
+    changes += [f"output.dir={tmp_path / 'run'}"]
     if plain.model.config is None:
         sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
         config = ViTConfig(**sizes, num_attention_heads=4, image_size=16, patch_size=4, num_labels=1000)
@@ -34,6 +35,9 @@ def local(name: str, tmp_path: Path) -> Recipe:
 
 def test_there_are_recipes_of_images() -> None:
     assert {"vit_cifar10_vlora", "vit_cifar10_dense", "vit_cifar10_glora", "vit_cifar10_vlora_tiny"} <= set(NAMES)
+    assert {f"vit_{task}_{kind}" for task in ("fewshot", "vtab", "cifar100") for kind in ("glora", "lora")} <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
