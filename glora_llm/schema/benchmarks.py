@@ -7,7 +7,7 @@ One entry each. It fills the keys of the section `data` that a recipe leaves out
 from typing import Any
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.schema.benchmark import Benchmark
+from glora_llm.schema.benchmark import Benchmark, Kind
 from glora_llm.schema.image_benchmarks import IMAGE_BENCHMARKS
 
 
