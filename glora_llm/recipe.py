@@ -125,9 +125,10 @@ def value_text(value: Any) -> str:
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
-    """Return dotted key -> plain value, of the sections that are there."""
+    """Return dotted key -> plain value, of the sections that are there; and `task`."""
     values = recipe.model_dump(mode="json", exclude={"description"})
-    return {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}
+    own = {"task": values.pop("task")}
+    return own | {f"{section}.{key}": value for section, keys in values.items() for key, value in (keys or {}).items()}
 
 
 def _apply(values: dict[str, Any], override: str, origins: Origins) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from glora_llm.adapters.stateful import STATEFUL_METHODS
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
+from glora_llm.models.families import head_names
 from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
 from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 
@@ -39,8 +40,8 @@ def adapter_config(
 
     Args:
         steps: optimizer steps of the run; AdaLoRA spreads its budget over them.
-        classifier: an image classifier; None: the model is a causal language model. PEFT knows no such task: the head
-            is kept out of all-linear here, and trained in full unless adapter.modules_to_save says otherwise.
+        classifier: a classifier of images or texts; None: the model is a causal language model. The head is kept out of
+            all-linear here, and trained in full unless adapter.modules_to_save says otherwise.
         genome: the content of adapter.genome.
 
     Raises:
@@ -52,10 +53,10 @@ def adapter_config(
         "modules_to_save": section.modules_to_save,
     }
     if classifier is not None:
-        saved = ["classifier"] if section.modules_to_save is None else section.modules_to_save
+        saved = head_names(classifier) if section.modules_to_save is None else section.modules_to_save
         shared |= {"task_type": None, "modules_to_save": saved}
         if section.targets == "all-linear":
-            shared["target_modules"] = linear_suffixes(classifier.base_model)  # type: ignore[arg-type]
+            shared["target_modules"] = _body_linears(classifier)
     if section.method == "glora":
         slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)
         return GLoRAConfig(
@@ -129,6 +130,19 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
             f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}"
         )
     return config_class(**values)
+
+
+def _body_linears(classifier: nn.Module) -> list[str]:
+    """Return what names the linears of a classifier's body: the last parts of their names.
+
+    Where the head has such a part too (`dense` of RoBERTa), they are whole names.
+    """
+    heads, inside = head_names(classifier), cast(nn.Module, classifier.base_model)
+    suffixes = linear_suffixes(inside)
+    if not set(suffixes) & {part for name in heads for part in linear_suffixes(classifier.get_submodule(name))}:
+        return suffixes
+    linears = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name.partition(".")[0] not in heads]
 
 
 def linear_suffixes(model: nn.Module) -> list[str]:

@@ -45,7 +45,7 @@ def hollow_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Holl
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False), no_init_weights():  # buffers are computed: rotary frequencies
-        model: Any = auto_class(config.model_type).from_config(config, dtype=dtype)
+        model: Any = auto_class(config).from_config(config, dtype=dtype)
     model.tie_weights()
     with torch.device("meta"):
         share(model, folder)

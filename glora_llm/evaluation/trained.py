@@ -170,7 +170,7 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
             return streamed
         where = torch.device("cpu")
     chosen: Any = dtype or ("auto" if where.type == "cuda" else torch.float32)
-    return auto_class(config.model_type).from_pretrained(folder, dtype=chosen, local_files_only=True).to(where).eval()
+    return auto_class(config).from_pretrained(folder, dtype=chosen, local_files_only=True).to(where).eval()
 
 
 def stream_merged(folder: Path, where: torch.device, title: str = "") -> Any | None:

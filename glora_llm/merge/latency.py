@@ -77,7 +77,7 @@ def latency_in_words(latency: dict[str, Any]) -> str:
 def _obstacle(plan: Plan, merged: Path, where: torch.device) -> str | None:
     import psutil
 
-    if plan.recipe.data.format == "images":
+    if plan.recipe.data.format == "images" or plan.recipe.head:
         return "it is measured of language models"
     if where.type != "cpu":
         return None if fits(2 * stored_bytes(merged), where) else "the two do not fit on the GPU together"

@@ -33,7 +33,8 @@ from glora_llm.merge.model_merge import (
 from glora_llm.merge.published import REPORT, published
 from glora_llm.merge.sample import comparison_batches
 from glora_llm.merge.verify import MergeReport, adapted_model, answers, compare, require_within
-from glora_llm.models.families import auto_class, kind_of
+from glora_llm.models.config_file import load_config
+from glora_llm.models.families import auto_class, built_as
 from glora_llm.models.fingerprint import stored_bytes
 from glora_llm.models.load import keep_quantized_weights, quantization_config
 from glora_llm.models.quantised import quantised_linear
@@ -128,7 +129,7 @@ def write_lossless(plan: Plan, adapter: Path, out: Path, dtype: torch.dtype, wri
                     biased.add(place.removesuffix(".bias"))
         zero_biases(config, layers, layers.decoder, biased, writer)
         add_untied_head(config, layers, stored, writer)
-        settings: Any = quantization_config(plan.recipe.model, written, kind_of(config.model_type))
+        settings: Any = quantization_config(plan.recipe.model, written, built_as(config))
         settings.bnb_4bit_use_double_quant, settings.bnb_4bit_quant_storage = False, torch.uint8
         config.quantization_config = settings
         write_settings(plan, config, writer.folder, str(written).removeprefix("torch."))
@@ -159,8 +160,7 @@ def load_nf4(folder: Path) -> Any:
     """Return a 4-bit model folder loaded by plain transformers, on the GPU where it fits."""
     where = choose_device()
     where = where if fits(stored_bytes(folder), where) else torch.device("cpu")
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    model = auto_class(kind).from_pretrained(
+    model = auto_class(load_config(folder)).from_pretrained(
         folder, dtype="auto", local_files_only=True, device_map={"": where}
     )  # fmt: skip
     keep_quantized_weights(model)

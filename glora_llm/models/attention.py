@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glora_llm.errors import UserError
-from glora_llm.models.families import auto_class, kind_of
+from glora_llm.models.families import auto_class, built_as
 from glora_llm.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def attention_arguments(
     if wanted == "auto":
         wanted = VARLEN if device.type == "cuda" else SEGMENTS
         loops = wanted == SEGMENTS and section.compile
-        if loops or kind_of(config.model_type) != "text" or _obstacle(wanted, config, device, dtype):
+        if loops or built_as(config) != "text" or _obstacle(wanted, config, device, dtype):
             return {}
+    elif built_as(config) == "classification" and wanted in (VARLEN, SEGMENTS):
+        raise UserError(f"model.attention is {wanted}, of packed rows; a head reads one sample a row. {ADVICE}")
     elif reason := _obstacle(wanted, config, device, dtype):
         raise UserError(f"model.attention is {wanted}, {reason}. {ADVICE}")
     return {"attn_implementation": wanted}
@@ -107,7 +109,7 @@ def _obstacle(backend: str, config: "PretrainedConfig", device: "torch.device", 
     """Return why a model cannot have a backend, as the end of a sentence; empty when it can."""
     import torch
 
-    family = auto_class(config.model_type)._model_mapping[type(config)]
+    family = auto_class(config)._model_mapping[type(config)]
     flag = FLAGS.get("flash_attention_2" if backend.startswith(KERNELS) else backend)
     if flag and not getattr(family, flag, False):
         return f"which {family.__name__} does not have"

@@ -67,7 +67,7 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     with torch.device("meta"):
-        layer = body(auto_class(twin.model_type).from_config(twin))
+        layer = body(auto_class(twin).from_config(twin))
     found: dict[str, bool] = {}
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-Kind = Literal["text", "images"]
-KINDS = {"text": "causal language model", "images": "image classifier"}
+Kind = Literal["text", "images", "classification"]
+KINDS = {"text": "causal language model", "images": "image classifier", "classification": "sequence classifier"}
+HEADS = ("score", "classifier", "pre_classifier")  # names that heads of classifiers have
 
 
 def class_names(kind: Kind, model_type: str) -> set[str]:
@@ -20,6 +21,7 @@ def class_names(kind: Kind, model_type: str) -> set[str]:
     tables = {
         "text": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "images": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     }
     known = tables[kind].get(model_type, ())
     return {known} if isinstance(known, str) else set(known)
@@ -39,29 +41,46 @@ def kind_of(model_type: str) -> Kind | None:
     return next((kind for kind in kinds if class_names(kind, model_type)), None)
 
 
-def auto_class(model_type: str) -> Any:
-    """Return the Auto class of transformers that makes and loads models of this type."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+def built_as(config: "PretrainedConfig") -> Kind | None:
+    """Return the kind of a model by its configuration: a family of language models may have got a head for classes."""
+    if set(config.architectures or ()) & class_names("classification", config.model_type):
+        return "classification"
+    return kind_of(config.model_type)
 
-    return AutoModelForImageClassification if kind_of(model_type) == "images" else AutoModelForCausalLM
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """Return the Auto class of transformers that makes and loads models of this configuration."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
+
+    classes = {"images": AutoModelForImageClassification, "classification": AutoModelForSequenceClassification}
+    return classes.get(built_as(config) or "text", AutoModelForCausalLM)
 
 
 def model_class(config: "PretrainedConfig") -> Any:
     """Return the class of transformers that `auto_class` would choose for a model of this configuration."""
     from transformers.models.auto.auto_factory import _get_model_class
 
-    return _get_model_class(config, auto_class(config.model_type)._model_mapping)
+    return _get_model_class(config, auto_class(config)._model_mapping)
 
 
 def body(model: "PreTrainedModel") -> Any:
     """Return the model without its head."""
-    return model.get_decoder() if kind_of(model.config.model_type) == "text" else model.base_model
+    return model.get_decoder() if built_as(model.config) == "text" else model.base_model
 
 
 def head(model: "PreTrainedModel") -> Any:
     """Return the linear that gives the logits."""
     found = model.get_output_embeddings()
-    return model.classifier if found is None else found
+    return getattr(model, head_names(model)[0]) if found is None else found
+
+
+def head_names(model: "nn.Module") -> list[str]:
+    """Return the names of the modules that make a classifier of its body."""
+    return [name for name in HEADS if hasattr(model, name)]
 
 
 def layers(model: "PreTrainedModel") -> "nn.ModuleList":

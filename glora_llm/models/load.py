@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from glora_llm.errors import UserError
 from glora_llm.models.attention import attention_arguments
 from glora_llm.models.config_file import load_config
-from glora_llm.models.families import Kind, auto_class, body, head, kind_of, layers
+from glora_llm.models.families import HEADS, Kind, auto_class, body, built_as, head, layers
 from glora_llm.models.folder import build, is_ours, share
 from glora_llm.models.kernels import apply_liger, uses_liger
 from glora_llm.models.sharded_load import Shards, load_divided
@@ -71,7 +71,7 @@ def _build_ours(
     dtype = compute_dtype(section, device)
     attention = attention_arguments(section, config, device, dtype)
     settings: dict[str, Any] = {"dtype": torch.float32, **attention}
-    return build(folder, lambda: auto_class(config.model_type).from_config(config, **settings), dtype, device, shards)
+    return build(folder, lambda: auto_class(config).from_config(config, **settings), dtype, device, shards)
 
 
 def _load_pretrained(
@@ -80,12 +80,12 @@ def _load_pretrained(
     dtype = compute_dtype(section, device)
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "quantization_config": quantization_config(section, dtype, kind_of(config.model_type)),
+        "quantization_config": quantization_config(section, dtype, built_as(config)),
         "device_map": {"": device},
         **attention_arguments(section, config, device, dtype),
     }
     if shards is None:
-        model, report = auto_class(config.model_type).from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
         )
     else:
@@ -106,7 +106,7 @@ def meta_model(section: ModelSection, folder: Path) -> "PreTrainedModel":
     device = torch.device("meta")
     config = load_config(folder)
     with device:
-        model = auto_class(config.model_type).from_config(config, dtype=compute_dtype(section, device))
+        model = auto_class(config).from_config(config, dtype=compute_dtype(section, device))
         share(model, folder)
     _freeze(model)
     return model.eval()
@@ -127,7 +127,9 @@ def describe_kernels(section: ModelSection, folder: Path, device: "torch.device"
 
 def _uses_liger(section: ModelSection, config: "PretrainedConfig", device: "torch.device") -> bool:
     # torch.compile fuses norms, rotary embedding and SwiGLU itself
-    return not section.compile and uses_liger(section.kernels, config.model_type, device)
+    if section.compile or (built_as(config) == "classification" and section.kernels == "auto"):
+        return False
+    return uses_liger(section.kernels, config.model_type, device)
 
 
 def compute_dtype(section: ModelSection, device: "torch.device") -> "torch.dtype":
@@ -145,7 +147,7 @@ def quantization_config(
 ) -> "BitsAndBytesConfig | None":
     """Return bitsandbytes' settings. 4-bit blocks are stored in `dtype`, else ZeRO 3 would not shard them.
 
-    The output head, and what is tied to it, is left out by transformers; that of an image classifier, which it would
+    The output head, and what is tied to it, is left out by transformers; that of a classifier, which it would
     quantise, is named here; embeddings are no linears.
 
     Raises:
@@ -157,7 +159,7 @@ def quantization_config(
         raise UserError(f"model.quantization {section.quantization} needs bitsandbytes: pip install bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    kept = ["classifier"] if kind == "images" else None
+    kept = None if kind == "text" else list(HEADS)
     if section.quantization == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)

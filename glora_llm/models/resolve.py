@@ -198,11 +198,14 @@ def _check_kind(folder: Path, name: str, wanted: Kind | None) -> None:
     kind = wanted or kind_of(family) or "text"
     allowed = class_names(kind, family)
     if not allowed:
-        example = {"text": "a LLaMA", "images": "a ViT"}[kind]
+        example = {"text": "a LLaMA", "images": "a ViT", "classification": "a LLaMA or a BERT"}[kind]
         raise UserError(
             f"'{name}' has model_type '{config.get('model_type')}', which is no {KINDS[kind]} of the installed "
             f"transformers (code that comes with a model is not run). Give one, such as {example}."
         )
+    if wanted == "classification":  # any model of the family can get a head
+        load_config(folder)
+        return
     if wanted != "images" and looks_both_ways(config):
         raise UserError(
             f"'{name}' has model_type '{family}', whose tokens see those behind them: it cannot learn to write. Give a "

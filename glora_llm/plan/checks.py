@@ -27,6 +27,7 @@ def check_combination(recipe: Recipe, stage: int) -> None:
         UserError: naming both, and what to change.
     """
     _check_origin(recipe)
+    check_task(recipe)
     if stage == 3 and recipe.model.quantization == "int8":
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
@@ -50,6 +51,41 @@ def check_combination(recipe: Recipe, stage: int) -> None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+
+
+def check_task(recipe: Recipe) -> None:
+    """Check that data.format has what the task learns, and what a head cannot do.
+
+    Raises:
+        UserError: naming both settings.
+    """
+    task, form, head = recipe.task, recipe.data.format, recipe.head
+    fits = {"classification": ("classification", "images"), "regression": ("regression",)}
+    if task in fits and form not in fits[task]:
+        raise UserError(
+            f"task {task} learns the column `label` of data.format {' or '.join(fits[task])}, and data.format is "
+            f"{form}: set data.format, or task=auto."
+        )
+    if task == "language_modeling" and form in ("regression", "images"):
+        raise UserError(f"task language_modeling learns text, and data.format is {form}: set task=auto.")
+    if head is None:
+        return
+    what = f"a head ({head})"
+    if recipe.data.packing:
+        raise UserError(f"{what} reads one sample a row, and data.packing puts several into one: data.packing=false.")
+    if recipe.data.chat_template == "tokenizer":
+        raise UserError(f"{what} answers a prompt, not a conversation: data.chat_template=auto, and write data.prompt.")
+    if recipe.model.config is not None:
+        raise UserError(f"{what} is put on a model that is there, and model.config makes a new one: name_or_path.")
+    if (
+        recipe.search
+        and recipe.search.metric != "loss"
+        and (head, recipe.search.metric) != ("classification", "exact_match")
+    ):
+        raise UserError(
+            f"search.metric {recipe.search.metric} is of label words; of {what} it is loss, or exact_match where "
+            "classes are learnt (their accuracy)."
+        )
 
 
 def _check_compile(recipe: Recipe, stage: int) -> None:

@@ -13,13 +13,13 @@ ANY_STEPS = 1000  # of a run that gives epochs: the schedule of a method may rea
 def recipe_for_merge(folder: RunFolder, recipe: Recipe) -> Recipe:
     """Return a recipe with the model and adapter of a run, and with text that the package ships in place of its data.
 
-    The data of images stay: they say how many classes the model has. So do those of a new model while they are there:
-    its tokenizer may be trained on them.
+    The data of images and of heads stay: they say how many classes the model has. So do those of a new model while they
+    are there: its tokenizer may be trained on them.
 
     Args:
         recipe: what is merged; of a supernet with its genome.
     """
-    if recipe.data.format == "images":
+    if recipe.data.format == "images" or recipe.head:
         return recipe
     if recipe.model.config is not None:
         if _has_source(recipe.data) or not (folder.model / "config.json").is_file():

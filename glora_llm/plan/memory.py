@@ -213,6 +213,8 @@ def not_computable(recipe: Recipe) -> str | None:
     """Return why the memory of a recipe cannot be computed; None: it can."""
     if recipe.data.format == "images":
         return "not computed for image classifiers"
+    if recipe.head:
+        return "not computed for heads"
     if recipe.adapter.method not in TRACED_METHODS:
         return f"not computed for adapter.method {recipe.adapter.method}"
     return None

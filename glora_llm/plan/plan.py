@@ -21,6 +21,7 @@ from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
+from glora_llm.tasks.heads import head_task
 from glora_llm.tasks.images import image_task
 from glora_llm.tasks.multiple_choice import choice_task
 from glora_llm.tasks.task import Rows, Task
@@ -115,7 +116,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     with found.collected():
         genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     with found.collected():
-        base, task = TASKS.get(recipe.data.format, text_task)(recipe, weights)
+        base, task = (head_task if recipe.head else TASKS.get(recipe.data.format, text_task))(recipe, weights)
     found.raise_all()
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training

@@ -245,7 +245,7 @@ def _require_metrics(file: Path) -> None:
 
 def _binding(recipe: Recipe) -> dict[str, Any]:
     """Return the dotted keys that a run is bound to."""
-    return {name: value for name, value in recipes.flat(recipe).items() if not _is_free(*name.split(".", 1))}
+    return {name: value for name, value in recipes.flat(recipe).items() if not _is_free(*name.partition(".")[::2])}
 
 
 def _is_free(section: str, key: str) -> bool:

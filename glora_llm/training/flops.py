@@ -90,7 +90,7 @@ def count_cost(model: nn.Module, config: object, peak: float, causal: bool = Tru
     Args:
         peak: of one device, FLOP/s.
     """
-    head: Any = model.get_output_embeddings() or model.classifier  # type: ignore[operator]
+    head: Any = model.get_output_embeddings() or getattr(model, "score", None) or model.classifier  # type: ignore[operator]
     frozen = trained = 0
     for module in model.modules():
         if module is head or isinstance(module, nn.Embedding):
@@ -105,7 +105,10 @@ def count_cost(model: nn.Module, config: object, peak: float, causal: bool = Tru
     layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
     size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     learns = any(p.requires_grad for p in head.parameters())
-    return ModelCost(frozen, trained, head.in_features * head.out_features, layers, heads * size, peak, learns, causal)
+    size_of_head = (
+        head.in_features * head.out_features if hasattr(head, "in_features") else 0
+    )  # else: of linears, above
+    return ModelCost(frozen, trained, size_of_head, layers, heads * size, peak, learns, causal)
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
