@@ -34,7 +34,7 @@ ALLOWED = {
     "adapters": BASE | {"glora", "models", "training"},
     "tasks": BASE | {"data", "models", "training"},
     "plan": BELOW_PLAN | {"recipe"},
-    "report": BASE | {"glora", "plan", "search"},
+    "report": BASE | {"glora", "plan", "recipe", "search"},
     # Scores and merges are commands of their own: like a run, they start from a plan.
     "evaluation": BELOW_PLAN | {"plan", "report"},
     "merge": BELOW_PLAN | {"evaluation", "plan"},

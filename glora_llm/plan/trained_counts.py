@@ -1,14 +1,10 @@
 """Trained parameters of a model with its adapter: by slot, by kind of module and by layer."""
 
-import re
 from typing import Any, NamedTuple
 
 from glora_llm.glora.path import PEFT_ROOT
+from glora_llm.plan.part_names import in_order, kind_of_module, layer_of, slot_of
 from glora_llm.training.sharding import element_count
-
-SLOT = re.compile(r"\.slot_([A-E])\.|\.(lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd])(?:\.|$)")
-ADAPTER_PART = re.compile(r"\.(slot_[A-E]|lora_\w+|ia3_l|vera_\w+|modules_to_save|base_layer)(\.|$)")
-LAYER = re.compile(r"\.(\d+)\.")
 
 
 class TrainedCounts(NamedTuple):
@@ -35,21 +31,6 @@ def trained_counts(model: Any) -> TrainedCounts:
         if not parameter.requires_grad:
             continue
         name, number = full.removeprefix(PEFT_ROOT), element_count(parameter)
-        layer = LAYER.search(f".{name}")
-        for table, key in zip(counts, (_slot(name), _kind(name), layer[1] if layer else "other"), strict=True):
+        for table, key in zip(counts, (slot_of(name), kind_of_module(name), layer_of(name)), strict=True):
             table[key] = table.get(key, 0) + number
-    order = sorted(counts.by_layer, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))
-    return counts._replace(
-        by_slot=dict(sorted(counts.by_slot.items())), by_layer={key: counts.by_layer[key] for key in order}
-    )
-
-
-def _slot(name: str) -> str:
-    found = SLOT.search(name)
-    return (found[1] or found[2]) if found else "weights"
-
-
-def _kind(name: str) -> str:
-    part = ADAPTER_PART.search(name)
-    owner = name[: part.start()] if part else name.rpartition(".")[0]
-    return owner.rpartition(".")[2] or owner
+    return counts._replace(by_slot=dict(sorted(counts.by_slot.items())), by_layer=in_order(counts.by_layer))

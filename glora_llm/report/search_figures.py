@@ -6,7 +6,7 @@ Colours are safe for colour-blind readers (Okabe and Ito's, viridis, and shades 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from glora_llm.glora.path import Genome, SlotSpec
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
 from glora_llm.schema.slots import RANKED_MODES, SLOTS
-from glora_llm.search.archive import Scored
-from glora_llm.search.driver import Progress
+
+if TYPE_CHECKING:  # a report draws without torch
+    from glora_llm.glora.path import Genome, SlotSpec
+    from glora_llm.search.archive import Scored
+    from glora_llm.search.driver import Progress
 
 KINDS = (BLUE, "#56B4E9", "#009E73", "#F0E442", ORANGE, VERMILLION, "#CC79A7", "#999999")
 HATCHES = ("", "///", "...", "xx")  # where there are more kinds of linear than colours
@@ -33,7 +35,7 @@ OTHER = "–"  # the column of what stands in no numbered layer
 
 
 def pareto(
-    candidates: Sequence[Scored], front: Sequence[Scored], limits: Sequence[tuple[str, float]], metric: str
+    candidates: Sequence["Scored"], front: Sequence["Scored"], limits: Sequence[tuple[str, float]], metric: str
 ) -> Figure:
     """Draw score against trainable parameters: all candidates by generation, the Pareto front, and the limits.
 
@@ -64,7 +66,7 @@ def pareto(
     return figure
 
 
-def _dots(figure: Any, axes: Any, candidates: Sequence[Scored]) -> None:
+def _dots(figure: Any, axes: Any, candidates: Sequence["Scored"]) -> None:
     parameters, scores = [one.parameters for one in candidates], [one.score for one in candidates]
     numbers = [one.generation for one in candidates]
     style = {"s": 18, "linewidths": 0, "alpha": 0.8, "zorder": 3}
@@ -110,7 +112,7 @@ def _limit_texts(axes: Any, limits: Sequence[tuple[str, float]]) -> None:
         )  # fmt: skip
 
 
-def generations(history: Sequence[Progress], metric: str | None = None) -> Figure:
+def generations(history: Sequence["Progress"], metric: str | None = None) -> Figure:
     """Draw by generation the best score so far and the mean score; on top the samples that it took.
 
     A generation of several questions has the mean of their means, and the best and the samples after the last one.
@@ -150,7 +152,7 @@ def generations(history: Sequence[Progress], metric: str | None = None) -> Figur
     return figure
 
 
-def modes(genome: Genome) -> Figure:
+def modes(genome: "Genome") -> Figure:
     """Draw the GLoRA paper's figure: which mode each slot of each layer has.
 
     A panel is a kind of linear, its rows are the slots A to E, its columns the decoder layers. A cell stays white where
@@ -199,11 +201,11 @@ def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
     return figure, list(grid.flat[: len(kinds)])
 
 
-def _mode_key(spec: SlotSpec) -> tuple[str, int]:
+def _mode_key(spec: "SlotSpec") -> tuple[str, int]:
     return spec.mode, spec.rank if spec.mode in RANKED_MODES else 0
 
 
-def _mode_colours(specs: Iterable[SlotSpec]) -> dict[tuple[str, int], str]:
+def _mode_colours(specs: Iterable["SlotSpec"]) -> dict[tuple[str, int], str]:
     """Return a colour of each (mode, rank) that occurs: ranks from light to dark, then vector, scalar and none."""
     found = {_mode_key(spec) for spec in specs}
     colours: dict[tuple[str, int], str] = {}

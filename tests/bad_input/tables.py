@@ -7,6 +7,7 @@ from tests.bad_input.data_cases import RECORDS, TABLES
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
+from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.task_cases import CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
@@ -28,6 +29,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "run folder; merge, evaluate, search": FOLDERS,
+    "report": REPORTS,
     "output.dir": OUTPUT,
     "environment of a launch": ENVIRONMENT,
     "command line": COMMANDS,

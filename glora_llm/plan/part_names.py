@@ -1,0 +1,37 @@
+"""Which part of a model a trained tensor belongs to, told from its name alone: slot, kind of module, layer."""
+
+import re
+
+SLOT = re.compile(r"\.slot_([A-E])\.|\.(lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd])(?:\.|$)")
+ADAPTER_PART = re.compile(r"\.(slot_[A-E]|lora_\w+|ia3_l|vera_\w+|modules_to_save|base_layer)(\.|$)")
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def slot_of(name: str) -> str:
+    """Return A to E of GLoRA, a factor of LoRA, or `weights` of what is trained as it is."""
+    found = SLOT.search(name)
+    return (found[1] or found[2]) if found else "weights"
+
+
+def kind_of_module(name: str) -> str:
+    """Return the name of the module, such as `q_proj`."""
+    owner = owner_of(name)
+    return owner.rpartition(".")[2] or owner
+
+
+def owner_of(name: str) -> str:
+    """Return the module that a tensor is trained in, such as `model.layers.0.self_attn.q_proj`."""
+    part = ADAPTER_PART.search(name)
+    return name[: part.start()] if part else name.rpartition(".")[0]
+
+
+def layer_of(name: str) -> str:
+    """Return the number of the layer, or `other`."""
+    layer = LAYER.search(f".{name}")
+    return layer[1] if layer else "other"
+
+
+def in_order(by_layer: dict[str, int]) -> dict[str, int]:
+    """Return counts by layer in the order of the layers; `other` is the last."""
+    order = sorted(by_layer, key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else 0))
+    return {key: by_layer[key] for key in order}
