@@ -256,11 +256,24 @@ def test_language_models_differ_in_vlora_alone(family: str) -> None:
     assert one.output.model_copy(update={"dir": ""}) == other.output.model_copy(update={"dir": ""})
 
 
-@pytest.mark.parametrize("family", ["smollm2", "llama2", "vit_fewshot", "vit_vtab", "vit_cifar100"])
-def test_twins_differ_in_the_adapter_alone(family: str) -> None:
-    one, other = (recipe.load(str(ROOT / "recipes" / f"{family}_{kind}.yaml")) for kind in ("glora", "lora"))
-    differing = {name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)}
-    assert differing == {"description", "adapter", "output"}
+def twins() -> list[tuple[str, str]]:
+    """Return the pairs of recipes of which one says `Its twin is NAME`."""
+    told = [(file.stem, re.search(r"Its twin is (\w+)", file.read_text())) for file in SHIPPED]
+    return sorted({(min(name, found[1]), max(name, found[1])) for name, found in told if found})
+
+
+def test_there_are_twins() -> None:
+    assert {("llama2_glora", "llama2_lora"), ("smollm2_glue", "smollm2_glue_lora")} <= set(twins())
+
+
+@pytest.mark.parametrize(("one", "other"), twins(), ids=lambda name: name)
+def test_twins_differ_in_one_section_alone(one: str, other: str) -> None:
+    loaded = [recipe.load(str(ROOT / "recipes" / f"{name}.yaml")) for name in (one, other)]
+    differing = {name for name in Recipe.model_fields if getattr(loaded[0], name) != getattr(loaded[1], name)}
+    texts = [(ROOT / "recipes" / f"{name}.yaml").read_text() for name in (one, other)]
+    section = "vlora" if any("only the section vlora differs" in text for text in texts) else "adapter"
+    assert differing == {"description", "output", section}
+    assert all(twin in text for twin, text in zip((other, one), texts, strict=True)), "each names the other"
 
 
 def test_dense_and_vlora_differ_in_the_section_vlora_alone() -> None:

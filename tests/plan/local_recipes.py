@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from glora_llm import recipe as recipes
+from glora_llm.data.columns import template_fields
 from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import make_plan
 from glora_llm.run import train as run
-from glora_llm.schema import Recipe
+from glora_llm.schema import DataSection, Recipe
 
 TINY = "model.name_or_path=embedded:tiny-llama"
 
@@ -30,20 +31,33 @@ def rows_of(form: str, count: int, path: Path) -> str:
     return str(path)
 
 
+def benchmark_rows(data: DataSection, count: int, path: Path) -> str:
+    """Write rows with the columns that a benchmark's prompt names, and class numbers."""
+    fields, classes = template_fields(data.prompt or "{text}"), len(data.labels or [])
+    rows = [{field: f"{field} of card {n}" for field in fields} | {"label": n % classes} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 def local(name: str, tmp_path: Path, *more: str) -> Recipe:
     """A shipped recipe on the tiny model and on rows of its format that lie here; nothing else is changed.
 
     But for the rank of gains by blocks: a row of 64 inputs has one block, so there it is 1.
     """
     plain = recipes.load(name)
-    source = rows_of(plain.data.format, 60, tmp_path / "rows.jsonl")
+
+    def write(count: int, path: Path) -> str:
+        own = plain.data.benchmark is not None and plain.data.format == "classification" and plain.data.labels
+        return benchmark_rows(plain.data, count, path) if own else rows_of(plain.data.format, count, path)
+
+    source = write(60, tmp_path / "rows.jsonl")
     model = TINY if plain.model.config is None else "model.tokenizer=train:300"
     changes = [model, f"data.source={source}", f"output.dir={tmp_path / 'run'}"]
     changes += ["data.subset=null", "data.columns=null"]
     if isinstance(plain.data.validation, int | str):
         changes.append("data.validation=12")
     if plain.data.test is not None:
-        changes.append(f"data.test={rows_of(plain.data.format, 9, tmp_path / 'test.jsonl')}")
+        changes.append(f"data.test={write(9, tmp_path / 'test.jsonl')}")
     rank = 1 if plain.adapter.preset == "lossless4" else plain.adapter.rank
     changed = recipes.load(name, [*changes, f"adapter.rank={rank}", *more])
     assert changed.training == plain.training
