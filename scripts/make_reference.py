@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from glora_llm.schema import ImagesSection, Recipe, SlotSetting, SupernetSection
+from glora_llm.schema import GenerateSection, ImagesSection, Recipe, SlotSetting, SupernetSection
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
 OPENING = """\
@@ -33,8 +33,9 @@ NESTED: dict[type[BaseModel], str] = {
     SlotSetting: "A slot's setting",
     SupernetSection: "A supernet",
     ImagesSection: "The keys of images",
+    GenerateSection: "The keys of generate",
 }
-WITHIN = {"adapter": (SlotSetting, SupernetSection), "data": (ImagesSection,)}
+WITHIN = {"adapter": (SlotSetting, SupernetSection), "data": (ImagesSection,), "evaluation": (GenerateSection,)}
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from glora_llm.atomic import write_text
 from glora_llm.errors import UserError
+from glora_llm.evaluation.generation import answer_splits
 from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
 from glora_llm.failpoints import reach
 from glora_llm.plan.elsewhere import recipe_for_scores
@@ -163,12 +164,13 @@ def score_split(
 
 
 def score_model(plan: Plan, model: Any, split: str) -> dict[str, float]:
-    """Return the scores of a model on one split, in this process alone.
+    """Return the scores of a model on one split, in this process alone; of generated answers too, where asked for.
 
     Raises:
         UserError: when the recipe has no such rows.
     """
-    return score_split(plan, split, passes_of(plan, model).score)
+    scores = score_split(plan, split, passes_of(plan, model).score)
+    return scores | answer_splits(plan, model, split)[0] if plan.recipe.evaluation.generate else scores
 
 
 def passes_of(plan: Plan, model: Any) -> Passes:

@@ -10,6 +10,7 @@ from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError
 from glora_llm.glora.path import Genome
 from glora_llm.models.bias import bias_support, bias_switch
+from glora_llm.plan.answers import check_generate
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 
@@ -28,6 +29,7 @@ def check_combination(recipe: Recipe, stage: int) -> None:
     """
     _check_origin(recipe)
     check_task(recipe)
+    check_generate(recipe)
     if stage == 3 and recipe.model.quantization == "int8":
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "

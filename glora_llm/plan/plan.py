@@ -18,6 +18,7 @@ from glora_llm.launch.cpu_memory import resident_bytes
 from glora_llm.launch.device import choose_device
 from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
+from glora_llm.plan.answers import check_answers
 from glora_llm.plan.checks import check_combination
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
@@ -118,6 +119,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     with found.collected():
         base, task = (head_task if recipe.head else TASKS.get(recipe.data.format, text_task))(recipe, weights)
     found.raise_all()
+    check_answers(recipe, task, base.folder, trains=world_size is not None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)

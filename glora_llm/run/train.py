@@ -34,6 +34,7 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.build import TrainingParts, build, describe_parts
 from glora_llm.run.forgetting import text_before, text_without_and_with
+from glora_llm.run.generation import answer
 from glora_llm.run.launches import note_launch
 from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
@@ -176,7 +177,7 @@ class Run:
         recipe, parts = self.plan.recipe, self.parts
         self._announce()
         if recipe.evaluation.test_before and parts.start == 0:
-            self._record({"test_before": self._score("test", None)})
+            self._record({"test_before": self._test("before")})
         if before := text_before(self.plan, parts, self.processes):
             self._record(before)
         schedule = Schedule.of(recipe, parts.start, self.plan.steps)
@@ -233,6 +234,10 @@ class Run:
         file = self.folder.path / "test_rows.json" if keeps else None
         return score_split(self.plan, split, score or engine.score, engine.gather_rows, *place, limit, file)
 
+    def _test(self, when: str) -> dict[str, float]:
+        """Return the scores of the test rows, and of answers to their prompts, `before` or `after` training."""
+        return self._score("test", None) | answer(self.plan, self.folder, self.parts, self.processes, when)
+
     def _validate(self, step: int) -> dict[str, float]:
         """Return the validation scores after a step: of all rows at the end, of evaluation.max_rows before."""
         engine = self.parts.engine
@@ -256,7 +261,7 @@ class Run:
             return
         tensors = parts.saver.gather(parts.engine)
         parts.supernet.largest()
-        test = self._score("test", None) if tests else {}
+        test = self._test("after") if tests else {}
         text = text_without_and_with(self.plan, parts, self.processes, summary)
         if not self.processes.is_main_process:
             return

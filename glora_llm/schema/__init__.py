@@ -11,13 +11,14 @@ from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.model import ModelSection
 from glora_llm.schema.output import MergeSection, OutputSection
 from glora_llm.schema.section import PositiveInt, Section, Share, key
-from glora_llm.schema.training import EvaluationSection, SearchSection, TrainingSection
+from glora_llm.schema.training import EvaluationSection, GenerateSection, SearchSection, TrainingSection
 from glora_llm.schema.vlora import VLoRASection
 
 __all__ = [
     "AdapterSection",
     "DataSection",
     "EvaluationSection",
+    "GenerateSection",
     "ImagesSection",
     "MergeSection",
     "ModelSection",

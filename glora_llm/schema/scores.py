@@ -33,6 +33,7 @@ SCORES: dict[str, Score] = {
     "accuracy_norm": Score(
         True, "share of samples whose right option has the highest log-likelihood a character (lm-eval's acc_norm)"
     ),
+    "number_match": Score(True, "share of generated answers whose final number (or letter) is the reference's"),
     "top5_accuracy": Score(True, "share of images whose class is among the five most likely"),
 }
 

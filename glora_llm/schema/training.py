@@ -60,6 +60,19 @@ class TrainingSection(Section):
         return self
 
 
+class GenerateSection(Section):
+    """Answers to held-out prompts, generated greedily and scored by their final number."""
+
+    max_new_tokens: PositiveInt = key(256, "longest answer", "tokens")
+    batch: PositiveInt = key(8, "prompts that one process answers at once; changes no text in float32", "prompts")
+    max_rows: PositiveInt | None = key(None, "answer at most this many rows of each set (seeded choice)", "rows")
+    stop: list[str] = key([], "texts that end an answer, beside the end token; they are cut off")
+    score: Literal["number", "none"] = key(
+        "number", "number: number_match, the final number equals the reference's; none: texts alone, no score"
+    )
+    samples: Annotated[int, Field(ge=0)] = key(8, "answers of each set that RUN/samples.jsonl keeps", "rows")
+
+
 class EvaluationSection(Section):
     """Scores on held-out rows."""
 
@@ -71,6 +84,9 @@ class EvaluationSection(Section):
     )
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
     test: bool = key(True, "score the test rows after training; false: later, by the same command with true")
+    generate: GenerateSection | None = key(
+        None, "answer the test prompts after training (before it too with test_before) and in `evaluate`; none: do not"
+    )
     row_scores: bool = key(False, "write the scores of every test row too: RUN/test_rows.json")
     forgetting: str | None = key(
         None, "text that is not trained on (a file, `embedded:tinyshakespeare`): its loss without and with the adapter"

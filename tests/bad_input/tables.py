@@ -9,7 +9,7 @@ from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
 from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
-from tests.bad_input.task_cases import CHOICES
+from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.weight_cases import FILES
 from tests.bad_input.yaml_cases import YAML
@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "CSV and parquet": TABLES,
     "class labels": LABELS,
     "multiple choice": CHOICES,
+    "generated answers": ANSWERS,
     "conversations": CHATS,
     "model folder, config.json": CONFIGS,
     "model folder, weights": FILES,

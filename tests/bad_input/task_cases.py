@@ -37,3 +37,28 @@ CHOICES: dict[str, Case] = {
         change=file("rows.csv", "question,one,two,answer\n" + "".join(f"q{n},a,b,B\n" for n in range(20))),
     ),
 }
+
+SHORT = "evaluation.generate={max_new_tokens: 8}"
+ANSWERS: dict[str, Case] = {
+    "answers to label words": bad(
+        "data.format is classification: label words are scored", SHORT, "data.test=4", "data.format=classification",
+        "data.columns={text: prompt, label: completion}",
+    ),
+    "answers to running text": bad(
+        "evaluation.generate answers prompts, and data.format is text:", SHORT, "data.test=4", "data.format=text",
+        "data.columns={text: prompt}",
+    ),
+    "answers without test rows": bad("evaluation.generate answers test prompts: set data.test", SHORT),
+    "answers longer than the context": bad(
+        "evaluation.generate.max_new_tokens 5000 leaves no room", "evaluation.generate={max_new_tokens: 5000}",
+        "data.test=4", change=rows(*({"prompt": f"p{n}", "completion": f" {n}"} for n in range(20)), times=1),
+    ),
+    "answers without a number": bad(
+        "4 of 4 test answers hold no number; the first 4:", SHORT, "data.test=4",
+        change=rows(*({"prompt": f"p{n}", "completion": " word"} for n in range(14)), times=1),
+    ),
+    "an answer of no tokens": bad(
+        "evaluation.generate.max_new_tokens: got 0 (integer), expected", "evaluation.generate={max_new_tokens: 0}"
+    ),
+    "answers that are not scored": bad("", "evaluation.generate={max_new_tokens: 8, score: none}", "data.test=4"),
+}  # fmt: skip
