@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from glora_llm.errors import UserError, nearest
 from glora_llm.files.yaml_text import Dumper, Location, parse
 from glora_llm.schema import Recipe
+from glora_llm.schema.section import expand_home
 
 LONGEST_SHOWN = 120  # characters of a value in a message
 
@@ -60,7 +61,10 @@ def find_recipe(name: str) -> Path:
     Raises:
         UserError: when there is no such recipe; the message lists the known ones.
     """
-    path = Path(name)
+    try:
+        path = Path(expand_home(name))  # a shell leaves the ~ of --recipe=~/mine.yaml
+    except ValueError as error:
+        raise UserError(f"--recipe {error}") from None
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             why = ": it is a folder, and a recipe is a file" if path.is_dir() else f" (looked in {Path.cwd()})"

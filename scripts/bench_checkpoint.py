@@ -53,7 +53,7 @@ def print_cost(recipe: str, settings: list[str], steps: int, run: Path) -> None:
     timed = _timed(Saver.save_checkpoint, seconds)
     every = max(1, steps // 10)
     _train(recipe, [*settings, f"training.steps={steps}", f"output.save_every={every}"], run, {"save": timed})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     step = statistics.median(line["train/seconds_per_step"] for line in lines if "train/loss" in line)
     one = statistics.median(seconds)
     newest = checkpoint.newest(run / "checkpoints")
@@ -87,13 +87,13 @@ def _move(near: Path, far: Path) -> None:
     """Copy a run, as if it had done a million steps."""
     shutil.copytree(near, far)
     folder = (far / "checkpoints" / f"step-{NEAR}").rename(far / "checkpoints" / f"step-{FAR}")
-    trainer = json.loads((folder / "trainer.json").read_text())
-    (folder / "trainer.json").write_text(json.dumps(trainer | {"step": FAR}))
+    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    (folder / "trainer.json").write_text(json.dumps(trainer | {"step": FAR}), encoding="utf-8")
     (folder / checkpoint.MANIFEST).unlink()
     checkpoint.write_manifest(folder)
     assert checkpoint.newest(far / "checkpoints") == folder
-    line = json.loads((far / "metrics.jsonl").read_text().splitlines()[-1])
-    with (far / "metrics.jsonl").open("w") as file:
+    line = json.loads((far / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    with (far / "metrics.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line | {"step": step}) + "\n" for step in range(1, FAR + 1))
 
 

@@ -44,9 +44,9 @@ def score(out: Path, method: str, rate: str, seed: int, overrides: list[str]) ->
         command = [sys.executable, "train.py", "--recipe", f"smollm2_{method}", f"training.lr={rate}"]
         command += [f"training.seed={seed}", "data.validation=null", f"output.dir={folder}", *overrides]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("w") as log:
+        with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return float(json.loads(summary.read_text())["test"]["test/exact_match"])
+    return float(json.loads(summary.read_text(encoding="utf-8"))["test"]["test/exact_match"])
 
 
 def table(out: Path, rates: list[str], seeds: list[int]) -> int:

@@ -39,8 +39,8 @@ OPTION = re.compile(r"\s*Answer\d+: (.*?)(?=\s*Answer\d+: |\s*\n)", re.DOTALL)
 def write_task(data: Path, folder: Path) -> None:
     """Write the questions and options of the records as a task of lm-eval."""
     rows = folder / "rows.jsonl"
-    with rows.open("w") as file:
-        for record in json.loads(data.read_text()):
+    with rows.open("w", encoding="utf-8") as file:
+        for record in json.loads(data.read_text(encoding="utf-8")):
             text = record["instruction"].partition("the question: ")[2]
             row = {
                 "question": text.partition("\n")[0].strip(),
@@ -48,7 +48,7 @@ def write_task(data: Path, folder: Path) -> None:
                 "answer": int(record["answer"].removeprefix("answer")) - 1,
             }
             file.write(json.dumps(row) + "\n")
-    (folder / "arc_easy_here.yaml").write_text(TASK.format(rows=rows))
+    (folder / "arc_easy_here.yaml").write_text(TASK.format(rows=rows), encoding="utf-8")
 
 
 def timed(command: list[str]) -> tuple[float, float]:
@@ -100,9 +100,9 @@ def main() -> None:
             wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
             print(f"{name:20} {wall:8.1f} s, {cpu:8.1f} s of CPU (median of {len(times)})")
         theirs = max(Path(place, "lm").rglob("results_*.json"))
-        print("lm-eval:", json.loads(theirs.read_text())["results"][task])
+        print("lm-eval:", json.loads(theirs.read_text(encoding="utf-8"))["results"][task])
         for name in ("merged", "run"):
-            print(f"{name}:", json.loads(Path(place, f"{name}.json").read_text())["tasks"][task])
+            print(f"{name}:", json.loads(Path(place, f"{name}.json").read_text(encoding="utf-8"))["tasks"][task])
 
 
 if __name__ == "__main__":

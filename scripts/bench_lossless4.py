@@ -55,14 +55,14 @@ def train(out: Path, method: str, rate: str, seed: int) -> Path:
         command = [sys.executable, "train.py", "--recipe", recipe, *overrides, f"training.lr={rate}"]
         command += [f"training.seed={seed}", "data.validation=null", f"output.dir={folder}"]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("w") as log:
+        with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return folder
 
 
 def summary(run: Path) -> dict[str, Any]:
     """Return the summary of a run."""
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -94,7 +94,7 @@ def merged(run: Path) -> dict[str, Any]:
     place = run.with_name(f"{run.name}.4bit.json")
     if not place.is_file():
         subprocess.run([sys.executable, __file__, "--merge", str(run)], check=True)
-    found: dict[str, Any] = json.loads(place.read_text())
+    found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     return found
 
 
@@ -120,7 +120,7 @@ def merge_and_score(run: Path) -> None:
         "before": summary(run)["test"], "after": score_model(plan, model, "test"), "codes": codes, "changed": changed,
         "bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
     }  # fmt: skip
-    run.with_name(f"{out.name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    run.with_name(f"{out.name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def by_blocks(run: Path, out: Path, _: Any) -> None:

@@ -58,7 +58,7 @@ def main() -> int:
     lines, good = table(results, len(bench.scorer.numbers))
     print("\n".join(lines))
     if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n")
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(not good)
 
 

@@ -80,7 +80,7 @@ def main() -> int:
         print("\n".join(part), flush=True)
         lines += part
         if arguments.out:
-            arguments.out.write_text("\n".join(lines) + "\n")
+            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(failed)
 
 

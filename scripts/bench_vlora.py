@@ -85,7 +85,7 @@ def main() -> int:
     lines, good = table(passes, steps, measured)
     print("\n".join(lines))
     if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n")
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(not good)
 
 

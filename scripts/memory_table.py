@@ -38,7 +38,7 @@ def main() -> None:
         text = tables(Path(folder))
     print(text)
     if arguments.out:
-        arguments.out.write_text(text)
+        arguments.out.write_text(text, encoding="utf-8")
 
 
 def tables(root: Path) -> str:

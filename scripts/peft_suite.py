@@ -82,7 +82,7 @@ def run(tests: Path, cache: Path, workers: int, expression: str | None) -> list[
     subprocess.run([sys.executable, "-m", "pytest", *options, *files], cwd=models, env=environment, check=False)
     if not results.is_file():
         raise SystemExit("pytest wrote no results: see its messages above")
-    found: list[dict[str, str]] = json.loads(results.read_text())
+    found: list[dict[str, str]] = json.loads(results.read_text(encoding="utf-8"))
     return found
 
 

@@ -35,6 +35,7 @@ FEWER: dict[str, tuple[str, ...]] = {
         *("data.validation=16", "data.max_test_rows=16", "search.passes=4", "search.finetune_steps=0"),
         "merge.after_training=false",
     ),
+    "smollm2_lossless4": ("data.validation=32", "data.max_test_rows=32"),
     "tiny_cpu_search": ("search.passes=4",),
 }
 MODELS_OF_HUB, DATA_OF_HUB = "the model is on the hub", "the data are on the hub"
@@ -69,7 +70,7 @@ def main() -> int:
     text = table(found)
     print(text)
     if arguments.out:
-        arguments.out.write_text(text)
+        arguments.out.write_text(text, encoding="utf-8")
     return int(any(abs(off(values)) > 0.1 for values in found.values()))
 
 
@@ -112,7 +113,7 @@ def measure(name: str, folder: str) -> dict[str, Any]:
     recipe = recipes.load(name, [*SHORT, *FEWER.get(name, ()), f"output.dir={run}", "merge.after_training=false"])
     train(recipe)
     measured = {"searching": peak_memory_gb(cpu)} if recipe.search else {}
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     measured |= {"loading": summary["load_peak_gb"], "training": summary["peak_memory_gb"]}
     gc.collect()  # as a run does before it merges
     reset_peak_memory(cpu)

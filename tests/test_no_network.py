@@ -42,17 +42,18 @@ def test_a_run_asks_the_hub_in_its_resolve_phase_alone(tmp_path: Path) -> None:
     (model / "refs" / "main").write_text(COMMIT)
     log = tmp_path / "asked"
     more = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "GLORA_NETWORK_LOG": str(log)}
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "glora_llm", "train", "--recipe", "tiny_cpu", "model.name_or_path=someone/tiny",
-            "training.steps=2", "training.warmup=0", "data.max_rows=64", "data.validation=8", "data.max_test_rows=8",
-            "merge.after_training=true", f"output.dir={tmp_path / 'run'}",
-        ],
-        cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "glora_llm", "train", "--recipe", "tiny_cpu", "model.name_or_path=someone/tiny",
+        "training.steps=2", "training.warmup=0", "data.max_rows=64", "data.validation=8", "data.max_test_rows=8",
+        "merge.after_training=true", f"output.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
     asked = log.read_text().splitlines()
     assert asked, "the hub was not asked, so nothing is shown"
     later = [line for line in asked if "glora_llm/models/resolve.py:_download" not in line]
     assert not later, later[:3]
+    (model / "refs" / "main").write_text("f" * 40)  # the model on the hub has changed since: the run keeps its commit
+    again = subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "had ended already" in again.stdout, again.stderr[-3000:]

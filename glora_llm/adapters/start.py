@@ -64,7 +64,7 @@ def require_same_base(folder: Path, fingerprint: str) -> None:
     """
     places = [place / "base.json" for place in folder.absolute().parents[:3]]
     file = next((place for place in places if place.is_file()), None)
-    base = json.loads(file.read_text()) if file is not None else {}
+    base = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
     if fingerprint and base.get("fingerprint", fingerprint) != fingerprint:
         raise UserError(
             f"adapter.weights: {folder} was trained on {base.get('name')}, and this recipe has another base: they "

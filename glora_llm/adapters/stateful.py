@@ -64,10 +64,10 @@ def save_state(method: StatefulMethod, folder: Path) -> None:
     """Write a method's state into an adapter folder: NAME.safetensors and NAME.json."""
     tensors, values = method.state_dict()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{method.name}.safetensors")
-    (folder / f"{method.name}.json").write_text(json.dumps(values))
+    (folder / f"{method.name}.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 def load_state(method: StatefulMethod, folder: Path) -> None:
     """Set a method's state to the one that `save_state` wrote into an adapter folder."""
-    values = json.loads((folder / f"{method.name}.json").read_text())
+    values = json.loads((folder / f"{method.name}.json").read_text(encoding="utf-8"))
     method.load_state_dict(load_file(folder / f"{method.name}.safetensors"), values)

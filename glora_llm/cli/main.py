@@ -5,6 +5,7 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from glora_llm import __version__
 from glora_llm.cli import (
@@ -85,7 +86,21 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
+    _expand_homes(parser, arguments)
     return arguments
+
+
+def _expand_homes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Replace ~ in paths: a shell does it for `--out ~/merged` and leaves it in `--out=~/merged`."""
+    paths = {name: value for name, value in vars(arguments).items() if isinstance(value, Path)}
+    for name, path in paths.items():
+        if str(path).startswith("~"):
+            from glora_llm.schema.section import expand_home
+
+            try:
+                setattr(arguments, name, Path(expand_home(str(path))))
+            except ValueError as error:
+                parser.error(str(error))
 
 
 def print_any_text() -> None:

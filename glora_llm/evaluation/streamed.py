@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.evaluation.progress import Progress
+from glora_llm.models.config_file import load_config
 from glora_llm.models.families import auto_class, layers
 from glora_llm.models.folder import share
 from glora_llm.models.load import linear_names
@@ -40,10 +41,9 @@ class HollowModel:
 def hollow_model(folder: Path, dtype: torch.dtype, device: torch.device) -> HollowModel | None:
     """Build the model of a folder without its matrices; None where its files do not hold what its modules name."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     with init_empty_weights(include_buffers=False), no_init_weights():  # buffers are computed: rotary frequencies
         model: Any = auto_class(config).from_config(config, dtype=dtype)
     model.tie_weights()

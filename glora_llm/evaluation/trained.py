@@ -23,6 +23,7 @@ from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.launch.device import choose_device
+from glora_llm.models.config_file import load_config
 from glora_llm.models.families import auto_class
 from glora_llm.models.fingerprint import fingerprint, stored_bytes
 from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained_config
@@ -96,8 +97,6 @@ def whole_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Pa
     Raises:
         UserError: when the run has not ended, or its model is damaged.
     """
-    from transformers import AutoConfig
-
     if checkpoint is None:
         if not (model / "config.json").is_file():
             raise UserError(f"{model} holds no model: {NOT_ENDED}")
@@ -106,7 +105,7 @@ def whole_model(plan: Plan, model: Path, checkpoint: Path | None) -> Iterator[Pa
         return
     place = Path(tempfile.mkdtemp(prefix=".merge-", dir=model.parent))
     try:
-        config = AutoConfig.from_pretrained(plan.base.folder, local_files_only=True)
+        config = load_config(plan.base.folder)
         write_trained_config(place, config, read_sharing(plan.base.folder), torch.float32)
         copy_tensors(checkpoint / "state.safetensors", place / WEIGHTS, "master/")
         plan.task.save_preprocessing(place)
@@ -170,7 +169,12 @@ def load_merged(folder: Path, dtype: torch.dtype | None = None) -> Any:
             return streamed
         where = torch.device("cpu")
     chosen: Any = dtype or ("auto" if where.type == "cuda" else torch.float32)
-    return auto_class(config).from_pretrained(folder, dtype=chosen, local_files_only=True).to(where).eval()
+    return (
+        auto_class(config)
+        .from_pretrained(folder, dtype=chosen, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+        .to(where)
+        .eval()
+    )
 
 
 def stream_merged(folder: Path, where: torch.device, title: str = "") -> Any | None:
@@ -221,10 +225,8 @@ def _in_dtype(section: ModelSection, dtype: torch.dtype | None) -> ModelSection:
 
 
 def _merged_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no merged model (no config.json): write one by `glora-llm merge RUN --out {folder}`."
         )
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return load_config(folder)

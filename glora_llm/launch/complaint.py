@@ -31,7 +31,7 @@ def print_once(text: str, key: str) -> None:
         return
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        note = (folder / key).open("a")
+        note = (folder / key).open("a", encoding="utf-8")
     except OSError:  # nowhere to say it: better twice than never
         print(text, file=sys.stderr, flush=True)
         return
@@ -55,7 +55,7 @@ def count_as_said(key: str) -> None:
     if folder is not None:
         with contextlib.suppress(OSError):  # nowhere to note it
             folder.mkdir(mode=0o700, exist_ok=True)
-            (folder / key).write_text("printed\n")
+            (folder / key).write_text("printed\n", encoding="utf-8")
 
 
 def launch_folder() -> Path | None:

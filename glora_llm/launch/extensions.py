@@ -38,7 +38,7 @@ def load_extension(builder_name: str) -> None:
             left.unlink(missing_ok=True)
             print(f"{left} was left by a build that was killed; it is removed, and the build starts again", flush=True)
         note = root / NOTE
-        note.write_text(builder.name)
+        note.write_text(builder.name, encoding="utf-8")
         builder.load()
         note.unlink()
 
@@ -77,7 +77,7 @@ def abandoned(root: Path, older_than: float = ABANDONED_SECONDS) -> Iterator[Pat
         older_than: seconds after which a file that no note explains has no owner either.
     """
     note = root / NOTE
-    ours = note.read_text() if note.exists() else None
+    ours = note.read_text(encoding="utf-8") if note.exists() else None
     for file in (*root.glob("*/lock"), *root.glob("*/*/lock")):
         try:
             age = time.time() - file.stat().st_mtime

@@ -100,7 +100,7 @@ def _write_note(note: Path, process_rank: int, error: str, trace: str = "") -> b
     """Write `failure.json`, and return True, unless another process did so before."""
     report = {"process_rank": process_rank, "error": error, "traceback": trace}
     try:
-        with note.open("x") as file:
+        with note.open("x", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
     except FileExistsError:
         return False

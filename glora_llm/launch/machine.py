@@ -68,5 +68,5 @@ def hardware(device: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

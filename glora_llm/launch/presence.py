@@ -43,7 +43,7 @@ class Presence:
         hidden = self.folder / f".{name}"
         with contextlib.suppress(OSError):  # a folder that cannot be written: the others will not name this process
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            self.file = hidden.open("w")
+            self.file = hidden.open("w", encoding="utf-8")
             fcntl.lockf(self.file, fcntl.LOCK_EX)  # released when this process ends, however it does
             hidden.rename(self.folder / name)
 
@@ -68,7 +68,7 @@ class Presence:
 
 def _is_abandoned(path: Path) -> bool:
     try:
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except (FileNotFoundError, BlockingIOError, PermissionError):

@@ -37,7 +37,7 @@ class RunLock:
     def holder(self) -> str | None:
         """Return who holds the lock, in words; None: nobody, or there are no locks here."""
         try:
-            with self.path.open() as file:
+            with self.path.open(encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return self._owner()
@@ -59,7 +59,7 @@ class RunLock:
 
     def _try(self) -> str | None:
         try:
-            file = self.path.open("a+")
+            file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             log.warning("%s cannot be written (%s): a second run in this folder would not be noticed", self.path, error)
             return None
@@ -84,7 +84,7 @@ class RunLock:
 
     def _owner(self) -> str:
         try:
-            owner = json.loads(self.path.read_text())
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
             return f"process {owner['pid']} on {owner['host']}, since {since}"
         except (OSError, ValueError, KeyError, TypeError):

@@ -94,6 +94,8 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
             made = {
                 name: _make(part, folder, working / name, base_dtype, dtype, chosen) for name, part in parts.items()
             }
+            if quantize == "nf4":  # its twin is made of what is published
+                _add_to_report(working, {"not_lossless": losses})
         for name, (_, values) in made.items():
             _print_all(out / name, values, plan.task.scored)
         if quantize == "nf4":
@@ -101,7 +103,7 @@ def merge_run(run: Path, out: Path, **choices: Any) -> None:
             _requantise(plan, out, reference, values | {"not_lossless": losses})
     usual = chosen.is_usual and quantize == "none"
     if usual and out.resolve() == (run / "merged").resolve():
-        _score_merged(folder, recipe, out)
+        score_merged(folder, recipe, out)
 
 
 def _losses(fit: Fitted, quantize: str) -> str | None:
@@ -184,15 +186,15 @@ def _verify(
 
 
 def _write_report(out: Path, values: dict[str, Any]) -> None:
-    (out / REPORT).write_text(json.dumps(values, indent=1) + "\n")
+    (out / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _add_to_report(out: Path, more: dict[str, Any]) -> None:
     if more:
-        _write_report(out, json.loads((out / REPORT).read_text()) | more)
+        _write_report(out, json.loads((out / REPORT).read_text(encoding="utf-8")) | more)
 
 
-def _score_merged(folder: RunFolder, recipe: Recipe, out: Path) -> None:
+def score_merged(folder: RunFolder, recipe: Recipe, out: Path) -> None:
     """Add the scores of RUN/merged on the test rows to summary.json, where there are such rows and they are here."""
     if recipe.data.test is None:
         return

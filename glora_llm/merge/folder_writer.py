@@ -88,4 +88,4 @@ class FolderWriter:
                 "metadata": {"total_size": self._total},
                 "weight_map": {t: names[n] for t, n in self._place.items()},
             }
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")

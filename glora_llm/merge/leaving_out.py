@@ -61,8 +61,8 @@ def smaller_adapter(
         save_file(weights, place / ADAPTER_WEIGHTS)
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         config |= {"genome": genome_to_slots(genome)}
-        (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (place / "genome.json").write_text(genome_to_json(genome))
+        (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (place / "genome.json").write_text(genome_to_json(genome), encoding="utf-8")
         update: dict[str, str | None] = {"slots": None, "preset": None, "paths": None, "weights": None}
         update |= {"genome": str(place / "genome.json"), "composition": composition}
         section = plan.recipe.adapter.model_copy(update=update)

@@ -50,7 +50,9 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
     tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
     with whole_folder(out) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
-        _write_config(folder, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text()))
+        _write_config(
+            folder, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        )
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def merge_lossless(
         }
         if compared:
             values = _compare(plan, folder, adapter, working, dtype) | values
-        (working / REPORT).write_text(json.dumps(values, indent=1) + "\n")
+        (working / REPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         _require(plan, values, written)
     _print(out, values, plan.task.scored)
 
@@ -161,7 +161,8 @@ def load_nf4(folder: Path) -> Any:
     where = choose_device()
     where = where if fits(stored_bytes(folder), where) else torch.device("cpu")
     model = auto_class(load_config(folder)).from_pretrained(
-        folder, dtype="auto", local_files_only=True, device_map={"": where}
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False,
+        device_map={"": where},
     )  # fmt: skip
     keep_quantized_weights(model)
     return model.eval()

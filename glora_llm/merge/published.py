@@ -35,7 +35,7 @@ def published(out: Path) -> Iterator[Path]:
         working.rename(failed)
         if not (failed / REPORT).exists():
             said = f"not verified: {type(error).__name__}: {error}"
-            (failed / REPORT).write_text(json.dumps({"error": said}, indent=1) + "\n")
+            (failed / REPORT).write_text(json.dumps({"error": said}, indent=1) + "\n", encoding="utf-8")
         if isinstance(error, CheckFailed | UserError):
             raise type(error)(f"{error} It is in {failed}.") from None
         if isinstance(error, torch.OutOfMemoryError | MemoryError):

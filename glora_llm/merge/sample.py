@@ -71,7 +71,7 @@ def _targets(row: Row) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
 def _read_sample(file: Path) -> tuple[list[Row], str]:
     if not file.is_file():
         return [], ""
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     rows = [
         Row(np.array(sample["tokens"], dtype=np.int32), np.array(sample["targets"], dtype=bool), sample["starts"])
         for sample in content["samples"]

@@ -112,14 +112,16 @@ def _on_meta(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     with torch.device("meta"):
-        return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        return AutoModelForImageClassification.from_config(
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        )
 
 
 def _write(source: Path, folder: Path, names: list[str], seed: int, weights: bool, same: bool) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, local_files_only=True, **_named(names))
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False, **_named(names))
     config.architectures = [type(_on_meta(source)).__name__]
     config.save_pretrained(folder)
     if is_ours(source):
@@ -141,7 +143,13 @@ def _tensors(source: Path, config: Any) -> dict[str, Any]:
     if is_ours(source):
         return {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
     model = AutoModelForImageClassification.from_pretrained(
-        source, config=config, ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True, dtype="auto"
+        source,
+        config=config,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype="auto",
+        trust_remote_code=False,
     )
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 

@@ -67,7 +67,10 @@ def load_config(folder: Path) -> "PretrainedConfig":
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, StrictDataclassError) as error:
-        raise UserError(f"{file} does not fit its family: {' '.join(str(error).split())[:300]}. {AGAIN}") from error
+        why = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            why = "it asks for code that comes with the model, and such code is not run"
+        raise UserError(f"{file} does not fit its family: {why}. {AGAIN}") from error
     activation = getattr(config.get_text_config(decoder=True), "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         raise UserError(f"{file}: hidden_act '{activation}' is unknown.{nearest(str(activation), ACT2FN)} {AGAIN}")

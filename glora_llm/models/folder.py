@@ -99,7 +99,7 @@ def new_folder(
     def make(folder: Path) -> None:
         add(folder)
         config.save_pretrained(folder)
-        (folder / START).write_text(json.dumps({"seed": seed}) + "\n")
+        (folder / START).write_text(json.dumps({"seed": seed}) + "\n", encoding="utf-8")
         if sharing is not None:
             write_sharing(sharing, folder)
 
@@ -113,7 +113,7 @@ def vlora_config(section: VLoRASection) -> VLoRAConfig:
 
 def write_sharing(config: VLoRAConfig, folder: Path) -> None:
     """Write vlora.json."""
-    (folder / SHARING).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    (folder / SHARING).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
 
 
 def read_sharing(folder: Path) -> VLoRAConfig | None:
@@ -126,7 +126,7 @@ def read_sharing(folder: Path) -> VLoRAConfig | None:
     if not file.is_file():
         return None
     try:
-        return VLoRAConfig(**json.loads(file.read_text()))
+        return VLoRAConfig(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} does not say how layers share weights: {error}. Write the folder again.") from error
 
@@ -172,7 +172,7 @@ def build(
 
     require_weights(folder)
     stored = (folder / WEIGHTS).is_file()
-    seed = 0 if stored else int(json.loads((folder / START).read_text())["seed"])
+    seed = 0 if stored else int(json.loads((folder / START).read_text(encoding="utf-8"))["seed"])
     draws = not stored and (shards is None or shards.is_main_process)
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if draws else without_values():
         torch.manual_seed(seed)

@@ -36,9 +36,13 @@ def convert(file: Path, folder: Path) -> None:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except (ImportError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"Cannot read {file}: {error}. Give the model as a folder of safetensors instead.") from error
     _forget_quantization(model)

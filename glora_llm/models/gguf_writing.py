@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glora_llm.errors import UserError
+from glora_llm.models.config_file import load_config
 from glora_llm.models.gguf_vocabulary import add_vocabulary, read_vocabulary
 from glora_llm.models.stored import StoredTensors
 from glora_llm.models.tokenizer import load_tokenizer
@@ -62,9 +63,8 @@ def write_gguf(folder: Path, file: Path, name: str) -> None:
         UserError: as of `require_gguf`.
     """
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     require_gguf(config, folder)
     tokenizer, stored = load_tokenizer(folder), StoredTensors(folder)
     writer = GGUFWriter(file, config.model_type)

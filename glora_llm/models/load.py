@@ -86,7 +86,12 @@ def _load_pretrained(
     }
     if shards is None:
         model, report = auto_class(config).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **settings,
         )
     else:
         model, report = load_divided(folder, config, shards, settings)

@@ -62,7 +62,7 @@ def _write(source: Path, folder: Path, names: list[str] | None, pad: int, seed: 
         "label2id": {name: number for number, name in enumerate(classes)},
         "problem_type": "regression" if names is None else "single_label_classification",
     }
-    config = AutoConfig.from_pretrained(source, local_files_only=True, **settings)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False, **settings)
     config.pad_token_id = config.get_text_config().pad_token_id = pad
     with torch.device("meta"):
         shape = AutoModelForSequenceClassification.from_config(config)
@@ -71,7 +71,13 @@ def _write(source: Path, folder: Path, names: list[str] | None, pad: int, seed: 
     if not weights:
         return
     model = AutoModelForSequenceClassification.from_pretrained(
-        source, config=config, ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True, dtype="auto"
+        source,
+        config=config,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype="auto",
+        trust_remote_code=False,
     )
     _start_head(model, config, seed)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

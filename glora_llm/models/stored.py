@@ -17,6 +17,7 @@ from glora_llm.schema import ModelSection
 from glora_llm.vlora import compose, compositions
 
 COPIED_AT_ONCE = 2**24  # bytes
+SMALL = 2**20  # bytes
 
 
 class StoredTensors:
@@ -48,10 +49,14 @@ class StoredTensors:
         return self._shapes[name]
 
     def get(self, name: str) -> Tensor:
-        """Return one tensor."""
+        """Return one tensor.
+
+        A small one is copied: each tensor that is kept as it was read holds a mapping of its file, with pages of its
+        neighbours, and a model has hundreds of norms and biases.
+        """
         with safe_open(self._files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        return tensor.clone() if tensor.nbytes <= SMALL else tensor
 
     def numbers(self) -> int:
         """Return the count of numbers in all tensors, without reading them."""

@@ -23,9 +23,12 @@ from glora_llm.plan.phases import (
 )
 
 # Resident bytes that follow from no shape, measured on 2026-11-29 (docs/plan.md): what the libraries take when they
-# are first used, by phase; a tokenizer, by piece of its vocabulary; the figures of a search.
-LOADED, TRAINED, MERGED = 28e6, 36e6, 45e6
+# are first used, by phase; what Python, PEFT, autograd and DeepSpeed keep of each trained tensor, whatever its size,
+# by phase; a tokenizer, by piece of its vocabulary; the figures of a search.
+LOADED, TRAINED, MERGED = 27e6, 34.5e6, 43e6
+TENSOR_LOADED, TENSOR_TRAINED = 14e3, 22e3
 TOKENIZER_PIECE, FIGURES = 1066.0, 20e6
+MOST_ON_CPU, TIMED_TOKENS = 1.5e9, 64  # of merge/latency.py: models above so many bytes are not timed
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -37,8 +40,10 @@ def cpu_phases(subject: Subject) -> list[Phase]:
     memory = at_rest(recipe, subject.sizes, subject.world_size, subject.dtype, 0)
     share = FLOAT32 * sharding.share(trained)
     pieces = TOKENIZER_PIECE * subject.sizes.vocabulary
+    tensors = len(subject.sizes.trained)
     loading_libraries, libraries, merging_libraries = (
-        {"libraries": round(size + pieces)} for size in (LOADED, TRAINED, MERGED)
+        {"libraries": round(size + pieces + tensors * each)}
+        for size, each in ((LOADED, TENSOR_LOADED), (TRAINED, TENSOR_TRAINED), (MERGED, TENSOR_TRAINED))
     )
     loaded, base, reading = _weights(subject)
     optimizer = memory.optimizer + (3 * share if sharding.optimizer_on_cpu else 0)
@@ -61,7 +66,8 @@ def cpu_phases(subject: Subject) -> list[Phase]:
     left = {"adapter": memory.adapter, "optimizer": optimizer}  # as measured: still resident when the merge begins
     if recipe.search is not None:
         merging_libraries["libraries"] += round(FIGURES)  # they were drawn
-    merged = left | merging_libraries | {"workspace": max(merging(subject), _scored_merged(subject))}
+    held = max(merging(subject), _scored_merged(subject), _timed(subject))
+    merged = left | merging_libraries | {"workspace": held}
     return passed_through(recipe, [*found, Phase("merging", merged)])
 
 
@@ -74,6 +80,21 @@ def _scored_merged(subject: Subject) -> int:
     same = getattr(torch, recipe.merge.dtype) == subject.dtype
     weights = 0 if same else sizes.dense * subject.dtype.itemsize
     return FLOAT32 * compared_tokens(subject) * sizes.vocabulary + file + weights
+
+
+def _timed(subject: Subject) -> int:
+    """Return what the comparison of speeds holds (`merge.latency`): merged model and base, both in float32.
+
+    The answers of the unmerged model are still there. In 4 bits (`nf4_lossless`) both are smaller than a merge.
+    """
+    recipe, sizes = subject.recipe, subject.sizes
+    each = FLOAT32 * sizes.dense
+    is_left_out = recipe.data.format == "images" or recipe.adapter.is_full or 2 * each > MOST_ON_CPU
+    if is_left_out or recipe.merge.quantize == "nf4_lossless":
+        return 0
+    stored, dtypes = _stored(subject)
+    base = stored if dtypes == {torch.float32} else each + stored  # mapped, or a copy beside the file that is read
+    return each + base + FLOAT32 * sizes.vocabulary * (compared_tokens(subject) + 2 * TIMED_TOKENS)
 
 
 def _weights(subject: Subject) -> tuple[dict[str, int], dict[str, int], int]:

@@ -81,8 +81,6 @@ def _require_there(key: str, path: str | None) -> None:
 
 def _require_writable(folder: Path) -> None:
     """Check that a run folder is there and can be written to, or can be made."""
-    if str(folder).startswith("~"):
-        raise UserError(f"output.dir {folder}: ~ is not expanded in a recipe. Write the whole path.")
     try:
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if not there.is_dir():

@@ -56,11 +56,11 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
     weights = inherit(load_file(file), paths)
     if not any(True for path in paths.values() for _ in path.active()):
         raise UserError(f"{genome}: every slot of every layer is none, and that is the base model as it was.")
-    config = json.loads((supernet / "adapter_config.json").read_text())
+    config = json.loads((supernet / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"supernet": None, "genome": genome_to_slots(paths)}
     with whole_folder(out) as place:
         save_file(weights, place / ADAPTER_WEIGHTS)
-        (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def finetune_recipe(folder: RunFolder) -> Recipe:
@@ -74,8 +74,8 @@ def finetune_recipe(folder: RunFolder) -> Recipe:
     search = folder.recipe().search
     assert search is not None
     recipe, weights = deployed(folder, folder.adapter)
-    tuned, genome = RunFolder(folder.path / "finetuned"), folder.genome.read_text()
-    if tuned.genome.is_file() and tuned.genome.read_text() != genome:
+    tuned, genome = RunFolder(folder.path / "finetuned"), folder.genome.read_text(encoding="utf-8")
+    if tuned.genome.is_file() and tuned.genome.read_text(encoding="utf-8") != genome:
         raise UserError(
             f"{tuned.path} was trained from another genome than {folder.genome} holds now. Delete {tuned.path}, or put "
             "that genome back."

@@ -93,7 +93,7 @@ def describe(plan: Plan) -> str:
     model = empty.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    saved = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
+    saved, count = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full), recipe.output.keep + 1
     lines = [
         f"model      {plan.base.name}, {recipe.model.quantization}, {(total - trained) / 1e6:.1f} M frozen",
         f"weights    {_describe_weights(plan)}",
@@ -103,7 +103,8 @@ def describe(plan: Plan) -> str:
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {plan.batch_identity()}; {plan.steps} steps, {_epochs(plan):.2f} epochs",
-        f"deepspeed  {recipe.training.deepspeed}; {2 * saved / 1e6:.0f} MB for two checkpoints",
+        f"deepspeed  {recipe.training.deepspeed}; {count * saved / 1e6:.0f} MB for {count} checkpoints (output.keep "
+        "and one more)",
         f"merge      {empty.obstacle or 'possible into a plain transformers model'}",
         *[f"warning    {text}" for text in _warnings(plan, without_adapter(model).config)],
     ]

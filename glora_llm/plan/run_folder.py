@@ -70,7 +70,25 @@ class RunFolder:
         return self.path / "genome.json"
 
     def recipe(self) -> Recipe:
-        """Return the run's recipe.
+        """Return the run's recipe, with a model of the hub at the commit that the run began with.
+
+        Raises:
+            UserError: as `written_recipe`, and when base.json is damaged.
+        """
+        recipe, commit = self.written_recipe(), self.base().get("revision")
+        return recipe if commit is None else _at_revision(recipe, commit)
+
+    def pinned(self, recipe: Recipe) -> Recipe:
+        """Return a recipe that goes on with this run, with a model of the hub at the commit that the run began with.
+
+        A revision that the recipe names itself stays; the fingerprint of its weights is compared all the same.
+        """
+        base = self.base()
+        is_pinned = recipe.model.revision is None and base.get("name") == recipe.model.name_or_path
+        return _at_revision(recipe, base["revision"]) if is_pinned and base.get("revision") else recipe
+
+    def written_recipe(self) -> Recipe:
+        """Return the run's recipe as recipe.yaml has it.
 
         Raises:
             UserError: when this is no run folder, or an override is of another key than those of `DATA_KEYS`.
@@ -136,7 +154,7 @@ class RunFolder:
             if self.checkpoints.is_dir():
                 raise UserError(f"{self.path} has checkpoints but no recipe.yaml; choose another output.dir.")
             return
-        there, here = _binding(self.recipe()), _binding(recipe)
+        there, here = _binding(self.written_recipe()), _binding(recipe)
         differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
         if differing:
             shown = "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])
@@ -241,6 +259,11 @@ def _require_metrics(file: Path) -> None:
             entry = None
         if not isinstance(entry, dict) or type(entry.get("step")) is not int:
             raise UserError(f"{file}, line {number}: not the metrics of a step: {line[:80]}. Delete the line.")
+
+
+def _at_revision(recipe: Recipe, commit: str) -> Recipe:
+    """Return a recipe whose model is fetched from the hub, or from the hub's cache, at a commit."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def read_run(path: Path) -> Compared:
     recipe, summary = folder.recipe(), folder.summary()
     if "trained_parameters" not in summary:
         raise UserError(f"{path} has no result yet (summary.json): train it to its end, by the same command.")
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps: list[int] = []
     seconds: list[float] = []
     losses: list[float] = []

@@ -175,13 +175,13 @@ def _measured(
     file, table = folder.search / "costs.json", None
     if launch.is_main_process:
         if file.is_file():
-            table = json.loads(file.read_text())
+            table = json.loads(file.read_text(encoding="utf-8"))
         else:
             tokens = plan.recipe.training.micro_batch * plan.recipe.data.max_tokens
             dtype = compute_dtype(plan.recipe.model, launch.device)
             table = cost.measure(space_of(layers, SearchSection()), tokens, dtype, launch.device)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(table, indent=1) + "\n")
+            file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     costs: cost.Costs = launch.broadcast(table)
     unit = settings.limit
 
@@ -227,7 +227,9 @@ def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict
     folder.search.mkdir(parents=True, exist_ok=True)
     everything: dict[bytes, Scored] = {}
     for text, part in found.items():
-        (folder.search / f"genome-{text}.json").write_text(genome_to_json(space.genome(part.best.code)))
+        (folder.search / f"genome-{text}.json").write_text(
+            genome_to_json(space.genome(part.best.code)), encoding="utf-8"
+        )
         everything |= {candidate.code.tobytes(): candidate for candidate in part.candidates}
     first = next(iter(found.values()))
     genome = space.genome(first.best.code)
@@ -263,7 +265,7 @@ def _write_archive(
         for candidate in sorted(candidates, key=lambda c: (c.parameters, -c.score))
     ]
     values = {"metric": settings.metric, "limit": settings.limit, "candidates": entries}
-    file.write_text(json.dumps(values, indent=1) + "\n")
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _shares(space: Space, code: Code) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Train a recipe: plan, build, fit, score, save, search, merge. Read this first; `run/build.py` makes the parts."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 from collections.abc import Callable
@@ -66,7 +67,8 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
     folder.require_same_run(recipe)
     require_free(folder.path, RunLock(folder.path).holder())
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
-    plan, overview = plan_run(recipe, weights=not dry_run, world_size=planned_world_size())
+    plan, overview = plan_run(folder.pinned(recipe), weights=not dry_run, world_size=planned_world_size())
+    plan = dataclasses.replace(plan, recipe=recipe)
     if dry_run or choose_device().type == "cuda":
         overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, planned_world_size())}"
     if dry_run:
@@ -99,13 +101,13 @@ def _train_and_merge(plan: Plan, folder: RunFolder, processes: Processes, stop: 
             folder = RunFolder(Path(tuned.output.dir))
             train_plan(make_plan(tuned, world_size=processes.world_size), folder, processes, stop)
     ranks.stop()
-    if processes.is_main_process and recipe.merge.after_training and not (folder.path / "merged").exists():
-        from glora_llm.merge.command import merge_run
+    if processes.is_main_process and recipe.merge.after_training:
+        from glora_llm.merge.after_training import merge_after_training
 
         gc.collect()  # what training held in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        merge_run(folder.path, folder.path / "merged")
+        merge_after_training(folder)
     if processes.is_main_process:
         from glora_llm.report.summary import print_summary
 
@@ -149,7 +151,7 @@ def claim(plan: Plan, folder: RunFolder, device: torch.device) -> None:
     folder.write("base.json", json.dumps(base_identity(plan, device), indent=1) + "\n")
     keep_sample(plan, folder)
     if plan.recipe.adapter.genome is not None:
-        folder.write("genome.json", Path(plan.recipe.adapter.genome).read_text())
+        folder.write("genome.json", Path(plan.recipe.adapter.genome).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

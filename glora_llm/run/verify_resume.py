@@ -121,7 +121,7 @@ def _kill_after(launch: Sequence[str], folder: Path, step: int) -> int:
 def _logged(folder: Path, key: str) -> dict[int, float]:
     """Return step -> value of one metric; a line that is being written is left out."""
     file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     entries = [json.loads(line) for line in lines if line.endswith("}")]
     return {entry["step"]: entry[key] for entry in entries if key in entry}
 
@@ -140,7 +140,7 @@ def proof_of(trial: Trial, whole: RunFolder, killed: RunFolder, starts: list[dic
     return {
         "recipe": (whole.path / "recipe.yaml").read_text(encoding="utf-8"),
         "command": f"glora-llm train --recipe {trial.recipe} {' '.join(trial.overrides)}".strip(),
-        "base": json.loads((whole.path / "base.json").read_text()),
+        "base": json.loads((whole.path / "base.json").read_text(encoding="utf-8")),
         "processes": trial.processes,
         "starts": starts,
         "sha256": dict(zip(("uninterrupted", "killed"), hashes, strict=True)),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from glora_llm.schema.section import Rank, Section, key
+from glora_llm.schema.section import LocalPath, Rank, Section, key
 from glora_llm.schema.slots import Composition, Mode, Preset, Slot
 
 
@@ -55,8 +55,8 @@ class AdapterSection(Section):
         "train a supernet, from which a search chooses the slots of each layer",
     )
     supernet: SupernetSection | None = key(None, "what `paths: sample` draws from; none: everything")
-    genome: str | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
-    weights: str | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
+    genome: LocalPath | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
+    weights: LocalPath | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
         None, "factor on training.lr by slot; what is not named keeps its measured default", "x training.lr"

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from glora_llm.schema.section import Section, key
+from glora_llm.schema.section import LocalPath, Section, key
 
 
 class ModelSection(Section):
@@ -16,7 +16,7 @@ class ModelSection(Section):
     config: dict[str, Any] | None = key(
         None, "instead of name_or_path: a configuration of transformers (model_type, sizes); random weights by the seed"
     )
-    tokenizer: str | None = key(
+    tokenizer: LocalPath | None = key(
         None, "with config: a tokenizer's folder, a sentencepiece tokenizer.model, or `train:N`: N pieces, made once"
     )
     revision: str | None = key(None, "hub revision (branch, tag or commit)")

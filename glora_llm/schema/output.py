@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from glora_llm.schema.section import PositiveInt, Section, key
+from glora_llm.schema.section import LocalPath, PositiveInt, Section, key
 
 
 class MergeSection(Section):
@@ -32,7 +32,7 @@ class MergeSection(Section):
 class OutputSection(Section):
     """The run folder."""
 
-    dir: str = key(
+    dir: LocalPath = key(
         ...,
         "the run folder: recipe.yaml, metrics.jsonl, summary.json, tensorboard/, checkpoints/, adapter/ or model/",
     )

@@ -1,12 +1,28 @@
 """The base of all sections of a recipe. Strict: an unknown key or a value of another type is an error."""
 
+import os.path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Rank = Annotated[int, Field(gt=0, le=65_536)]
+
+
+def expand_home(path: str) -> str:
+    """Return a path with ~ or ~USER at its beginning replaced by that home folder, as a shell does.
+
+    Raises:
+        ValueError: when there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"'{path}': no user has that name, so ~ has no home folder. Write the whole path, or ./{path}")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):

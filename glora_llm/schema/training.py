@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from glora_llm.schema.section import PositiveInt, Section, key
+from glora_llm.schema.section import LocalPath, PositiveInt, Section, key
 
 LARGEST_LR = 1000
 Batch = Annotated[int, Field(gt=0, le=10_000_000)]
@@ -14,7 +14,9 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class TrainingSection(Section):
     """The optimisation. Every number has one owner: DeepSpeed's file says auto for what stands here."""
 
-    deepspeed: str = key("zero1", "a name in ds_configs/ (zero0 .. zero3, zero2_offload, zero3_offload) or a file")
+    deepspeed: LocalPath = key(
+        "zero1", "a name in ds_configs/ (zero0 .. zero3, zero2_offload, zero3_offload) or a file"
+    )
     global_batch: Batch = key(..., "samples (packed rows, with packing) of one optimizer step", "samples")
     micro_batch: Batch = key(..., "samples of one forward pass on one process", "samples")
     steps: PositiveInt | None = key(None, "optimizer steps (or give epochs)", "steps")

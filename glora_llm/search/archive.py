@@ -78,7 +78,7 @@ class Journal:
     @staticmethod
     def read(file: Path) -> list[str]:
         """Return the lines of a journal, none where there is no file."""
-        return file.read_text().splitlines() if file.is_file() else []
+        return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
     def missing(self, code: Code, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of `rows` that have no score of this genome yet."""
@@ -107,7 +107,7 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self.file is not None:
-            with self.file.open("a") as out:
+            with self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(entry) + "\n")
                 out.flush()
                 os.fsync(out.fileno())

@@ -25,11 +25,19 @@ from torch import Tensor
 from glora_llm.atomic import whole_folder
 from glora_llm.errors import UserError
 from glora_llm.failpoints import reach
+from glora_llm.files.json_file import read_object
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SMALL_FILES = 200_000  # bytes: names and shapes in the safetensors headers, the JSON files, folders
-NEEDED = frozenset({"state.safetensors", "trainer.json"})
+TRAINER = "trainer.json"
+NEEDED = frozenset({"state.safetensors", TRAINER})
+TRAINER_VALUES = {
+    "step": int,
+    "seconds": int | float,
+    "applied": int,
+    "data_digest": str,
+}  # without which nothing goes on
 
 
 def step_of(folder: Path) -> int:
@@ -64,7 +72,7 @@ def write(
     final = root / f"step-{step}"
     with whole_folder(final) as folder:
         _save_tensors(tensors, save_adapter, folder)
-        (folder / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        (folder / "trainer.json").write_text(json.dumps(trainer, indent=1), encoding="utf-8")
         reach("checkpoint.after_trainer")
         write_manifest(folder)
         reach("checkpoint.after_manifest")
@@ -78,7 +86,7 @@ def write_manifest(folder: Path) -> None:
     manifest = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, Tensor], save_adapter: Callable[[Path], None] | None, folder: Path) -> None:
@@ -108,7 +116,7 @@ def fault(folder: Path, needed: Set[str] = NEEDED) -> str | None:
         needed: the files without which the manifest is none of such a folder; a checkpoint's by default.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError) as error:
@@ -127,14 +135,28 @@ def fault(folder: Path, needed: Set[str] = NEEDED) -> str | None:
             return f"{name} cannot be read ({error})"
         if differs:
             return f"{name} differs from what was written (sha256)"
-    return None
+    return _trainer_fault(folder / TRAINER) if TRAINER in needed else None
+
+
+def _trainer_fault(file: Path) -> str | None:
+    """Return what a run could not go on from in trainer.json, whatever its checksum says: it was changed by hand."""
+    try:
+        values = read_object(file, "")
+    except UserError as error:
+        return f"{TRAINER} {str(error).removeprefix(str(file)).strip()}"
+    wrong = [key for key, kind in TRAINER_VALUES.items() if not isinstance(values.get(key), kind)]
+    if wrong:
+        return f"{TRAINER} has no {wrong[0]}, or one of another kind"
+    named = step_of(file.parent)
+    return None if values["step"] == named else f"{TRAINER} is of step {values['step']}, and the folder of step {named}"
 
 
 def _is_manifest(manifest: Any, needed: Set[str]) -> bool:
     """Tell whether this is what `write_manifest` wrote, by its shape."""
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
         return False
-    return all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in manifest.values())
+    stay = all(".." not in Path(name).parts and not Path(name).is_absolute() for name in manifest)
+    return stay and all(isinstance(item, dict) and {"bytes", "sha256"} <= item.keys() for item in manifest.values())
 
 
 def newest(root: Path) -> Path | None:
@@ -161,7 +183,7 @@ def read(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, A
             f"{folder} does not belong to this adapter: it lacks {absent or 'nothing'} and has {extra or 'nothing'} "
             "more. Use the recipe it was written with, or another output.dir."
         )
-    return tensors, json.loads((folder / "trainer.json").read_text())
+    return tensors, json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
 
 
 def rotate(root: Path, keep: int) -> None:

@@ -251,7 +251,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Return the most memory in use since the last reset, in GB: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage would count the parent's peak too
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
 
 
@@ -261,4 +261,4 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):  # some containers forbid it: the peak is then of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -44,7 +44,7 @@ def finish(context: Context, module: str, *arguments: str) -> None:
 
 def tail(context: Context, lines: int = 25) -> str:
     """Return the end of what launches have printed."""
-    return "\n".join((context.out / "launch.log").read_text(errors="replace").splitlines()[-lines:])
+    return "\n".join((context.out / "launch.log").read_text(errors="replace", encoding="utf-8").splitlines()[-lines:])
 
 
 def metrics(run: Path, key: str) -> dict[int, Any]:
@@ -52,13 +52,13 @@ def metrics(run: Path, key: str) -> dict[int, Any]:
     file = run / "metrics.jsonl"
     if not file.exists():
         return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     return {line["step"]: line[key] for line in lines if key in line}
 
 
 def summary(run: Path) -> dict[str, Any]:
     """Return a run's summary.json."""
-    return dict(json.loads((run / "summary.json").read_text()))
+    return dict(json.loads((run / "summary.json").read_text(encoding="utf-8")))
 
 
 def _environment(context: Context) -> dict[str, str]:

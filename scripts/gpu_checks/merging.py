@@ -23,7 +23,7 @@ def check(context: Context) -> Iterator[Row]:
         return
     merged = context.out / "merged"
     merge_run(run, merged)
-    report = json.loads((merged / "merge_report.json").read_text())
+    report = json.loads((merged / "merge_report.json").read_text(encoding="utf-8"))
     agreement, change = report["top1_agreement"], abs(report["loss_after"] - report["loss_before"])
     wanted = f"at least {AGREEMENT}"
     yield compared(

@@ -57,8 +57,8 @@ def _saved(run: Path) -> list[str]:
 
 def _left_early(notes: Path) -> int:
     """Return how many processes ended before the checkpoint was there."""
-    written = float((notes / "written").read_text())
-    return sum(float(file.read_text()) < written for file in notes.glob("left-*"))
+    written = float((notes / "written").read_text(encoding="utf-8"))
+    return sum(float(file.read_text(encoding="utf-8")) < written for file in notes.glob("left-*"))
 
 
 def _runs(process: psutil.Process) -> bool:

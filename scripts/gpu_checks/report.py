@@ -112,6 +112,6 @@ class Report:
             "seconds": round(time.monotonic() - self.began, 1),
             "rows": [{"check": check, **asdict(row)} for check, row in self.rows],
         }
-        (self.folder / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n")
+        (self.folder / "gpu_check.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         head = "\n".join(f"{name}: {value}  " for name, value in self.about.items())
-        (self.folder / "gpu_check.md").write_text(f"{head}\n\n{self.table()}")
+        (self.folder / "gpu_check.md").write_text(f"{head}\n\n{self.table()}", encoding="utf-8")

@@ -24,7 +24,7 @@ def check(context: Context) -> Iterator[Row]:
     out = context.out / "sharded_shape"
     out.mkdir()
     finish(context, "scripts.gpu_checks.sharded_shape_worker", name, str(out))
-    facts = json.loads((out / "facts.json").read_text())
+    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
     layers = LAYERS[name]
     held, whole = facts["held"], facts["whole"]
     share, most = held * context.processes / whole, GATHERED + SCALES * (context.processes - 1)

@@ -65,7 +65,7 @@ def main() -> None:
         whole = (sum(sizes.frozen) + sum(sizes.trained)) * dtype.itemsize + sizes.state_bytes
         layer = (SHAPES[name].hidden * SHAPES[name].intermediate * 3 + 2 * SHAPES[name].hidden ** 2) * dtype.itemsize
         facts = {"held": float(held[0]), "loading": float(held[1]), "whole": whole, "layer": layer}
-        (out / "facts.json").write_text(json.dumps(facts | {"seconds": min(seconds[1:])}))
+        (out / "facts.json").write_text(json.dumps(facts | {"seconds": min(seconds[1:])}), encoding="utf-8")
     engine.close()
     ranks.stop()
 

@@ -24,14 +24,14 @@ def main() -> int:
     def write_slowly(*arguments: Any, **keywords: Any) -> Any:
         time.sleep(float(seconds))
         result = write(*arguments, **keywords)
-        (notes / "written").write_text(str(time.time()))
+        (notes / "written").write_text(str(time.time()), encoding="utf-8")
         return result
 
     checkpoint.write = write_slowly
     try:
         return train_main(["--recipe", recipe, *overrides])
     finally:
-        (notes / f"left-{os.environ['RANK']}").write_text(str(time.time()))
+        (notes / f"left-{os.environ['RANK']}").write_text(str(time.time()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def check_processes(context: Context) -> Iterator[Row]:
         share = held * world / whole
         item, bound = f"ZeRO 3, {storage}: bytes of all {world}", GATHERED + SCALES[storage] * (world - 1)
         yield compared(item, f"at most {bound:.2f} x the model", f"{share:.2f} x", share <= bound, share=share)
-    gathered = json.loads((out / "gathered.json").read_text())
+    gathered = json.loads((out / "gathered.json").read_text(encoding="utf-8"))
     text = f"{gathered['whole']} of {gathered['divided']} parameters"
     yield compared("ZeRO 3: left whole after a step and a score", "none", text, gathered["whole"] == 0, **gathered)
     for storage in ("nf4", "none"):

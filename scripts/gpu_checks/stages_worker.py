@@ -41,7 +41,7 @@ def main() -> None:
             train(scenario, model, again, processes)
     gathered = left_gathered(model, out / "gathered", processes)
     if processes.is_main_process:
-        (out / "gathered.json").write_text(json.dumps(gathered))
+        (out / "gathered.json").write_text(json.dumps(gathered), encoding="utf-8")
     ranks.stop()
 
 
@@ -53,7 +53,7 @@ def left_gathered(model: str, folder: Path, processes: Processes) -> dict[str, i
     recipe = recipe_of(zero3, model, processes.world_size, folder)
     config = folder.with_name("zero3.json")
     if processes.is_main_process:
-        config.write_text(json.dumps(_dividing_all()))
+        config.write_text(json.dumps(_dividing_all()), encoding="utf-8")
     dist.barrier()
     training = recipe.training.model_copy(update={"deepspeed": str(config)})
     plan = make_plan(recipe.model_copy(update={"training": training}), world_size=processes.world_size)

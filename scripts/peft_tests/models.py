@@ -96,4 +96,4 @@ def build(folder: Path) -> None:
             getattr(hf, kind)(make()).save_pretrained(folder / name)
     for name, content in ADAPTERS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "adapter_config.json").write_text(json.dumps(content))
+        (folder / name / "adapter_config.json").write_text(json.dumps(content), encoding="utf-8")

@@ -87,4 +87,4 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish() -> None:
     """Write all outcomes, in the main process alone."""
     if RESULTS in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
-        Path(os.environ[RESULTS]).write_text(json.dumps(_results))
+        Path(os.environ[RESULTS]).write_text(json.dumps(_results), encoding="utf-8")

@@ -18,8 +18,18 @@ OUTPUT: dict[str, Case] = {
     "output.dir with a null byte": bad(
         "output.dir: 'a\\x00b' names no folder: give the run one of its own,", 'output.dir="a\\0b"'
     ),
-    "output.dir with a tilde": bad(
-        "output.dir ~/run: ~ is not expanded in a recipe. Write the whole path.", "output.dir=~/run"
+    "output.dir below the home folder (~)": bad("", "output.dir=~/glora_llm_no_such_folder/run"),
+    "output.dir below the home folder of nobody": bad(
+        "'~no_such_user/run': no user has that name", "output.dir=~no_such_user/run"
+    ),
+    "adapter.weights below the home folder of nobody": bad(
+        "'~no_such_user/run': no user has that name", "adapter.weights=~no_such_user/run"
+    ),
+    "--recipe= below the home folder (~)": bad(
+        "No recipe file '~/no_such_recipe.yaml'", command=("train", "--recipe=~/no_such_recipe.yaml", "--dry-run")
+    ),
+    "--out= of the home folder of nobody": bad(
+        "'~no_such_user/merged': no user has that name", command=("merge", "run", "--out=~no_such_user/merged")
     ),
     "output.dir empty": bad("output.dir: '' names no folder: give the run one of its own, such as", "output.dir=''"),
     "output.dir blank": bad(

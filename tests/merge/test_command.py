@@ -171,8 +171,9 @@ def with_checkpoints(train: Train) -> Trained:
     """A run with checkpoints of steps 2 and 4, whose adapters are those of the end."""
     trained = train(slots=ALL_MODES)
     for step in (2, 4):
+        trainer = {"step": step, "seconds": 1.0, "applied": step, "data_digest": "0" * 64}
         checkpoint.write(
-            trained.folder.checkpoints, step, trained.state, {}, lambda path: copy(trained.folder.adapter, path)
+            trained.folder.checkpoints, step, trained.state, trainer, lambda path: copy(trained.folder.adapter, path)
         )
     return trained
 

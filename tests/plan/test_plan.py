@@ -181,7 +181,7 @@ def test_the_counts_of_a_dry_run(tmp_path: Path) -> None:
     frozen = 2 * (sum(o * i for o, i in linears) + 2 * 64) + 64 + 2 * 260 * 64
     assert f"{frozen / 1e6:.1f} M frozen" in text
     assert f"{trained / 1e6:.3f} M trained ({100 * trained / (trained + frozen):.2f} %)" in text
-    assert f"; {2 * 16 * trained / 1e6:.0f} MB for two checkpoints" in text
+    assert f"; {3 * 16 * trained / 1e6:.0f} MB for 3 checkpoints (output.keep and one more)" in text
     assert (
         "global batch 16 = micro batch 4 x accumulation 2 x processes 2; 20 steps, 6.67 epochs" in text
     )  # 20 x 16 / 48

@@ -129,3 +129,18 @@ def test_a_run_goes_on_with_its_base_only(folder: RunFolder) -> None:
 def test_the_paths_of_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert (folder.checkpoints, folder.adapter) == (tmp_path / "checkpoints", tmp_path / "adapter")
+
+
+def test_a_model_of_the_hub_stays_at_the_commit_that_the_run_began_with(tmp_path: Path) -> None:
+    recipe, commit = tiny("model.name_or_path=someone/tiny"), "0123456789abcdef0123456789abcdef01234567"
+    run = RunFolder(tmp_path / "run")
+    assert run.pinned(recipe) == recipe, "a new run asks for the newest"
+    run.write("recipe.yaml", recipes.dump(recipe))
+    run.write("base.json", json.dumps(BASE | {"name": "someone/tiny", "revision": commit}))
+    assert run.pinned(recipe).model.revision == run.recipe().model.revision == commit
+    assert run.written_recipe() == recipe
+    run.require_same_run(recipe)
+    named = tiny("model.name_or_path=someone/tiny", "model.revision=v2")
+    assert run.pinned(named) == named, "what a recipe names itself is not replaced"
+    with pytest.raises(UserError, match=r"model\.revision: None there, 'v2' here"):
+        run.require_same_run(named)

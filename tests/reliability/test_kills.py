@@ -5,6 +5,7 @@ all other tests, `make test-reliability` runs all of them.
 """
 
 import ast
+import json
 import re
 import shutil
 import signal
@@ -79,7 +80,7 @@ KILLED_REPLACING = ["folder.before_set_aside", "folder.after_set_aside", "folder
 QUICK = {
     "folder.before_rename:2", "checkpoint.after_tensors:2", "rotation.in_delete:1", "step.between_micro_batches:3",
     "evaluation.before_batch:3", "result.after_weights", "model.after_weights", "search.after_journal:5",
-    "merge.before_verify", "folder.after_set_aside",
+    "merge.before_verify", "merge.after_publish", "folder.after_set_aside",
 }  # fmt: skip
 
 
@@ -188,8 +189,29 @@ def test_a_merge(case: str, server: Server, adapter: Path, merged: Path, tmp_pat
     assert contents(run / "merged").keys() == contents(merged / "merged").keys()
     for name in ("model.safetensors", "config.json"):
         assert (run / "merged" / name).read_bytes() == (merged / "merged" / name).read_bytes(), name
+    assert scores_of_merged(run) == scores_of_merged(merged) != {}
     assert leftovers(run) == []
     note(f"merge, {case}", SAME, seen(said))
+
+
+def scores_of_merged(run: Path) -> dict[str, float]:
+    """Return the test scores of the merged model in summary.json."""
+    found: dict[str, float] = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("test_merged", {})
+    return found
+
+
+@pytest.mark.reliability
+def test_a_merge_that_is_to_be_quantised_again(server: Server, tmp_path: Path, note: Note) -> None:
+    """Killed when the dense model is there, and its nf4 twin is not: the twin is made by the same command."""
+    quantised = [*ADAPTER, "merge.after_training=true", "model.quantization=nf4", "merge.quantize=nf4"]
+    command = [*quantised, "merge.min_nf4_top1_agreement=0", f"output.dir={tmp_path / 'run'}"]
+    killed(server, command, "merge.after_publish")
+    config = tmp_path / "run" / "merged" / "config.json"
+    assert "quantization_config" not in json.loads(config.read_text(encoding="utf-8"))
+    code, said = server.run(*command)
+    assert code == 0, said
+    assert "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    note("merge, nf4 twin", "the same command makes it", "made")
 
 
 @pytest.mark.parametrize("case", cases(KILLED_REPLACING))

@@ -38,7 +38,11 @@ def save_adapter(folder: Path) -> None:
 
 
 def write(root: Path, step: int) -> Path:
-    return checkpoint.write(root, step, state(step), {"step": step, "base_name": "x"}, save_adapter)
+    return checkpoint.write(root, step, state(step), trainer(step), save_adapter)
+
+
+def trainer(step: int) -> dict[str, Any]:
+    return {"step": step, "seconds": 1.5, "applied": step, "data_digest": "0" * 64}
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -50,8 +54,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert folder == tmp_path / "checkpoints" / "step-7"
     assert sorted(contents(folder)) == sorted(FILES)
     assert checkpoint.fault(folder) is None and checkpoint.newest(tmp_path / "checkpoints") == folder
-    tensors, trainer = checkpoint.read(folder, NAMES)
-    assert trainer == {"step": 7, "base_name": "x"}
+    tensors, values = checkpoint.read(folder, NAMES)
+    assert values == trainer(7)
     expected = state(7)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
@@ -150,6 +154,41 @@ def test_a_manifest_of_another_shape_is_a_fault(content: str, tmp_path: Path) ->
     assert isinstance(checkpoint.fault(folder), str)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"step": ', "is not valid JSON"),
+        (bytes(range(256)), "cannot be read as text"),
+        (b"[]", "holds a list"),
+        (b"[" * 10_000, "nest too deep"),
+        (b"{}", "has no step"),
+        (json.dumps(trainer(4) | {"seconds": "x"}).encode(), "has no seconds"),
+        (json.dumps(trainer(5)).encode(), "is of step 5"),
+    ],
+)
+def test_a_trainer_json_that_was_changed_with_its_checksum(
+    content: bytes, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = write(tmp_path, 2), write(tmp_path, 4)
+    (newer / "trainer.json").write_bytes(content)
+    (newer / checkpoint.MANIFEST).unlink()
+    checkpoint.write_manifest(newer)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(tmp_path) == older
+    assert f"{newer}: trainer.json" in caplog.text and said in caplog.text
+
+
+def test_a_manifest_reaches_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    place = folder / checkpoint.MANIFEST
+    manifest = json.loads(place.read_text())
+    (tmp_path / "secret").write_bytes((folder / "trainer.json").read_bytes())
+    for name in ("../secret", str(tmp_path / "secret")):
+        place.write_text(json.dumps(manifest | {name: manifest["trainer.json"]}))
+        assert "does not list" in (checkpoint.fault(folder) or "")
+
+
 def test_none_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (3, 6):
         truncate(write(tmp_path, step) / "trainer.json")
@@ -178,7 +217,7 @@ def test_a_step_written_again_replaces_the_old(tmp_path: Path) -> None:
     write(tmp_path, 3)
     (tmp_path / ".writing-step-3").mkdir()
     (tmp_path / ".writing-step-3" / "half").write_text("left by a killed run")
-    folder = checkpoint.write(tmp_path, 3, state(4), {"step": 3}, save_adapter)
+    folder = checkpoint.write(tmp_path, 3, state(4), trainer(3), save_adapter)
     assert checkpoint.fault(folder) is None and sorted(contents(folder)) == sorted(FILES)
     assert torch.equal(checkpoint.read(folder, NAMES)[0]["master/layer.down"], state(4)["master/layer.down"])
 
