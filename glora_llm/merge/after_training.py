@@ -1,7 +1,10 @@
 """The merge at the end of training, which a killed launch may have left half done."""
 
+import gc
 import shutil
 from pathlib import Path
+
+import torch
 
 from glora_llm.files.json_file import read_object
 from glora_llm.merge.command import merge_run, score_merged
@@ -17,6 +20,9 @@ def merge_after_training(folder: RunFolder) -> None:
     Raises:
         UserError, CheckFailed: as `merge_run`.
     """
+    gc.collect()  # what training held in reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     out, quantize = folder.path / "merged", folder.recipe().merge.quantize
     if out.exists() and _lacks_twin(out):
         print(f"{out} was to be quantised, and an earlier launch ended before that: it is merged again", flush=True)

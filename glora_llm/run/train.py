@@ -1,11 +1,9 @@
 """Train a recipe: plan, build, fit, score, save, search, merge. Read this first; `run/build.py` makes the parts."""
 
 import contextlib
-import dataclasses
-import gc
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +66,7 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
     require_free(folder.path, RunLock(folder.path).holder())
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
     plan, overview = plan_run(folder.pinned(recipe), weights=not dry_run, world_size=planned_world_size())
-    plan = dataclasses.replace(plan, recipe=recipe)
+    plan = replace(plan, recipe=recipe)
     if dry_run or choose_device().type == "cuda":
         overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, planned_world_size())}"
     if dry_run:
@@ -104,9 +102,6 @@ def _train_and_merge(plan: Plan, folder: RunFolder, processes: Processes, stop: 
     if processes.is_main_process and recipe.merge.after_training:
         from glora_llm.merge.after_training import merge_after_training
 
-        gc.collect()  # what training held in reference cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         merge_after_training(folder)
     if processes.is_main_process:
         from glora_llm.report.summary import print_summary
