@@ -4,7 +4,7 @@
 
 A small ViT (6 layers of width 128, patches of 8) is trained from random weights on six classes of CIFAR-10
 (FOLDER/cifar10/train.parquet and test.parquet), then adapted to 4 and 16 images of each of the other four: automobile,
-deer, dog, ship. For each method and number of images the learning rate is chosen on 400 validation images from one grid,
+deer, dog, ship. For each method and number of images the rate is chosen on 400 validation images from one grid,
 on the first draw; then two more draws are trained with it, and 1,000 test images judge. Runs that are finished are not
 repeated, so the command may be stopped and started again. Everything else is the recipe vit_fewshot_glora or _lora.
 """

@@ -133,6 +133,11 @@ def check_image_settings(settings: DataSection) -> None:
 def _check_apart(sources: dict[Role, Sources]) -> None:
     for role, source in sources.items():
         both = [part for part in source.parts if role != "train" and part in sources["train"].parts]
+        if both and "/" in role:
+            raise UserError(
+                f"data.test, {role.partition('/')[2]}: {both[0]} is what is trained on. Name another split, file or "
+                "folder (that of a folder here begins with ./)."
+            )
         if both:
             raise UserError(
                 f"data.{role}: {both[0]} is what is trained on. Name another split or folder (a folder may hold train/ "

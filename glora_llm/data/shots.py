@@ -46,10 +46,11 @@ def draw_shots(examples: Sequence[E], shots: int, seed: int, classes: Sequence[s
     if len(of_class[fewest]) < shots:
         short = sum(len(found) < shots for found in of_class.values())
         others = f" (and {short - 1} more classes have too few)" if short > 1 else ""
+        there = len(of_class[fewest])
+        advice = f"Set data.shots={there} or less, hold" if there else "Take the class out of the data's classes, hold"
         raise UserError(
             f"data.shots={shots} asks for {shots} different training records of each class, and class '{fewest}' has "
-            f"{len(of_class[fewest])}{others}. Set data.shots={max(1, len(of_class[fewest]))} or less, hold out fewer "
-            "(data.validation, data.test), or give that class more records."
+            f"{there}{others}. {advice} out fewer (data.validation, data.test), or give that class more records."
         )
     chosen = {key: found[key] for found in of_class.values() for key in sorted(found)[:shots]}
     return [chosen[key] for key in sorted(chosen)]

@@ -12,6 +12,7 @@ from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
+from tests.bad_input.vision_cases import VISION
 from tests.bad_input.weight_cases import FILES
 from tests.bad_input.yaml_cases import YAML
 
@@ -23,6 +24,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "class labels": LABELS,
     "multiple choice": CHOICES,
     "generated answers": ANSWERS,
+    "few-shot, named test sets, VTAB-1K": VISION,
     "conversations": CHATS,
     "model folder, config.json": CONFIGS,
     "model folder, weights": FILES,

@@ -125,6 +125,22 @@ def test_an_adapter_on_a_vlora_vit_trains_and_merges(method: str, trained: Path,
     assert "test/accuracy" in json.loads((out / "summary.json").read_text())["test_merged"]
 
 
+def test_the_head_alone(trained: Path, tmp_path: Path) -> None:
+    """GLoRA without a slot trains the new head and nothing else: a linear probe."""
+    out = tmp_path / "run"
+    more = [f"model.name_or_path={trained / 'model'}", "adapter.slots={A: none}", f"output.dir={out}"]
+    assert train_in_process("vit_cifar10_glora", *ON_TOP, *more) == 0
+    assert json.loads((out / "summary.json").read_text())["trained_parameters"] == 48 * 4 + 4
+    assert main(["merge", str(out), "--out", str(out / "merged")]) == 0
+    plain = AutoModelForImageClassification.from_pretrained(out / "merged").eval()
+    before = AutoModelForImageClassification.from_pretrained(_merged(trained)).eval()
+    pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain.vit(pictures).last_hidden_state, before.vit(pictures).last_hidden_state, atol=1e-5, rtol=0.0
+        )
+
+
 @pytest.mark.parametrize("stored", ["nf4", "int8"])
 def test_an_adapter_on_a_quantised_vit_trains_and_merges(stored: str, trained: Path, tmp_path: Path) -> None:
     """The head is never quantised: it is trained in full."""
