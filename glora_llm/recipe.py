@@ -47,11 +47,14 @@ def recipe_folders() -> list[Path]:
 
 
 def named_recipes() -> dict[str, Path]:
-    """Return name -> file of all recipes; the working folder's win over the package's."""
+    """Return name -> file of all recipes; the working folder's win over the package's.
+
+    Recipes in a folder below are named with it: `paper/llama_alpaca`.
+    """
     found: dict[str, Path] = {}
     for folder in recipe_folders():
-        for file in sorted(folder.glob("*.yaml")):
-            found.setdefault(file.stem, file)
+        for file in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
+            found.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
     return found
 
 

@@ -15,7 +15,7 @@ from glora_llm.errors import UserError
 from glora_llm.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 MINIMAL = """\
 model:
   name_or_path: embedded:tiny-llama
@@ -219,24 +219,30 @@ def test_a_resolved_recipe_loads_to_itself(tmp_path: Path) -> None:
     assert recipe.dump(again) == text
 
 
+def name_of(file: Path) -> str:
+    """Return the name of a shipped recipe, with the folder that it is in."""
+    return file.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+
+
 def test_recipes_are_shipped() -> None:
     assert len(SHIPPED) >= 8
-    assert {"quickstart", "tiny_cpu", "llama2_glora"} <= {file.stem for file in SHIPPED}
+    assert {"quickstart", "tiny_cpu", "llama2_glora", "paper/llama_alpaca"} <= {name_of(file) for file in SHIPPED}
+    assert {name_of(file) for file in SHIPPED} <= set(recipe.named_recipes())
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SHIPPED, ids=name_of)
 def test_a_shipped_recipe_loads_and_introduces_itself(file: Path) -> None:
     loaded = recipe.load(str(file))
     assert 20 < len(loaded.description) < 120
-    assert loaded.output.dir == f"runs/{file.stem}"
+    assert loaded.output.dir == f"runs/{name_of(file)}"
     assert (ROOT / "ds_configs" / f"{loaded.training.deepspeed}.json").is_file()
     header = re.match(r"(#.*\n)+", file.read_text())
     assert header, "a recipe begins with its header"
-    assert re.search(rf"^# .*deepspeed (--num_gpus 2 )?train\.py --recipe {file.stem}$", header[0], re.MULTILINE)
+    assert re.search(rf"^# .*deepspeed (--num_gpus 2 )?train\.py --recipe {name_of(file)}$", header[0], re.MULTILINE)
     assert re.search(r"^# Expected: \S", header[0], re.MULTILINE)
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SHIPPED, ids=name_of)
 def test_the_names_in_a_shipped_recipe_resolve(file: Path) -> None:
     from glora_llm.data.formats import FORMATS
     from glora_llm.models import embedded
@@ -264,6 +270,10 @@ def twins() -> list[tuple[str, str]]:
 
 def test_there_are_twins() -> None:
     assert {("llama2_glora", "llama2_lora"), ("smollm2_glue", "smollm2_glue_lora")} <= set(twins())
+    assert {(f"llama2_glora_{task}", f"llama2_lora_{task}") for task in ("sharegpt", "gsm8k", "commonsense")} <= set(
+        twins()
+    )
+    assert ("smollm2_lora_multiple_choice", "smollm2_multiple_choice") in twins()
 
 
 @pytest.mark.parametrize(("one", "other"), twins(), ids=lambda name: name)

@@ -37,6 +37,7 @@ def test_the_wheel_is_complete_and_finds_its_recipes(tmp_path: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder, pattern, place in (
         ("recipes", "*.yaml", "recipes"),
+        ("recipes/paper", "*.yaml", "recipes/paper"),
         ("ds_configs", "*.json", "ds_configs"),
         ("glora_llm/data/banking77", "*", "data/banking77"),
         ("glora_llm/data/gsm8k", "*", "data/gsm8k"),
@@ -54,4 +55,5 @@ def test_the_wheel_is_complete_and_finds_its_recipes(tmp_path: Path) -> None:
         cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     names = {line.split()[0] for line in listing.stdout.splitlines()}
-    assert names == {file.stem for file in (ROOT / "recipes").glob("*.yaml")}
+    files = (file.relative_to(ROOT / "recipes") for file in (ROOT / "recipes").rglob("*.yaml"))
+    assert names == {file.with_suffix("").as_posix() for file in files}

@@ -12,13 +12,22 @@ from glora_llm.schema import DataSection
 Row = dict[str, Any]
 
 
+def column_of(row: Row, role: str, settings: DataSection) -> str:
+    """Return the name of the column that plays `role` in a row.
+
+    `query|question` names two, of sets that call it differently: the first that the row has counts.
+    """
+    name = (settings.columns or {}).get(role, role)
+    return next((one for one in name.split("|") if one in row), name)
+
+
 def value(row: Row, role: str, settings: DataSection) -> Any:
     """Return the column of `row` that plays `role`: the one that data.columns names, else the one of that name.
 
     Raises:
         RowError: when the row has no such column; the message lists those that it has.
     """
-    name = (settings.columns or {}).get(role, role)
+    name = column_of(row, role, settings)
     if name in row:
         return row[name]
     wanted = f"'{name}'" if name == role else f"'{name}' (data.columns names it for '{role}')"
@@ -36,7 +45,7 @@ def text(row: Row, role: str, settings: DataSection) -> str:
         RowError: when there is no such column, or it holds neither a text nor a finite number.
     """
     content = value(row, role, settings)
-    name = (settings.columns or {}).get(role, role)
+    name = column_of(row, role, settings)
     if isinstance(content, float) and not math.isfinite(content):
         raise RowError(f"{content} in column '{name}'", f"Column '{name}' should hold a text and holds {content}")
     if content is None:
@@ -83,7 +92,7 @@ def check_columns(rows: Sequence[Row], settings: DataSection) -> None:
         UserError: naming the role, the column and the columns that there are.
     """
     for role, column in (settings.columns or {}).items():
-        if rows and not any(column in row for row in rows):
+        if rows and not any(column_of(row, role, settings) in row for row in rows):
             there = list(dict.fromkeys(str(name) for row in rows[:1000] for name in row))
             raise UserError(
                 f"data.columns names the column '{column}' for '{role}', and no training row has it; the columns are: "

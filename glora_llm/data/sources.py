@@ -20,7 +20,8 @@ from glora_llm.schema import DataSection
 Role = str  # train, validation, test; test/NAME for each of several named test sets
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
 DATA_FOLDER = "GLORA_DATA"
-HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # a data set of the hub and its split; no split has a slash in its name
+# A data set of the hub, and its split, or its configuration and split; no split has a slash in its name.
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sourc
 def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Locate = locate) -> Sources:
     """Return the sources that data.validation or data.test names.
 
-    That is a file, a folder, a hub data set (`owner/name` or `owner/name:split`), or else a split of data.source.
+    That is a file, a folder, a hub data set (`owner/name`, `owner/name:split` or `owner/name:subset:split`), or else a
+    split of data.source.
 
     Args:
         role: `validation` or `test`; also the split that is read of a folder named here.
@@ -220,8 +222,8 @@ def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Loc
     if is_file or (("/" in name or plain) and find_path(name) is not None):
         return Sources((locate_one(name, settings.subset, role),))
     if HUB.fullmatch(name):
-        place, _, split = name.partition(":")
-        return Sources((locate_one(place, None, split or role),))
+        place, *rest = name.split(":")
+        return Sources((locate_one(place, rest[0] if len(rest) > 1 else None, rest[-1] if rest else role),))
     if plain:
         raise UserError(
             f"data.{role}: '{name}' is no file, and no split either: data.source is the file {plain[0]}, which has no "

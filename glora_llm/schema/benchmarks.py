@@ -209,6 +209,32 @@ BENCHMARKS: dict[str, Benchmark] = {
         labels=("no", "yes"),
     ),
     **IMAGE_BENCHMARKS,
+    # worked solutions, scored by their final number (evaluation.generate)
+    "gsm8k": Benchmark(
+        kind="number_answer",
+        title="problems of arithmetic at school, with worked solutions",
+        format="prompt_completion",
+        source="openai/gsm8k",
+        subset="main",
+        metrics=("number_match", "loss"),
+        paper="arXiv 2110.14168",
+        validation=200,
+        test="test",
+        columns={"completion": "answer"},
+        prompt="Question: {question}\nAnswer: ",
+    ),
+    "metamathqa": Benchmark(
+        kind="number_answer",
+        title="395,000 rewritten problems with solutions; judged by GSM8K's test problems",
+        format="prompt_completion",
+        source="meta-math/MetaMathQA",
+        metrics=("number_match", "loss"),
+        paper="arXiv 2309.12284",
+        validation=200,
+        test="openai/gsm8k:main:test",
+        columns={"query": "query|question", "completion": "response|answer"},
+        prompt="Question: {query} Think step by step.\nAnswer:",
+    ),
     # instructions
     "alpaca": Benchmark(
         kind="instruction",

@@ -20,7 +20,15 @@ def rows_of(form: str, count: int, path: Path) -> str:
     """Write rows of a format to a file."""
     words = ["card arrival", "lost card", "top up"]
     rows: dict[str, list[dict[str, Any]]] = {
-        "classification": [{"text": f"where is card {n}", "label": words[n % 3]} for n in range(count)],
+        "classification": [
+            {"text": f"where is card {n}", "instruction": f"Which card is {n}?", "label": words[n % 3]}
+            for n in range(count)
+        ],
+        "prompt_completion": [
+            {"question": f"2 and {n}?", "query": f"2 and {n}?", "completion": f"The answer is {2 + n}"}
+            for n in range(count)
+        ],
+        "multiple_choice": [{"question": f"card {n}?", "options": words, "answer": "ABC"[n % 3]} for n in range(count)],
         "text": [{"text": f"the card of customer {n} was {words[n % 3]} in {words[n % 2]}\n"} for n in range(count)],
         "chat": [
             {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": f"{n}"}]} for n in range(count)

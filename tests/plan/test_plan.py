@@ -25,7 +25,8 @@ from glora_llm.tasks.text import TextTask
 from glora_llm.training.deepspeed_config import resolve_deepspeed_config
 from tests.plan.local_recipes import dry_run, local
 
-EVERY = sorted(file.stem for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = Path(__file__).parents[2] / "recipes"
+EVERY = sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml"))
 NAMES = [name for name in EVERY if recipes.load(name).data.format != "images"]  # those are in test_plan_images.py
 TINY = "model.name_or_path=embedded:tiny-llama"
 FAMILIES: dict[str, type[PretrainedConfig]] = {
@@ -146,7 +147,8 @@ def test_an_adapter_on_the_output_head_has_an_answer_too() -> None:
 
 def test_there_are_recipes() -> None:
     assert len(NAMES) >= 8
-    assert {recipes.load(name).data.format for name in NAMES} == {"classification", "alpaca", "chat", "text"}
+    formats = {"classification", "multiple_choice", "alpaca", "prompt_completion", "chat", "text"}
+    assert {recipes.load(name).data.format for name in NAMES} == formats
 
 
 @pytest.mark.parametrize("name", NAMES)
