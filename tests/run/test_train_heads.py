@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from glora_llm.cli import main
 from glora_llm.evaluation.trained import load_adapted
@@ -114,3 +125,46 @@ def test_a_mistake_with_heads(
     assert train_in_process("tiny_cpu", *rows, *more, f"output.dir={tmp_path / 'run'}") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_gets_a_head_too(family: str, rows: list[str], tmp_path: Path) -> None:
+    """A masked language model: its own head is left, the new one is trained; attention goes both ways, with a mask."""
+    folder, run = tmp_path / "encoder", tmp_path / "run"
+    torch.manual_seed(0)
+    tokenizer = small_wordpiece()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=0, **sizes
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    more = [*rows, *CLASSES, f"model.name_or_path={folder}", "training.steps=60"]
+    assert train_in_process("tiny_cpu", *more, f"output.dir={run}") == 0
+    assert outcome(run)["test/accuracy"] == 1.0
+    assert main(["merge", str(run), "--out", str(run / "merged")]) == 0
+    assert json.loads((run / "merged" / "merge_report.json").read_text())["max_abs_logit_diff"] < 1e-4
+    plain = AutoModelForSequenceClassification.from_pretrained(run / "merged").eval()
+    inputs = tokenizer(["Card 1: found.", "Card 5: late."], return_tensors="pt", padding=True)
+    assert inputs["input_ids"][0, 0] == tokenizer.cls_token_id
+    with torch.no_grad():
+        assert plain(**inputs).logits.argmax(-1).tolist() == [1, 2]
+
+
+def small_wordpiece() -> PreTrainedTokenizerFast:
+    """A tokenizer of words and digits with the special tokens of BERT around a text."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "card", ":", ".", *WORDS, *"0123456789"]
+    words += [f"##{digit}" for digit in range(10)]
+    whole = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    whole.normalizer, whole.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    whole.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **special)
