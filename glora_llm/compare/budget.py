@@ -163,7 +163,7 @@ def require_near(fits: dict[Contender, Fit], budget: int) -> None:
         return
     listed = "; ".join(f"{one.name} {fit.parameters:,} ({one.knob} {fit.value})" for one, fit in tuned.items())
     above = [fit.parameters for one, fit in tuned.items() if fit.parameters > budget]
-    advice = f"--budget {max(above)} is met from above by all" if above else "a smaller --budget"
+    advice = f"--budget {max(above)}" if above else "a smaller --budget"
     raise UserError(
         f"--budget {budget:,} is met within {TOLERANCE:.0%} by no value of {', '.join(one.name for one in far)}. "
         f"Nearest: {listed}. Give {advice}, or fewer modules for all methods: 'adapter.targets=[q_proj, v_proj]'."

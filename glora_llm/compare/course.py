@@ -111,6 +111,8 @@ class Course:
         found.finals = [result for result in results if result is not None]
         if len(found.finals) < len(results):
             raise NotRun(f"it diverged at rate {rate_text(found.lr)}")
+        if any(result.test(self.setting.score) is None for result in found.finals):
+            raise NotRun(f"its test rows have no score {self.setting.score}")
         score = found.finals[0].validation(self.setting.score, finals[0].steps)
         found.rates |= {} if score is None else {found.lr: score}
         return found

@@ -121,8 +121,10 @@ class Result:
         return max(self.series("train/peak_memory_gb"), default=None)
 
     def test(self, score: str) -> float | None:
-        """Return a test score."""
-        return self.summary.get("test", {}).get(f"test/{score}")
+        """Return a test score; of several named test sets their mean; None where there is none."""
+        found = self.summary.get("test") or {}
+        named = [value for name, value in found.items() if name.endswith(f"/{score}")]
+        return found.get(f"test/{score}", mean(named) if named else None)
 
     def forgetting(self) -> float | None:
         """Return how much the loss on the other text has risen, nats a token."""

@@ -4,6 +4,7 @@ from tests.bad_input.adapter_cases import ADAPTERS, DEEPSPEED, GENOMES
 from tests.bad_input.answer_cases import CHATS, LABELS
 from tests.bad_input.case import Case
 from tests.bad_input.code_cases import CODE
+from tests.bad_input.compare_cases import COMPARISONS
 from tests.bad_input.data_cases import RECORDS, TABLES
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.model_cases import CONFIGS
@@ -38,4 +39,5 @@ GROUPS: dict[str, dict[str, Case]] = {
     "environment of a launch": ENVIRONMENT,
     "command line": COMMANDS,
     "files that would run code, or reach out of their folder": CODE,
+    "compare": COMPARISONS,
 }
