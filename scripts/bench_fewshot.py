@@ -4,7 +4,7 @@
 
 A small ViT (6 layers of width 128, patches of 8) is trained from random weights on six classes of CIFAR-10
 (FOLDER/cifar10/train.parquet and test.parquet), then adapted to 4 and 16 images of each of the other four: automobile,
-deer, dog, ship. For each method and number of images the rate is chosen on 400 validation images from one grid,
+deer, dog, ship. For each method and number of images the rate is chosen on 400 validation images from a grid of four,
 on the first draw; then two more draws are trained with it, and 1,000 test images judge. Runs that are finished are not
 repeated, so the command may be stopped and started again. Everything else is the recipe vit_fewshot_glora or _lora.
 """
@@ -39,7 +39,8 @@ METHODS = {
     "full": ("vit_fewshot_lora", ["adapter={method: full}"]),
 }
 AGAINST = "LoRA r 8"
-RATES = ("2.5e-4", "1e-3", "4e-3", "1.6e-2")
+RATES = ("6e-5", "2.5e-4", "1e-3", "4e-3")
+HEAD_RATES = ("1e-3", "4e-3", "1.6e-2", "6.4e-2")
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Runs = dict[tuple[str, int], list[dict[str, Any]]]  # (method, shots) -> summaries of the draws
 
@@ -61,8 +62,9 @@ def main() -> int:
     for shots in arguments.shots:
         for method in METHODS:
             place = arguments.out / f"{shots}-{method.replace(' ', '_')}"
-            tried = {rate: adapt(place, base, data, method, shots, 0, rate) for rate in RATES}
-            rate = max(RATES, key=lambda rate: tried[rate]["validation"]["validation/accuracy"])
+            grid = HEAD_RATES if method == "head alone" else RATES
+            tried = {rate: adapt(place, base, data, method, shots, 0, rate) for rate in grid}
+            rate = max(grid, key=lambda rate: tried[rate]["validation"]["validation/accuracy"])
             rates[method, shots] = rate
             found[method, shots] = [adapt(place, base, data, method, shots, n, rate) for n in range(arguments.draws)]
     text = report(found, rates, json.loads((arguments.out / "pretrained" / "summary.json").read_text()))

@@ -176,7 +176,8 @@ def _epochs(plan: Plan) -> float:
 def _warnings(plan: Plan, config: Any) -> list[str]:
     """Return what is possible and seldom meant."""
     recipe, warnings = plan.recipe, []
-    if _epochs(plan) > MANY_EPOCHS and not recipe.adapter.is_full:
+    is_text = recipe.data.format != "images"  # images are varied, and a hundred epochs of few are usual
+    if _epochs(plan) > MANY_EPOCHS and is_text and not recipe.adapter.is_full:
         warnings.append(
             f"{plan.steps} steps go over the {len(plan.task.train):,} training samples {_epochs(plan):.0f} times; an "
             "adapter often learns them by heart after a few. Lower training.steps, or give training.epochs."
