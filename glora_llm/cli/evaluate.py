@@ -31,6 +31,7 @@ def add_command(commands: Any, style: Any) -> None:
     command.add_argument(
         "--step", metavar="N", type=int, help="score the checkpoint of this step (default: the end of the run)"
     )
+    command.add_argument("--best", action="store_true", help="score what validated best (evaluation.keep_best)")
     command.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     command.add_argument("overrides", metavar="data.KEY=VALUE", nargs="*", help="where the records are now")
     asked = command.add_argument_group("benchmarks, by lm-eval")
@@ -55,6 +56,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     given = [name for name in OF_TASKS if getattr(arguments, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} is for tasks of lm-eval: give --tasks NAMES too.")
+    _check_weights(arguments)
     folder = RunFolder(arguments.run, tuple(arguments.overrides))
     folder.recipe()  # is it a run? Before the slow imports
     from glora_llm.launch.quiet import quiet_libraries
@@ -62,8 +64,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from glora_llm.evaluation.scoring import evaluate_run
 
-    evaluate_run(folder, arguments.split or "test", arguments.merged, arguments.genome, arguments.step)
+    evaluate_run(folder, arguments.split or "test", arguments.merged, arguments.genome, _step(arguments))
     return 0
+
+
+def _step(arguments: argparse.Namespace) -> int | None:
+    """Return the checkpoint that --step or --best names; None: the end of the run."""
+    if not arguments.best:
+        return arguments.step  # type: ignore[no-any-return]
+    from glora_llm.plan.trained_weights import best_step
+
+    return best_step(RunFolder(arguments.run))
 
 
 def _benchmarks(arguments: argparse.Namespace) -> int:
@@ -84,7 +95,7 @@ def _benchmarks(arguments: argparse.Namespace) -> int:
     questions = Questions(
         tasks, arguments.few_shot, arguments.limit, arguments.task_folder, arguments.batch or BATCH, arguments.seed
     )
-    weights = Weights(arguments.merged, arguments.step, arguments.genome)
+    weights = Weights(arguments.merged, _step(arguments), arguments.genome)
     evaluate_tasks(arguments.run, questions, weights, arguments.out)
     return 0
 
@@ -105,13 +116,26 @@ def _checked(arguments: argparse.Namespace) -> tuple[str, ...]:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected a number of at least {least}.")
-    if arguments.merged and (arguments.step is not None or arguments.genome):
-        raise UserError(f"--merged scores {arguments.merged}, and --step and --genome the run's own weights: give one.")
+    _check_weights(arguments)
     if arguments.task_folder is not None and not arguments.task_folder.is_dir():
         raise UserError(f"--task-folder {arguments.task_folder} is no folder; expected one with YAML files of tasks.")
     if arguments.run.is_dir() and not any((arguments.run / name).exists() for name in ("recipe.yaml", "config.json")):
         raise UserError(f"{arguments.run} is neither a run (it has no recipe.yaml) nor a model (no config.json).")
     return tasks
+
+
+def _check_weights(arguments: argparse.Namespace) -> None:
+    """Check that at most one of --merged, --step and --best says which weights are scored.
+
+    Raises:
+        UserError: naming two that do.
+    """
+    given = {"merged": arguments.merged, "step": arguments.step, "best": arguments.best or None}
+    chosen = [f"--{name}" for name, value in given.items() if value is not None]
+    if arguments.tasks is not None and arguments.genome is not None and arguments.merged is not None:
+        chosen = ["--merged", "--genome"]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} each say which weights are scored: give one of them.")
 
 
 def _command_line(arguments: argparse.Namespace) -> list[str]:
@@ -120,4 +144,4 @@ def _command_line(arguments: argparse.Namespace) -> list[str]:
     for name in ("tasks", "task_folder", "few_shot", "limit", "batch", "seed", "out", "merged", "step", "genome"):
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}={value}"]
-    return words
+    return [*words, *(["--best"] if arguments.best else [])]

@@ -16,7 +16,9 @@ examples:
   glora-llm merge runs/llama2_glora --out merged --for vllm  or says what vLLM would drop
   glora-llm merge runs/llama2_glora --out lora --to lora     exact, as a PEFT LoRA adapter
   glora-llm merge runs/llama2_glora --out merged --quantize nf4  4 bits, and what that costs
-  glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the last
+  glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the end
+
+With evaluation.keep_best the end of a run is what validated best; --best asks for it before too.
 
 They are compared on the sample that the run kept, else on text that ships; the run's data need not
 be here. A result outside the recipe's merge.* bounds ends with exit code 1."""
@@ -36,6 +38,7 @@ def add_command(commands: Any, style: Any) -> None:
     )
     parser.add_argument("--genome", metavar="FILE", type=Path, help="of a supernet (default: RUN/genome.json)")
     parser.add_argument("--step", metavar="N", type=int, help="merge the checkpoint of this step (default: the last)")
+    parser.add_argument("--best", action="store_true", help="merge what validated best (evaluation.keep_best)")
     parser.add_argument(
         "--for",
         dest="target",
@@ -58,6 +61,8 @@ def add_command(commands: Any, style: Any) -> None:
 def merge(arguments: argparse.Namespace) -> int:
     """Run `glora-llm merge`."""
     RunFolder(arguments.run).recipe()  # is it a run? Before the slow imports
+    if arguments.best and arguments.step is not None:
+        raise UserError(f"--best and --step {arguments.step} both choose a checkpoint: give one of them.")
     given = vars(arguments)
     names = ("dtype", "to", "quantize", "step", "genome", "compared", "target", "both", "max_loss_change")
     choices = {name: given[name] for name in names} | {"without": read_slots(arguments.without)}
@@ -65,7 +70,10 @@ def merge(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     from glora_llm.merge.command import merge_run
+    from glora_llm.plan.trained_weights import best_step
 
+    if arguments.best:
+        choices["step"] = best_step(RunFolder(arguments.run))
     merge_run(arguments.run, arguments.out, **choices)
     return 0
 

@@ -108,7 +108,7 @@ def evaluate_tasks(place: Path, questions: Questions, weights: Weights, out: Pat
     """
     run = RunFolder(place) if (place / "recipe.yaml").is_file() else None
     if run is None and weights != Weights():
-        raise UserError(f"{place} is no run folder, and --merged, --step and --genome choose among a run's weights.")
+        raise UserError(f"{place} is no run folder, and --merged, --step, --genome choose among a run's weights.")
     require_lm_eval()
     tasks = load_tasks(questions.tasks, questions.folder)  # before a model is resolved: then the hub is left alone
     processes = ranks.start() if "RANK" in os.environ else None

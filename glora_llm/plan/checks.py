@@ -7,11 +7,13 @@ from torch import nn
 
 from glora_llm.adapters.inject import adapted_with_bias
 from glora_llm.adapters.stateful import needs_whole_gradients
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
 from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.plan.answers import check_generate
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
+from glora_llm.tasks.task import COLUMNS, Task
+from glora_llm.training.best import watched_score
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 
 RANKED_METHODS = ("glora", "lora", "rslora", "dora", "adalora", "hira")  # adapter.rank is r of a product of two factors
@@ -53,6 +55,45 @@ def check_combination(recipe: Recipe, stage: int) -> None:
         raise UserError("evaluation.test_before needs test rows: set data.test.")
     if recipe.evaluation.every and recipe.data.validation is None:
         raise UserError("evaluation.every needs validation rows: set data.validation.")
+    _check_best(recipe)
+
+
+def _check_best(recipe: Recipe) -> None:
+    """Check that there are validations to choose by, and one model that they are of."""
+    section = recipe.evaluation
+    keys = {"evaluation.keep_best": section.keep_best, "evaluation.patience": section.patience}
+    given = next((f"{key}={str(value).lower()}" for key, value in keys.items() if value), None)
+    if given is None:
+        return
+    if section.every is None:
+        raise UserError(
+            f"{given} compares validations during training, and evaluation.every is not set: there is one at the end "
+            "alone. Set evaluation.every to the steps between two."
+        )
+    if recipe.adapter.is_supernet:
+        raise UserError(
+            f"{given} goes by the validations of one model, and adapter.paths=sample trains a supernet, of which only "
+            "the largest path is validated; the search chooses what is deployed. Take it away."
+        )
+
+
+def check_watched_score(recipe: Recipe, task: Task) -> None:
+    """Check that the task reports the score that keep_best and patience go by.
+
+    Raises:
+        UserError: naming those that it reports.
+    """
+    if not recipe.evaluation.keep_best and recipe.evaluation.patience is None:
+        return
+    rows = torch.ones(2, len(COLUMNS), dtype=torch.float64)  # two rows of made-up scores, for the names alone
+    rows[0, -2:] = 0
+    known = [name.partition("/")[2] for name in task.means(rows, "validation")]
+    wanted = watched_score(recipe.evaluation)
+    if wanted not in known:
+        raise UserError(
+            f"evaluation.keep_best is {wanted}, which this task does not report.{nearest(wanted, known)} It reports: "
+            f"{', '.join(known)}."
+        )
 
 
 def check_task(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.schema.scores import score_of
 from glora_llm.training.deepspeed_config import accumulation, find_deepspeed_config
+from glora_llm.training.trackers import require_trackers
 
 LONGEST_SHOWN = 120  # characters of a path
 
@@ -46,8 +47,13 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
     with found.collected():
         check_method(recipe.adapter)
     with found.collected():
+        if isinstance(recipe.evaluation.keep_best, str):
+            score_of(recipe.evaluation.keep_best)
+    with found.collected():
         if weights:
             _check_targets(recipe)
+    with found.collected():
+        require_trackers(recipe.output.trackers)
     for key in ("genome", "weights"):
         with found.collected():
             _require_there(f"adapter.{key}", getattr(recipe.adapter, key))

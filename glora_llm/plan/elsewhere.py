@@ -63,7 +63,8 @@ def recipe_for_scores(folder: RunFolder, recipe: Recipe, split: str) -> Recipe:
         split: held,
         "max_rows": None,
     }
-    evaluation = recipe.evaluation.model_copy(update={"every": None, "test_before": False})
+    off = {"every": None, "keep_best": False, "patience": None, "test_before": False}
+    evaluation = recipe.evaluation.model_copy(update=off)
     data = recipe.data.model_copy(update=alone)
     return recipe.model_copy(update={"data": data, "evaluation": evaluation, "search": None})
 

@@ -206,9 +206,10 @@ def disk(subject: Subject, trained: int) -> dict[str, int]:
     """Return the bytes of what a run writes."""
     recipe = subject.recipe
     each = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
+    kept = recipe.output.keep + bool(recipe.evaluation.keep_best)
     return {
         "one checkpoint": each,
-        f"checkpoints ({recipe.output.keep} kept, one being written)": (recipe.output.keep + 1) * each,
+        f"checkpoints ({kept} kept, one being written)": (kept + 1) * each,
         "model" if recipe.adapter.is_full else "adapter": 4 * trained,
         f"merged model ({recipe.merge.dtype})": merged_bytes(subject),
     }

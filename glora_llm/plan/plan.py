@@ -19,7 +19,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.answers import check_answers
-from glora_llm.plan.checks import check_combination
+from glora_llm.plan.checks import check_combination, check_watched_score
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.tasks.heads import head_task
@@ -118,6 +118,8 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
         genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     with found.collected():
         base, task = (head_task if recipe.head else TASKS.get(recipe.data.format, text_task))(recipe, weights)
+        if world_size is not None:
+            check_watched_score(recipe, task)
     found.raise_all()
     check_answers(recipe, task, base.folder, trains=world_size is not None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt

@@ -47,6 +47,27 @@ def trained_weights(folder: RunFolder, step: int | None = None) -> TrainedWeight
     return TrainedWeights(weights, None)
 
 
+def best_step(folder: RunFolder) -> int | None:
+    """Return the checkpoint that `--best` names; None: the final weights, the best ones of a run that has ended.
+
+    Raises:
+        UserError: when the run keeps no best checkpoint, or has validated none so far.
+    """
+    section = folder.recipe().evaluation
+    if not section.keep_best:
+        raise UserError(
+            f"--best: {folder.path} was trained without evaluation.keep_best, so no checkpoint counts as the best. "
+            "Leave it out for the end of the run, or name a checkpoint by --step."
+        )
+    if folder.has_ended:
+        return None
+    newest = checkpoint.newest(folder.checkpoints)
+    step = 0 if newest is None else checkpoint.best_step(newest)
+    if not step:
+        raise UserError(f"--best: {folder.path} has not ended, and no checkpoint has validated so far. Train on.")
+    return step
+
+
 def _require_readable(adapter: Path, recipe: Recipe) -> None:
     """Check what checksums cannot say: an adapter without them may be cut off, and a broken one has them all the same.
 
@@ -95,8 +116,11 @@ def is_finished(folder: RunFolder, recipe: Recipe, steps: int) -> bool:
         UserError: when the run had ended, and neither its weights nor a checkpoint are left; or a search is still to
             do, which goes on from a checkpoint.
     """
-    if folder.summary().get("steps") != steps:
+    summary = folder.summary()
+    ended = summary.get("steps") == steps or (recipe.evaluation.patience and summary.get("stopped_early"))
+    if not ended:
         return False
+    steps = summary["steps"]
     last = folder.checkpoints / f"step-{steps}"
     if last.is_dir() and checkpoint.fault(last) is None:
         return False

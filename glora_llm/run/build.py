@@ -25,6 +25,7 @@ from glora_llm.run.resumed import Resumed, describe_changes, layout
 from glora_llm.run.saving import Clock, Saver
 from glora_llm.schema import AdapterSection
 from glora_llm.training import checkpoint
+from glora_llm.training.best import Best
 from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
@@ -49,6 +50,7 @@ class TrainingParts:
         start: optimizer steps that are done already.
         changes: what differs from the launch that did them, in words.
         load_peak_gb: the most memory that building all of this took, GB.
+        best: of the validations.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class TrainingParts:
     start: int
     changes: list[str]
     load_peak_gb: float
+    best: Best
 
 
 def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
@@ -78,7 +81,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)
     trained = sum(element_count(item.parameter) for item in items)
     size = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
-    checkpoint.require_space(folder.checkpoints, size, recipe.output.keep)
+    checkpoint.require_space(folder.checkpoints, size, recipe.output.keep + bool(recipe.evaluation.keep_best))
 
     dtype, bare = load.compute_dtype(recipe.model, device), without_adapter(model)
     cost = measure_cost(bare, base.config, dtype, device, plan.task.causal)
@@ -93,7 +96,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     if method is not None:
         update_state = method.step
         engine.adam.optimizer.register_step_post_hook(lambda *_: update_state())
-    start, changes, clock = 0, [], Clock(began)
+    start, changes, clock, best = 0, [], Clock(began), Best.of(recipe.evaluation)
     if resumed is not None:
         now = layout(recipe, engine.stage, engine.world_size)
         changes = describe_changes(resumed.trainer.get("layout", {}), now, recipe)
@@ -101,11 +104,12 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
         engine.restore(resumed.tensors, resumed.trainer["applied"], resumed.trainer.get("loss_scale", {}))
         if method is not None:
             load_state(method, resumed.folder / "adapter")
-    saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock)
+        best.load_state_dict(resumed.trainer.get("best", {}))
+    saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock, best)
     vlora_stack = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
     supernet, load_peak_gb = _supernet(plan, model), peak_memory_gb(device)
     return TrainingParts(
-        model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb
+        model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb, best
     )
 
 

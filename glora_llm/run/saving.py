@@ -19,6 +19,7 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import final_fault
 from glora_llm.run.resumed import layout
 from glora_llm.training import checkpoint
+from glora_llm.training.best import Best
 from glora_llm.training.engine import Engine
 
 SECONDS_BETWEEN_ATTEMPTS = (5, 15, 40)  # to write what a run cannot do without
@@ -80,6 +81,7 @@ class Saver:
         is_main_process: this process writes.
         data_digest: SHA-256 of the training rows, which a resumed run must find again.
         clock: of the run.
+        best: of the validations.
     """
 
     plan: Plan
@@ -89,6 +91,7 @@ class Saver:
     is_main_process: bool
     data_digest: str
     clock: Clock
+    best: Best
 
     def gather(self, engine: Engine) -> dict[str, Tensor]:
         """Return master weights and moments on the first process; the others give theirs, keep nothing, and get {}."""
@@ -111,6 +114,7 @@ class Saver:
         try:
             checkpoint.require_room(root, size)
             checkpoint.write(root, step, tensors, self._trainer_state(engine, step), write_adapter)
+            self.best.written(step)
             checkpoint.rotate(root, self.plan.recipe.output.keep)
         except OSError as error:
             kept = ", ".join(str(checkpoint.step_of(folder)) for folder in checkpoint.checkpoints(root))
@@ -135,6 +139,7 @@ class Saver:
             "layout": layout(self.plan.recipe, engine.stage, engine.world_size),
             "data_digest": self.data_digest,
             "seconds": self.clock.seconds(),
+            **({"best": self.best.state_dict(step)} if self.best.watches else {}),
         }
 
     @property

@@ -31,6 +31,7 @@ from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.predicted import predicted_peak_gb
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
+from glora_llm.run.best import describe_best, take_best, trained_steps
 from glora_llm.run.build import TrainingParts, build, describe_parts
 from glora_llm.run.forgetting import text_before, text_without_and_with
 from glora_llm.run.generation import answer
@@ -134,8 +135,8 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRe
     if processes.is_main_process:
         claim(plan, folder, processes.device)
         note_launch(folder, processes, parts.start, stop)
-    writes, unit = processes.is_main_process, plan.task.unit
-    with contextlib.closing(MetricLog(folder.path, parts.start, plan.steps, writes, unit)) as log:
+    place, shown = (folder.path, parts.start, plan.steps), (plan.task.unit, plan.recipe.output.trackers)
+    with contextlib.closing(MetricLog(*place, processes.is_main_process, *shown)) as log:
         Run(plan, folder, processes, parts, log, stop or StopRequest()).train()
     parts.engine.close()
 
@@ -188,6 +189,7 @@ class Run:
             before_micro_step=parts.supernet.draw,
             observe=self._observe,
             stop=self.stop,
+            best=parts.best,
         )
         with self.stop.deferred():
             validation = fit(parts.engine, schedule, hooks, self.log, parts.cost)
@@ -198,7 +200,8 @@ class Run:
     def _announce(self) -> None:
         """Log some samples, the memory of the parameters, and the step that the run goes on from."""
         self.log.say(describe_samples(self.plan))
-        self._say_memory()
+        for line in describe_parts(self.parts, self.plan.recipe.adapter, self.processes.world_size):
+            self.log.say(line)
         start = self.parts.start
         if start:
             file = self.folder.checkpoints / f"step-{start}"
@@ -207,11 +210,6 @@ class Run:
             )
         self.log.text("recipe", recipes.dump(self.plan.recipe))
         self.log.begin(compared_settings(self.plan.recipe, self.parts.trained))
-
-    def _say_memory(self) -> None:
-        """Log what each process holds, and warn where ZeRO 3 leaves or left the model whole."""
-        for line in describe_parts(self.parts, self.plan.recipe.adapter, self.processes.world_size):
-            self.log.say(line)
 
     def _observe(self, step: int) -> dict[str, float]:
         """Return the size of each layer's increment: the M step of the VLoRA paper."""
@@ -245,17 +243,23 @@ class Run:
             return engine.score(batch)
 
         self.parts.supernet.largest()
-        limit = None if step == self.plan.steps else self.plan.recipe.evaluation.max_rows
+        is_last = step == self.plan.steps and not self.parts.best.watches  # what is compared is scored on the same rows
+        limit = None if is_last else self.plan.recipe.evaluation.max_rows
         return self._score("validation", limit, score)
 
     def _finish(self, validation: dict[str, float]) -> None:
         """Score the test rows, and write the final weights and summary.json."""
-        parts, total = self.parts, self.plan.steps
+        parts, total = self.parts, trained_steps(self.parts.best, self.plan.steps)
         summary = self.folder.summary()
         tests = self.plan.recipe.evaluation.test
-        if parts.start >= total and ("test" in summary or not tests) and parts.saver.is_written:
+        scored = "test" in summary or not tests
+        if parts.start >= total and summary.get("steps") == total and scored and parts.saver.is_written:
             self.log.say(f"training had ended already, after step {total}")
             return
+        skipped = total - parts.engine.applied
+        deployed = take_best(self.folder, parts, self.processes, total)
+        if parts.best.watches and (deployed != total or self.plan.recipe.evaluation.max_rows or not validation):
+            validation = self._score("validation", None)
         tensors = parts.saver.gather(parts.engine)
         parts.supernet.largest()
         test = self._test("after") if tests else {}
@@ -277,7 +281,8 @@ class Run:
                 "predicted_peak_gb": predicted_peak_gb(self.plan, self.processes),
                 "load_peak_gb": parts.load_peak_gb,
                 "bytes_per_rank": parts.engine.held().bytes,
-                "skipped_steps": total - parts.engine.applied,
+                "skipped_steps": skipped,
+                **describe_best(parts.best, deployed, self.plan.steps),
             }
         )
         reach("result.after_summary")

@@ -46,6 +46,9 @@ class OutputSection(Section):
         "end this launch after this step, with a checkpoint and exit code 75; the schedule stays that of all steps",
         "steps",
     )
+    trackers: list[Literal["wandb", "trackio"]] = key(
+        [], "experiment trackers beside TensorBoard, each a package to install: wandb, trackio"
+    )
     keep_sample: bool = key(
         True, "keep sample.json, up to 16 samples of the data (256 tokens each), by which a merge is compared"
     )

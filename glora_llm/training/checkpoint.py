@@ -189,17 +189,26 @@ def read(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, A
 def rotate(root: Path, keep: int) -> None:
     """Delete what lies behind the `keep` newest whole checkpoints, and what an interrupted write left.
 
-    Checkpoints count only after they have been read again and found whole: a good one never goes for a broken one.
+    Checkpoints count only after they have been read again and found whole: a good one never goes for a broken one. A
+    checkpoint that one of those names as the best stays too.
     """
     for leftover in root.glob(".writing-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = 0
+    whole, best = 0, set()
     found = checkpoints(root)
     for folder in found if len(found) > keep else ():
         if whole >= keep:
-            _delete(folder)
+            if step_of(folder) not in best:
+                _delete(folder)
         elif fault(folder) is None:
             whole += 1
+            best.add(best_step(folder))
+
+
+def best_step(folder: Path) -> int:
+    """Return the step of the checkpoint that validated best when this whole one was written; 0: none is kept."""
+    trainer = json.loads((folder / "trainer.json").read_text())
+    return int(trainer.get("best", {}).get("kept", 0))
 
 
 def _delete(folder: Path) -> None:

@@ -20,8 +20,9 @@ from glora_llm.errors import CheckFailed
 from glora_llm.failpoints import reach
 from glora_llm.launch.ranks import broadcast
 from glora_llm.launch.stop import StopRequest, drop_broken_output
-from glora_llm.schema import Recipe
+from glora_llm.schema import EvaluationSection, Recipe
 from glora_llm.training.batch import Batch
+from glora_llm.training.best import Best
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
@@ -49,6 +50,7 @@ class Hooks:
             forward pass (a supernet draws its paths).
         observe: step -> further numbers that are logged with the step's own; all processes call it.
         stop: the request to end, which one process may have got.
+        best: of the validations.
     """
 
     batches: Callable[[int], Sequence[Batch]]
@@ -58,6 +60,7 @@ class Hooks:
     before_micro_step: Callable[[int, int], None] = lambda _step, _micro: None
     observe: Callable[[int], dict[str, float]] = lambda _step: {}
     stop: StopRequest = field(default_factory=StopRequest)
+    best: Best = field(default_factory=lambda: Best.of(EvaluationSection()))
 
 
 @dataclass(frozen=True)
@@ -106,19 +109,18 @@ def seed_micro_step(seed: int, step: int, number: int) -> None:
 
 
 def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: ModelCost) -> dict[str, float]:
-    """Train to the end of the schedule; return the last validation metrics.
+    """Train to the end of the schedule, or until no better validation comes; return the last validation metrics.
 
     Raises:
         NonFinite: after `training.max_bad_steps` skipped steps in a row, or where the last step was skipped so, or all.
         ToldToEnd: when a process was told to end, at the next micro batch, after a checkpoint (none after a bad step).
     """
-    settings, bad, saved, last_validation = engine.settings, 0, schedule.start, {}
+    settings, bad, saved = engine.settings, 0, schedule.start
     reset_peak_memory(engine.device)
-    if _is_validation_missing(schedule, log, engine.device):
-        last_validation = _validate(schedule, hooks, log, schedule.start, save=False)
-    if schedule.is_last_here(schedule.start):
+    last_validation = _validate_at_start(schedule, hooks, log, engine.device)
+    if schedule.is_last_here(schedule.start) and not hooks.best.is_over:
         raise _end(schedule, hooks, log, schedule.start, save=False)
-    for step in range(schedule.start, schedule.total):
+    for step in range(schedule.total if hooks.best.is_over else schedule.start, schedule.total):
         began = time.perf_counter()
         reach("step.before")
         batches = hooks.batches(step)
@@ -140,12 +142,18 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
             log.progress(done, values)
         if result.told_to_end:  # what is due now is validated by the next launch
             raise _end(schedule, hooks, log, done, save=not bad)
+        is_better = False
         if schedule.due(done, schedule.validate_every):
             last_validation = _validate(schedule, hooks, log, done, save=not bad)
-        if schedule.due(done, schedule.save_every) and not bad:
+            is_better = not bad and _judge(hooks.best, done, last_validation, engine.device)
+        is_over = not bad and hooks.best.is_over
+        if (schedule.due(done, schedule.save_every) or is_better or is_over) and not bad:
             log.flush()
             hooks.save(done)
             saved = done
+        if is_over and done < schedule.total:
+            log.say(f"training ends early, after step {done} of {schedule.total}: {hooks.best.reason()}")
+            break
         if schedule.is_last_here(done):
             raise _end(schedule, hooks, log, done, save=not bad and saved < done)
     _require_trained(engine, schedule, hooks, bad)
@@ -180,11 +188,27 @@ def _require_trained(engine: Engine, schedule: Schedule, hooks: Hooks, bad: int)
         )
 
 
-def _is_validation_missing(schedule: Schedule, log: MetricLog, device: torch.device) -> bool:
-    """Tell whether the launch before was told to end before the validation of its last step was over."""
-    if schedule.start == 0 or not schedule.due(schedule.start, schedule.validate_every):
-        return False
-    return bool(broadcast(log.lacks(schedule.start, "validation/"), device))
+def _validate_at_start(schedule: Schedule, hooks: Hooks, log: MetricLog, device: torch.device) -> dict[str, float]:
+    """Make up for a validation of the last step that the launch before was told to leave; return its metrics, if any.
+
+    The launch before may also have logged it and then been killed, before a checkpoint held what it means.
+    """
+    start = schedule.start
+    if start == 0 or not schedule.due(start, schedule.validate_every):
+        return {}
+    is_judged = not hooks.best.watches or hooks.best.seen >= start
+    scores: dict[str, float] = {} if is_judged else broadcast(log.values_at(start, "validation/"), device)
+    if not scores and (not is_judged or broadcast(log.lacks(start, "validation/"), device)):
+        scores = _validate(schedule, hooks, log, start, save=False)
+    if not is_judged:
+        _judge(hooks.best, start, scores, device)
+        hooks.best.written(start)
+    return scores
+
+
+def _judge(best: Best, done: int, scores: dict[str, float], device: torch.device) -> bool:
+    """Take in a validation, as the main process measured it; tell whether it is the best so far, and to be kept."""
+    return best.watches and best.see(done, broadcast(scores.get(best.name), device)) and best.keeps
 
 
 def _validate(schedule: Schedule, hooks: Hooks, log: MetricLog, done: int, save: bool) -> dict[str, float]:

@@ -58,6 +58,16 @@ class MetricFile:
             names |= entry.keys() if entry["step"] == step else set()
         return names
 
+    def values_at(self, step: int, prefix: str) -> dict[str, float]:
+        """Return the numbers of a step whose names begin with `prefix`; one that was not finite is None."""
+        found: dict[str, float] = {}
+        for _, entry in self._from_the_end():
+            if entry["step"] < step:
+                break
+            if entry["step"] == step:
+                found |= {name: value for name, value in entry.items() if name.startswith(prefix)}
+        return found
+
     def _from_the_end(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (offset of its end, entry) of every whole line, the last one first."""
         if not self.path.exists():

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from glora_llm.failpoints import reach
 from glora_llm.training.board import Board
 from glora_llm.training.hyperparameters import TEST, end_summaries, start_summary
 from glora_llm.training.metric_file import MetricFile
+from glora_llm.training.trackers import Tracker, open_trackers
 
 SECONDS_BETWEEN_LINES = 5.0  # where there is no progress bar
 
@@ -42,10 +43,20 @@ class MetricLog:
         total: optimizer steps of the run.
         enabled: False on all ranks but one: nothing is written.
         unit: what speed is counted in.
+        trackers: names of experiment trackers that get the numbers too.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, enabled: bool, unit: str = "tokens"):
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        enabled: bool,
+        unit: str = "tokens",
+        trackers: Sequence[str] = (),
+    ):
         self.folder, self.enabled, self.total, self.start, self.unit = folder, enabled, total, start, unit
+        self.names, self.trackers = trackers, list[Tracker]()
         if not enabled:
             return
         self.file = MetricFile(folder / "metrics.jsonl", self.say)
@@ -68,6 +79,8 @@ class MetricLog:
                 writer.add_scalar(name, value, step)
 
         self.board.write(add)
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
     def scores(self, step: int, values: dict[str, float]) -> None:
         """Log scores such as `validation/loss`, and print them on one line."""
@@ -79,19 +92,24 @@ class MetricLog:
         names = self.file.names_at(step) if self.enabled else None
         return names is not None and not any(name.startswith(prefix) for name in names)
 
+    def values_at(self, step: int, prefix: str) -> dict[str, float]:
+        """Return the numbers of a step whose names begin with `prefix`, as they are in the file."""
+        return self.file.values_at(step, prefix) if self.enabled else {}
+
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
         if self.enabled:
             self.board.write(lambda writer: writer.add_text(name, "```\n" + text + "\n```"))
 
     def begin(self, settings: dict[str, str | float]) -> None:
-        """Show the run, which is still going on, in TensorBoard's tab HParams.
+        """Show the run, which is still going on, in TensorBoard's tab HParams and in the trackers.
 
         Args:
             settings: of `compared_settings`.
         """
         if self.enabled:
             self._add(start_summary(str(self.folder), settings))
+            self.trackers = open_trackers(self.names, self.folder, settings, self.say)
 
     def end(self, settings: dict[str, str | float], validation: Iterable[str], test: Iterable[str]) -> None:
         """Show the settings and the final scores in TensorBoard's tab HParams.
@@ -124,6 +142,8 @@ class MetricLog:
         board = Board(self.folder / "tensorboard" / TEST, step, self.say)
         board.write(add)
         board.close()
+        for tracker in self.trackers:
+            tracker.log(step, values)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Move the bar, or print a line at most every five seconds (always the first and the last)."""
@@ -161,6 +181,8 @@ class MetricLog:
             self.bar.close()
             self.file.close()
             self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def _without_split(names: Iterable[str]) -> list[str]:
