@@ -132,8 +132,9 @@ def evaluate_tasks(place: Path, questions: Questions, weights: Weights, out: Pat
 def _run_subject(folder: RunFolder, chosen: Weights) -> Iterator[Subject]:
     """Give what a run trained, on its base and unmerged, or the merged model of a run."""
     recipe = folder.recipe()
-    if recipe.data.format == "images":
-        raise UserError(f"{folder.path} trained an image classifier, and lm-eval's tasks are for language models.")
+    if recipe.data.format == "images" or recipe.head:
+        what = "an image classifier" if recipe.data.format == "images" else "a model with a head of classes or numbers"
+        raise UserError(f"{folder.path} trained {what}, and lm-eval's tasks are for language models.")
     if chosen.merged is not None:
         yield _model_subject(chosen.merged)
         return

@@ -81,17 +81,15 @@ class EvaluationSection(Section):
     every: PositiveInt | None = key(None, "steps between validations; none: only at the end", "steps")
     batch: PositiveInt = key(8, "samples of one forward pass on one process; changes no score", "samples")
     max_rows: PositiveInt | None = key(None, "validate on at most this many rows during training", "rows")
-<<<<<<< HEAD
     metrics: list[str] | None = key(
         None, "further scores of the task (accuracy, f1, pearson ...; docs/tasks.md); none: those of data.benchmark"
-=======
+    )
     keep_best: bool | str = key(
         False,
         "keep and deploy the checkpoint that validates best, by this score (loss, exact_match ...); true: by the loss",
     )
     patience: PositiveInt | None = key(
         None, "end training after so many validations in a row without a better score", "validations"
->>>>>>> 3270964 (evaluation.keep_best and patience: the checkpoint that validates best is kept and deployed, training may end early; output.trackers: wandb and trackio)
     )
     test_before: bool = key(False, "score the test rows with the untrained adapter too")
     test: bool = key(True, "score the test rows after training; false: later, by the same command with true")
