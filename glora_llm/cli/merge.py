@@ -18,8 +18,6 @@ examples:
   glora-llm merge runs/llama2_glora --out merged --quantize nf4  4 bits, and what that costs
   glora-llm merge runs/llama2_glora --out merged --step 400  a kept checkpoint instead of the end
 
-With evaluation.keep_best the end of a run is what validated best; --best asks for it before too.
-
 They are compared on the sample that the run kept, else on text that ships; the run's data need not
 be here. A result outside the recipe's merge.* bounds ends with exit code 1."""
 
