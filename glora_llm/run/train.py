@@ -205,9 +205,8 @@ class Run:
         start = self.parts.start
         if start:
             file = self.folder.checkpoints / f"step-{start}"
-            self.log.say(
-                "\n".join([f"resumed after step {start} of {self.plan.steps} from {file}", *self.parts.changes])
-            )
+            resumed = f"resumed after step {start} of {self.plan.steps} from {file}"
+            self.log.say("\n".join([resumed, *self.parts.changes]))
         self.log.text("recipe", recipes.dump(self.plan.recipe))
         self.log.begin(compared_settings(self.plan.recipe, self.parts.trained))
 
@@ -243,9 +242,8 @@ class Run:
             return engine.score(batch)
 
         self.parts.supernet.largest()
-        is_last = step == self.plan.steps and not self.parts.best.watches  # what is compared is scored on the same rows
-        limit = None if is_last else self.plan.recipe.evaluation.max_rows
-        return self._score("validation", limit, score)
+        is_part = step < self.plan.steps or self.parts.best.watches  # what is compared is of the same rows
+        return self._score("validation", self.plan.recipe.evaluation.max_rows if is_part else None, score)
 
     def _finish(self, validation: dict[str, float]) -> None:
         """Score the test rows, and write the final weights and summary.json."""
