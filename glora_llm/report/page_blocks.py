@@ -17,12 +17,14 @@ class Table:
         head: the titles of the columns; a column of numbers is aligned by them.
         rows: cells as text; the first of each is the row's name.
         note: a sentence below.
+        folded: it is long, and shown when it is asked for.
     """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    folded: bool = False
     kind: str = "table"
 
     def is_number(self, column: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from glora_llm.errors import UserError
 from glora_llm.files.json_file import read_object
 from glora_llm.report import page_figures as figures
-from glora_llm.report.drawing import BLUE, VERMILLION
+from glora_llm.report.drawing import BLUE, GREY, VERMILLION
 from glora_llm.report.page_blocks import (
     Code,
     Facts,
@@ -45,17 +45,16 @@ def compare_part(folder: Path, name: str, out: Path) -> Part:
         raise UserError(f"{folder / COMPARISON} has no list of methods, each with its name. {ADVICE}")
     ran = [one for one in methods if one.get("verdict") != NOT_RUN and isinstance(one.get("mean"), int | float)]
     metric = str(found.get("score", "score"))
-    budget = found.get("budget")
     lead = (
         f"{len(ran)} of {len(methods)} methods on recipe {found.get('recipe', '–')}, compared by {metric} "
         f"({'higher' if found.get('higher', True) else 'lower'} is better)"
-        f"{f', each with about {number(budget)} trainable parameters' if budget else ''}."
+        f"{f', each with {budget}' if (budget := found.get('budget')) else ''}."
     )
     part = Part(f"Comparison of methods: {folder.resolve().name}", name, lead)
     part.add("Result", _table(methods, metric), *_not_run(methods), *_means(ran, metric, name))
     part.add("Learning rates", *_rates(ran, metric, name))
     part.add("Cost", _cost(ran))
-    part.add("Trials", *_trials(methods, out))
+    part.add("Trials", *_trials(found, methods, folder, out))
     part.add("How it was made", *_provenance(found, folder))
     return part
 
@@ -66,13 +65,33 @@ def _table(methods: Sequence[dict[str, Any]], metric: str) -> Table:
             str(one["name"]), score(one.get("mean")),
             f"{score(one.get('low'))} to {score(one.get('high'))}" if "low" in one else "–",
             str(one.get("verdict", "–")), number(one.get("p_value"), 2), number(len(one.get("scores") or []) or None),
-            number(one.get("parameters")), str(one.get("knob", "–")), number(one.get("lr")),
+            number(one.get("parameters")), _knob(one.get("knob")), _rate(one),
         ]
         for one in methods
     ]  # fmt: skip
     head = ["method", f"mean {metric}", "range", "verdict", "p", "seeds", "parameters", "set by", "rate"]
-    note = "p: of the paired difference from the best method. Level: the difference is within what chance makes."
-    return Table(f"Methods by {metric}", head, rows, note)
+    return Table(f"Methods by {metric} on test rows", head, rows, " ".join(_notes(methods)))
+
+
+def _knob(knob: Any) -> str:
+    """Return what brought a method to the budget, such as `rank 5`."""
+    if isinstance(knob, dict):
+        return ", ".join(f"{name} {value}" for name, value in knob.items()) or "–"
+    return number(knob)
+
+
+def _rate(one: dict[str, Any]) -> str:
+    return f"{one['lr']:g}{'*' if one.get('lr_at_edge') else ''}" if one.get("lr") else "–"
+
+
+def _notes(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the table's reader has to know beside it."""
+    tests = dict.fromkeys(str(one["test"]) for one in methods if one.get("test"))
+    notes = ["p: of the difference from the best mean", *([f"({'; '.join(tests)})"] if tests else [])]
+    notes[-1] += "; level: it may be chance, or was not tested."
+    if any(one.get("lr_at_edge") for one in methods):
+        notes.append("*: the rate is at the edge of those that were tried, and a farther one may be better.")
+    return notes
 
 
 def _not_run(methods: Sequence[dict[str, Any]]) -> list[Text]:
@@ -105,20 +124,28 @@ def _means(ran: Sequence[dict[str, Any]], metric: str, name: str) -> list[Pictur
 def _rates(ran: Sequence[dict[str, Any]], metric: str, name: str) -> list[Any]:
     pictures = []
     for place, one in enumerate(ran):
-        pairs = sorted((float(rate), value) for rate, value in (one.get("rates") or {}).items() if value is not None)
-        if len(pairs) < 2:
+        pairs, stopped = _pairs(one.get("rates")), _pairs(one.get("stopped_rates"))
+        if len(pairs) + len(stopped) < 2:
             continue
         figure, axes = figures.axes_of(f"{metric}", (3.0, 2.3), "learning rate")
         axes.set_xscale("log")
         axes.plot([rate for rate, _ in pairs], [value for _, value in pairs], "-o", color=BLUE, markersize=4)
+        axes.plot([rate for rate, _ in stopped], [value for _, value in stopped], "x", color=GREY, markersize=6)
         chosen = [(rate, value) for rate, value in pairs if rate == one.get("lr")]
         axes.plot([rate for rate, _ in chosen], [value for _, value in chosen], "D", color=VERMILLION, markersize=7)
-        figures.rate_ticks(axes, [rate for rate, _ in pairs])
+        figures.rate_ticks(axes, [rate for rate, _ in sorted(pairs + stopped)])
         title = f"{one['name']}: {metric} on validation rows by learning rate"
         pictures.append(Picture(inline_svg(figure, title, f"{name}-rate-{place}"), f"{one['name']}", small=True))
     if not pictures:
         return []
-    return [Text("Score on validation rows by learning rate. The diamond is the rate that was chosen."), *pictures]
+    words = "Score on validation rows by learning rate. Diamond: the rate that was chosen; cross: stopped early."
+    return [Text(words), *pictures]
+
+
+def _pairs(rates: Any) -> list[tuple[float, float]]:
+    """Return (rate, score) by rising rate, of those that have a score."""
+    items = rates.items() if isinstance(rates, dict) else ()
+    return sorted((float(rate), float(value)) for rate, value in items if isinstance(value, int | float))
 
 
 def _cost(ran: Sequence[dict[str, Any]]) -> Table | None:
@@ -131,19 +158,31 @@ def _cost(ran: Sequence[dict[str, Any]]) -> Table | None:
     if not shown:
         return None
     rows = [[str(one["name"]), *(write(one.get(key)) for key, _, write in shown)] for one in ran]
-    note = "Forgetting: how much the loss on a text that the run did not see has risen."
+    note = "Means over the seeds. Forgetting: how much the loss on a text that the run did not see has risen."
     return Table("Cost of each method", ["method", *(title for _, title, _ in shown)], rows, note)
 
 
-def _trials(methods: Sequence[dict[str, Any]], out: Path) -> list[Any]:
-    lines = []
-    for one in methods:
-        for trial in one.get("trials") or ():
-            lines.append((str(one["name"]), os.path.relpath(str(trial), out.resolve().parent)))
-    if not lines:
+def _trials(found: dict[str, Any], methods: Sequence[dict[str, Any]], folder: Path, out: Path) -> list[Any]:
+    """Return every run of the comparison, folded; a folder is written as seen from the report's."""
+    every = found.get("trials")
+    if not isinstance(every, dict):
+        every = {
+            trial: {"method": one["name"], "folder": trial} for one in methods for trial in one.get("trials") or ()
+        }
+    rows = [
+        [
+            str(one.get("method", "–")), number(one.get("lr")), number(one.get("seed")), str(one.get("status", "–")),
+            number(one.get("steps")), duration(one.get("wall_seconds")),
+            os.path.relpath(folder / str(one.get("folder", name)), out.resolve().parent),
+        ]
+        for name, one in every.items()
+        if isinstance(one, dict)
+    ]  # fmt: skip
+    if not rows:
         return []
-    text = "\n".join(f"{method:<16} {folder}" for method, folder in lines)
-    return [Code(f"The {len(lines)} runs (a report of one: glora-llm report FOLDER)", text, folded=True)]
+    head = ["method", "rate", "seed", "status", "steps", "time", "run folder"]
+    note = "A report of one: glora-llm report RUN_FOLDER."
+    return [Table(f"All {len(rows)} runs", head, rows, note, folded=True)]
 
 
 def _provenance(found: dict[str, Any], folder: Path) -> list[Any]:

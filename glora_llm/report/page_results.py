@@ -14,6 +14,7 @@ from glora_llm.search.limits import limits
 SHOWN, LONGEST = 8, 1500  # samples, and characters of each part of one
 DOTS = 1500  # candidates of a search that are drawn; of more, so many are chosen by a fixed seed
 STDERR = "_stderr"
+TOLD = (("weights", "weights:"), ("limit", "at most the first questions of each task:"), ("date", "on"))
 MERGE_ROWS = (
     ("max_abs_logit_diff", "largest difference of a logit"),
     ("top1_agreement", "share of tokens with the same most likely next token"),
@@ -36,27 +37,28 @@ def evaluation_tables(run: RunRecord) -> list[Table]:
     tables = []
     for name, found in run.evaluations.items():
         rows = [
-            [task, metric, score(value), score(values.get(f"{metric}{STDERR}"))]
+            [
+                task, metric, score(value), score(values.get(f"{metric}{STDERR}")), _of(found.get("num_fewshot"), task),
+                _of(found.get("questions"), task),
+            ]
             for task, values in (found.get("tasks") or {}).items()
             if isinstance(values, dict)
             for metric, value in values.items()
             if not metric.endswith(STDERR) and isinstance(value, int | float)
-        ]
+        ]  # fmt: skip
         if rows:
-            head = ["task", "metric", "value", "standard error"]
+            head = ["task", "metric", "value", "standard error", "few-shot", "questions"]
             tables.append(Table(f"Benchmarks by lm-eval ({name})", head, rows, _told(found)))
     return tables
 
 
+def _of(values: Any, task: str) -> str:
+    """Return the value of a task, where each has its own."""
+    return number(values.get(task) if isinstance(values, dict) else values)
+
+
 def _told(found: dict[str, Any]) -> str:
-    parts = []
-    for key, words in (
-        ("model", "model"),
-        ("num_fewshot", "few-shot examples"),
-        ("limit", "at most so many questions"),
-    ):
-        if found.get(key) is not None:
-            parts.append(f"{words}: {found[key]}")
+    parts = [f"{words} {found[key]}" for key, words in TOLD if found.get(key) is not None]
     versions = found.get("versions")
     if isinstance(versions, dict):
         parts.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -80,7 +82,7 @@ def search_table(run: RunRecord) -> Table | None:
 
 def frontier(run: RunRecord, name: str) -> Picture | None:
     """Return the figure of score against size of every candidate of a search, with its Pareto front."""
-    entries = [entry for entry in run.archive.get("candidates", ()) if math.isfinite(entry.get("score", math.nan))]
+    entries = [entry for entry in run.archive.get("candidates") or () if _is_scored(entry)]
     if not entries or run.recipe.search is None:
         return None
     rest = [entry for entry in entries if not entry["pareto"]]
@@ -98,6 +100,14 @@ def frontier(run: RunRecord, name: str) -> Picture | None:
     return Picture(inline_svg(figure, "Score against size of the candidates", f"{name}-frontier"), caption, paper=True)
 
 
+def _is_scored(entry: Any) -> bool:
+    """Tell whether an entry of the archive has all that is drawn of it."""
+    wanted = ("score", "parameters", "generation", "pareto")
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), int | float) and math.isfinite(entry[key]) for key in wanted
+    )
+
+
 def _candidate(entry: dict[str, Any]) -> Candidate:
     return Candidate(entry["score"], entry["parameters"], entry["generation"])
 
@@ -108,11 +118,18 @@ def samples(run: RunRecord) -> Samples | None:
         return None
     names = ("prompt", "reference", "before", "after")
     found = [
-        Sample(f"Sample {place}", [(name, _cut(entry[name])) for name in names if entry.get(name) is not None])
+        Sample(
+            f"Sample {place}{_split(entry)}",
+            [(name, _cut(entry[name])) for name in names if entry.get(name) is not None],
+        )
         for place, entry in enumerate(run.samples[:SHOWN], 1)
     ]
     total = len(run.samples)
     return Samples(found, f"{SHOWN} of {total:,} are shown." if total > SHOWN else "")
+
+
+def _split(entry: dict[str, Any]) -> str:
+    return f" ({entry['split']})" if entry.get("split") else ""
 
 
 def _cut(text: Any) -> str:

@@ -25,6 +25,7 @@ from glora_llm.report.run_record import RunRecord, Series
 from glora_llm.report.structure import Structure, read_structure
 from glora_llm.report.structure_svg import modes, structure_svg, summary_rows
 from glora_llm.report.summary import score_columns
+from glora_llm.schema.benchmarks import benchmark_of
 from glora_llm.schema.scores import SCORES
 
 FIRST_SCORES = (
@@ -60,21 +61,27 @@ def run_part(run: RunRecord, title: str, name: str) -> Part:
 
 
 def main_score(run: RunRecord) -> tuple[str, str, float] | None:
-    """Return the score that a run is judged by: where it was measured, its name, and its value."""
+    """Return the score that a run is judged by: where it was measured, its name, and its value.
+
+    It is the first one of the recipe's metrics or of its benchmark, else the first of a usual order.
+    """
+    recipe = run.recipe
+    chosen = recipe.evaluation.metrics or (benchmark_of(recipe.data.benchmark).metrics if recipe.data.benchmark else ())
     columns = score_columns(run.summary)
     for title in ("test after", "validation"):
         found = columns.get(title, {})
-        names = [name for name in found if name in SCORES and name not in FIRST_SCORES and SCORES[name].higher]
-        for name in (*FIRST_SCORES[:3], *names, *FIRST_SCORES[3:]):
-            if name in found:
-                return title, name, found[name]
+        ends = {name.rpartition("/")[2]: name for name in reversed(found)}  # of several test sets the first
+        higher = [end for end in ends if end in SCORES and SCORES[end].higher and end not in FIRST_SCORES]
+        for end in (*chosen, *FIRST_SCORES[:3], *higher, *FIRST_SCORES[3:]):
+            if end in ends:
+                return title, ends[end], found[ends[end]]
     return None
 
 
 def steps_in_words(run: RunRecord) -> str:
     """Return how far a run came: `40 steps`, or `step 12 of 40`."""
     if "steps" in run.summary:
-        return f"{run.summary['steps']:,} steps"
+        return f"{number(run.summary['steps'])} steps"
     total = run.recipe.training.steps
     return f"step {run.last_step:,} of {f'{total:,}' if total else f'{run.recipe.training.epochs} epochs'}"
 
@@ -251,6 +258,8 @@ def _parameters(structure: Structure | None, name: str) -> list[Any]:
     total = structure.total
     blocks: list[Any] = []
     for title, counts in (("slot", structure.by_slot), ("kind of linear", structure.by_kind)):
+        if len(counts) < 2:
+            continue
         rows = [[key, f"{count:,}", f"{count / total:.1%}"] for key, count in counts.items()]
         blocks.append(Table(f"Trained parameters by {title}", [title, "parameters", "share"], rows))
     if len(structure.by_layer) > 1:

@@ -12,7 +12,8 @@ from markupsafe import Markup, escape
 from glora_llm.plan.part_names import LAYER
 from glora_llm.report.structure import Cell, Structure
 
-CELL, ROW, GAP, LETTER = 15, 13, 8, 6.2  # pixels: width of a layer, height of a slot, between linears, of a letter
+CELL, WIDEST = 11, 480  # pixels: least width of a layer; of all, where layers are few
+ROW, GAP, LETTER = 13, 8, 6.2  # pixels: height of a slot, between linears, width of a letter
 CLASSES = {"lora": "m-lora", "block": "m-block", "vector": "m-vector", "scalar": "m-scalar", "none": "m-none"}
 OTHER = "other"
 
@@ -30,7 +31,7 @@ def structure_svg(structure: Structure, name: str) -> Markup | None:
     several = len(slots) > 1
     ranks = sorted({cell.rank for path in structure.cells.values() for cell in path.values() if cell.rank})
     left = LETTER * max(len(kind) for kind in kinds) + (22 if several else 10)
-    cell = max(CELL, min(40, 300 // len(layers)))
+    cell = max(CELL, min(40, WIDEST // len(layers)))
     pieces, top = [], 4.0
     for kind, by_layer in kinds.items():
         height = ROW * len(slots)

@@ -86,10 +86,12 @@ def write_comparison(folder: Path) -> Path:
     def method(name: str, scores: list[float], verdict: str, **more: Any) -> dict[str, Any]:
         mean = sum(scores) / len(scores)
         return {
-            "name": name, "parameters": 9000, "knob": "rank 4", "lr": 1e-3, "rates": {"1e-4": mean - 0.2, "1e-3": mean},
+            "name": name, "parameters": 9000, "knob": {"rank": 4}, "lr": 1e-3,
+            "rates": {"1e-4": mean - 0.2, "1e-3": mean},
+            "stopped_rates": {"1e-2": mean - 0.3}, "lr_at_edge": False,
             "scores": scores, "mean": mean, "low": min(scores), "high": max(scores), "verdict": verdict,
             "tokens_per_second": 1200.0, "peak_gb": 1.5, "seconds": 90.0, "steps_to_target": 12, "forgetting": 0.02,
-            "trials": [str(folder / f"{name}-{place}") for place in range(len(scores))], **more,
+            "trials": [f"trials/{name}-{place}" for place in range(len(scores))], **more,
         }  # fmt: skip
 
     methods = [
@@ -98,7 +100,8 @@ def write_comparison(folder: Path) -> Path:
         {"name": "beft", "verdict": "not run", "why": "a LLaMA's linears have no bias"},
     ]
     values = {
-        "recipe": "tiny_cpu", "score": "label_accuracy", "higher": True, "budget": 10000, "methods": methods,
+        "recipe": "tiny_cpu", "score": "label_accuracy", "higher": True, "budget": "10,000 trained parameters",
+        "methods": methods,
         "versions": {"torch": "2.13.0"}, "hardware": LAUNCH["hardware"],
         "command": "glora-llm compare --recipe tiny_cpu --methods glora,lora,beft --budget 10k",
     }  # fmt: skip

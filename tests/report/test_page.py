@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from glora_llm.cli import main
-from glora_llm.report.page import write_report
+from glora_llm.report.page import TEMPLATES, write_report
 from glora_llm.report.page_figures import GROUPS, thin
+from glora_llm.report.page_svg import VARIABLES
 from glora_llm.report.run_record import Series
 from tests.report.made_runs import LAUNCH, write_comparison, write_run
 
@@ -58,7 +59,9 @@ def test_a_run_with_all_that_it_can_have(tmp_path: Path) -> None:
     (run / "samples.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "before": "fish", "after": "four"}) + "\n")
     (run / "eval").mkdir()
     tasks = {"arc_easy": {"acc": 0.4375, "acc_stderr": 0.0125}}
-    (run / "eval" / "arc.json").write_text(json.dumps({"tasks": tasks, "num_fewshot": 5, "versions": {"arc_easy": 1}}))
+    (run / "eval" / "arc.json").write_text(
+        json.dumps({"tasks": tasks, "num_fewshot": {"arc_easy": 5}, "weights": "the adapter"})
+    )
     (run / "merged").mkdir()
     merge = {"max_abs_logit_diff": 3e-6, "top1_agreement": 0.9875, "loss_before": 1.5, "loss_after": 1.5, "tokens": 411}
     (run / "merged" / "merge_report.json").write_text(json.dumps(merge))
@@ -66,7 +69,7 @@ def test_a_run_with_all_that_it_can_have(tmp_path: Path) -> None:
     for expected in (
         "mine", "GLoRA (rank 4) on some/base", "40 steps of 16 samples", "0.6250", "0.0125 before training", "18,432",
         "lora, rank 4", "slot A", "1.50 GB", "0.9875", "3.00e-06", "fish", "four", "arc_easy", "0.4375", "0.0125",
-        "few-shot examples: 5", LAUNCH["command"], LAUNCH["commit"], "torch 2.13.0", "2 cores of Some CPU", "f" * 64,
+        "weights: the adapter", LAUNCH["command"], LAUNCH["commit"], "torch 2.13.0", "2 cores of Some CPU", "f" * 64,
         "global_batch: 16", "a launch went on", "Launches: the run was ended or failed, and went on",
     ):  # fmt: skip
         assert expected in page.text, expected
@@ -137,7 +140,8 @@ def test_a_comparison_of_methods(tmp_path: Path) -> None:
         "beft was not run: a LLaMA's linears",
     ):
         assert expected in page, expected
-    assert "2 of 3 methods on recipe tiny_cpu" in page and "c/lora-1" in page
+    assert "2 of 3 methods on recipe tiny_cpu" in page and "each with 10,000 trained parameters" in page
+    assert "c/trials/lora-1" in page and "rank 4" in page
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path) -> None:
@@ -194,6 +198,33 @@ def test_an_earlier_report_is_replaced(tmp_path: Path, capsys: pytest.CaptureFix
     out.write_text(out.read_text()[:1500])
     assert main(["report", str(run), "--out", str(out)]) == 0
     assert out.read_text().endswith("</html>\n") and "report.html: 0." in capsys.readouterr().out
+
+
+def test_a_loss_that_is_never_finite_is_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "diverged", steps=3)
+    lines = [{"step": step, "train/loss": None, "train/grad_norm": None} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert "3 values were not finite and are not drawn" in Reader(report(run)).text
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of `#rrggbb`, as WCAG 2.2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_the_paper(place: int) -> None:
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root[^{]*\{([^}]*)\}", css)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[place]))
+    wanted = dict.fromkeys(VARIABLES.values(), 3.0) | dict.fromkeys(("ink", "muted", "link"), 4.5)
+    del wanted["grid"]  # it has to stand back
+    for paper in ("paper", "soft"):
+        for name, least in wanted.items():
+            dark, light = sorted((luminance(colours[name]), luminance(colours[paper])))
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, paper)
 
 
 def test_a_report_loads_no_torch() -> None:
