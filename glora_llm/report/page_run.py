@@ -1,13 +1,10 @@
 """A run as a part of a report's page: what was trained, what came of it, and how to get it again."""
 
-import shlex
 from statistics import median
 from typing import Any
 
-from glora_llm import recipe as recipes
 from glora_llm.report import page_figures as figures
 from glora_llm.report.page_blocks import (
-    Code,
     Facts,
     Part,
     Picture,
@@ -15,10 +12,10 @@ from glora_llm.report.page_blocks import (
     Text,
     duration,
     gigabytes,
-    machine,
     number,
     score,
 )
+from glora_llm.report.page_provenance import provenance
 from glora_llm.report.page_results import evaluation_tables, frontier, merge_blocks, samples, search_table
 from glora_llm.report.page_svg import inline_svg
 from glora_llm.report.run_record import RunRecord, Series
@@ -56,7 +53,7 @@ def run_part(run: RunRecord, title: str, name: str) -> Part:
     part.add("Search", search_table(run), frontier(run, name))
     part.add("Before and after", samples(run))
     part.add("Merge", *merge_blocks(run))
-    part.add("How it was made", *_provenance(run))
+    part.add("How it was made", *provenance(run))
     return part
 
 
@@ -265,40 +262,4 @@ def _parameters(structure: Structure | None, name: str) -> list[Any]:
     if len(structure.by_layer) > 1:
         drawn = figures.by_layer(structure.by_layer, "Trained parameters")
         blocks.append(_picture(drawn, f"Trained parameters by layer, {total:,} together", f"{name}-layers"))
-    return blocks
-
-
-def _provenance(run: RunRecord) -> list[Any]:
-    path = run.folder.path
-    blocks: list[Any] = []
-    last = run.launches[-1] if run.launches else {}
-    base = run.base
-    facts = [
-        ("run folder", str(path)),
-        ("base model", base.get("name", "–")),
-        ("its revision", base.get("revision") or "–"),
-        ("its fingerprint", base.get("fingerprint", "–")),
-        ("computed in", base.get("dtype", "–")),
-        ("seed", str(run.recipe.training.seed)),
-        ("hardware", machine(last["hardware"]) if "hardware" in last else "not recorded"),
-        ("processes", number(last.get("processes"))),
-        ("versions", ", ".join(f"{key} {value}" for key, value in last.get("versions", {}).items()) or "not recorded"),
-        ("commit", last.get("commit") or "not recorded (installed from a wheel, or an older run)"),
-    ]
-    blocks.append(Facts(facts))
-    if last.get("command"):
-        blocks.append(Code("The command that it was trained by", last["command"]))
-    again = (
-        f"glora-llm train --recipe {shlex.quote(str(path / 'recipe.yaml'))} output.dir={shlex.quote(f'{path}-again')}"
-    )
-    blocks.append(Code("To train it again, from the recipe with every default", again))
-    if len(run.launches) > 1:
-        rows = [
-            [str(place), one.get("started", "–"), number(one.get("from_step")), number(one.get("processes")),
-             str(one.get("commit") or "–")[:12]]
-            for place, one in enumerate(run.launches, 1)
-        ]  # fmt: skip
-        head = ["launch", "began to train", "after step", "processes", "commit"]
-        blocks.append(Table("Launches: the run was ended or failed, and went on", head, rows))
-    blocks.append(Code("Recipe, with every default", recipes.dump(run.recipe), folded=True))
     return blocks
