@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,10 +85,18 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     arguments, rest = parser.parse_known_args(argv)
     if any(text.startswith("-") or "=" not in text for text in rest) or (rest and not hasattr(arguments, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
+    if hasattr(arguments, "overrides"):
+        arguments.overrides = [_as_utf8(text) for text in [*arguments.overrides, *rest]]
     _expand_homes(parser, arguments)
     return arguments
+
+
+def _as_utf8(word: str) -> str:
+    """Return a word of the command line as UTF-8, where Python read it in a locale that has no such signs."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word
 
 
 def _expand_homes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

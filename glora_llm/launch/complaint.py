@@ -15,7 +15,8 @@ PREFIX = "glora_llm-launch"
 
 def print_error(message: str) -> None:
     """Print an error, unless another process of this launch has printed the same one."""
-    print_once(f"error: {message}", hashlib.sha256(message.encode()).hexdigest()[:16])
+    key = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]  # of words that are no UTF-8 too
+    print_once(f"error: {message}", key)
 
 
 def print_once(text: str, key: str) -> None:
@@ -27,20 +28,26 @@ def print_once(text: str, key: str) -> None:
     """
     folder = launch_folder()
     if folder is None:
-        print(text, file=sys.stderr, flush=True)
+        _print(text)
         return
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         note = (folder / key).open("a", encoding="utf-8")
     except OSError:  # nowhere to say it: better twice than never
-        print(text, file=sys.stderr, flush=True)
+        _print(text)
         return
     with note:
         fcntl.flock(note, fcntl.LOCK_EX)  # released with the file, or with the process
         if os.fstat(note.fileno()).st_size == 0:
-            print(text, file=sys.stderr, flush=True)
+            _print(text)
             note.write("printed\n")
             note.flush()
+
+
+def _print(text: str) -> None:
+    """Print on standard error; where that is full, the exit code alone says that something is wrong."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def was_said(key: str) -> bool:

@@ -25,6 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return what makes this a machine with one GPU of so many bytes."""
 
     def make(total: int) -> None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # which may say that the GPU is not to be used
         properties = SimpleNamespace(name="Small GPU", total_memory=total)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
