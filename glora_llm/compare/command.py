@@ -145,7 +145,8 @@ class Comparison:
                 "with_trials": self.before["with_trials"] + self.pool.busy_seconds,
             }
             record.table = {
-                "recipe": request.name, "score": request.score, "higher": self.setting.higher, "budget": request.cost,
+                "recipe": request.name, "score": request.score, "higher": self.setting.higher, "budget": request.budget,
+                "seconds_of_training": request.seconds, "cost": request.cost,
                 "methods": rows(self.contests, self.setting), "versions": versions(), "commit": commit(),
                 "hardware": hardware(choose_device().type), "command": written(sys.orig_argv, os.environ),
             }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -46,7 +45,7 @@ def rows(contests: Sequence[Contest], setting: Setting) -> list[dict[str, Any]]:
 
 def _row(contest: Contest, setting: Setting, best: Contest | None, targets: Sequence[float]) -> dict[str, Any]:
     fit, name = contest.fit, contest.contender.name
-    knob = {} if fit is None or fit.value is None else {contest.contender.knob: fit.value}
+    knob = "none" if fit is None or fit.value is None else f"{contest.contender.knob} {fit.value}"
     row: dict[str, Any] = {
         "name": name, "parameters": fit.parameters if fit else None, "steps": contest.steps or None,
         "knob": knob, "verdict": "not run", "why": contest.why,
@@ -69,7 +68,7 @@ def _row(contest: Contest, setting: Setting, best: Contest | None, targets: Sequ
         "seconds": _mean([result.seconds() for result in finals]),
         "steps_to_target": _steps_to(finals, targets),
         "forgetting": _mean([result.forgetting() for result in finals]),
-        "trials": [str(Path("trials") / result.folder.name) for result in finals],
+        "trials": [str(result.folder) for result in finals],
     }
     return row | _judged(contest, setting, best)
 
@@ -135,7 +134,7 @@ def print_table(content: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     better = "higher" if content["higher"] else "lower"
-    title = f"{content['recipe']}: test {content['score']} ({better} is better), {content['budget']}"
+    title = f"{content['recipe']}: test {content['score']} ({better} is better), {content['cost']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name, side in COLUMNS.items():
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
@@ -151,15 +150,14 @@ def print_table(content: Mapping[str, Any]) -> None:
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """Return a row of the table as text, in the order of COLUMNS."""
-    knob = ", ".join(f"{name} {value}" for name, value in row["knob"].items())
     parameters = "" if row["parameters"] is None else f"{row['parameters']:,}"
     if "mean" not in row:
-        return [row["name"], parameters, knob, "", "", "", row["verdict"], "", "", "", ""]
+        return [row["name"], parameters, row["knob"] if parameters else "", "", "", "", row["verdict"], "", "", "", ""]
     score = f"{row['mean']:.4f}"
     if len(row["scores"]) > 1:
         score += f" ({row['low']:.4f} to {row['high']:.4f})"
     return [
-        row["name"], parameters, knob or "none", rate_text(row["lr"]) + ("*" if row["lr_at_edge"] else ""), score,
+        row["name"], parameters, row["knob"], rate_text(row["lr"]) + ("*" if row["lr_at_edge"] else ""), score,
         _probability(row["p_value"]), row["verdict"], _shown(row["tokens_per_second"], ",.0f"),
         _shown(row["peak_gb"], ".2f"), _shown(row["steps_to_target"], ".0f") or "never",
         _shown(row["forgetting"], "+.3f"),
