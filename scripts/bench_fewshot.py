@@ -67,7 +67,7 @@ def main() -> int:
             rate = max(grid, key=lambda rate: tried[rate]["validation"]["validation/accuracy"])
             rates[method, shots] = rate
             found[method, shots] = [adapt(place, base, data, method, shots, n, rate) for n in range(arguments.draws)]
-    text = report(found, rates, json.loads((arguments.out / "pretrained" / "summary.json").read_text()))
+    text = report(found, rates, json.loads((arguments.out / "pretrained" / "summary.json").read_text(encoding="utf-8")))
     print(text)
     if arguments.doc:
         arguments.doc.write_text(text, encoding="utf-8")
@@ -100,7 +100,7 @@ def split(folder: Path) -> Path:
 def train(folder: Path, recipe: str, *overrides: str) -> dict[str, Any]:
     """Train a recipe in this process unless its folder is finished; return its summary."""
     file = folder / "summary.json"
-    if not file.is_file() or "test" not in json.loads(file.read_text()):
+    if not file.is_file() or "test" not in json.loads(file.read_text(encoding="utf-8")):
         try:
             if glora_llm(["train", "--recipe", recipe, *overrides, f"output.dir={folder}"]) != 0:
                 raise SystemExit(f"{folder} did not end; the message is above.")
@@ -108,7 +108,7 @@ def train(folder: Path, recipe: str, *overrides: str) -> dict[str, Any]:
             ranks.stop()
             for name in LAUNCH:
                 os.environ.pop(name, None)
-    summary: dict[str, Any] = json.loads(file.read_text())
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return summary
 
 

@@ -207,7 +207,7 @@ def rotate(root: Path, keep: int) -> None:
 
 def best_step(folder: Path) -> int:
     """Return the step of the checkpoint that validated best when this whole one was written; 0: none is kept."""
-    trainer = json.loads((folder / "trainer.json").read_text())
+    trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     return int(trainer.get("best", {}).get("kept", 0))
 
 

@@ -23,6 +23,7 @@ from glora_llm.launch.stop import StopRequest, drop_broken_output
 from glora_llm.schema import EvaluationSection, Recipe
 from glora_llm.training.batch import Batch
 from glora_llm.training.best import Best
+from glora_llm.training.divergence import LossWatch
 from glora_llm.training.engine import Engine, StepResult
 from glora_llm.training.flops import ModelCost
 from glora_llm.training.metric_log import MetricLog
@@ -115,7 +116,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         NonFinite: after `training.max_bad_steps` skipped steps in a row, or where the last step was skipped so, or all.
         ToldToEnd: when a process was told to end, at the next micro batch, after a checkpoint (none after a bad step).
     """
-    settings, bad, saved = engine.settings, 0, schedule.start
+    settings, bad, saved, watch = engine.settings, 0, schedule.start, LossWatch(engine.settings.lr)
     reset_peak_memory(engine.device)
     last_validation = _validate_at_start(schedule, hooks, log, engine.device)
     if schedule.is_last_here(schedule.start) and not hooks.best.is_over:
@@ -135,6 +136,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         if bad >= settings.max_bad_steps:
             raise NonFinite(_stop_message(engine, batches, hooks, bad, done))
         _say_skipped(result, done, bad, engine, log)
+        _say_divergence(result, done, watch, log)
         if done % schedule.log_every == 0 or done == schedule.total:
             values = _metrics(result, lr, batches, engine, cost, time.perf_counter() - began, done, log)
             values |= hooks.observe(done)
@@ -170,6 +172,12 @@ def _say_skipped(result: StepResult, done: int, bad: int, engine: Engine, log: M
         log.say(f"step {done}: a float16 gradient overflowed, step skipped; loss scale {engine.loss_scale.value:g}")
     elif result.skipped:
         log.say(f"step {done}: loss or gradient not finite, step skipped ({bad} in a row)")
+
+
+def _say_divergence(result: StepResult, done: int, watch: LossWatch, log: MetricLog) -> None:
+    text = "" if result.overflow else watch.look(result.loss, result.skipped, done)
+    if text:
+        log.say(text)
 
 
 def _require_trained(engine: Engine, schedule: Schedule, hooks: Hooks, bad: int) -> None:

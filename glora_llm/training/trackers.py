@@ -97,7 +97,7 @@ class Tracker:
 def run_name(folder: Path, tracker: str) -> str:
     """Return the name of a run in a tracker, which the first launch makes up and notes in the run folder."""
     file = folder / IDS
-    known: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if tracker not in known:
         known[tracker] = f"{folder.absolute().name[:40]}-{secrets.token_hex(4)}"
         write_text(file, json.dumps(known, indent=1) + "\n")
