@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,8 @@ FEWER: dict[str, tuple[str, ...]] = {
         "merge.after_training=false",
     ),
     "smollm2_lossless4": ("data.validation=32", "data.max_test_rows=32"),
+    **dict.fromkeys(("smollm2_gsm8k", "smollm2_lora_gsm8k"), ("data.max_test_rows=4", "evaluation.test_before=false")),
     "tiny_cpu_search": ("search.passes=4",),
-}
-MODELS_OF_HUB, DATA_OF_HUB = "the model is on the hub", "the data are on the hub"
-ELSEWHERE = {
-    **dict.fromkeys(
-        ("llama2_glora", "llama2_lora", "llama2_glora_search", "llama2_lossless4", "llama3_glora"), MODELS_OF_HUB
-    ),
-    "llama2_70b_glora": MODELS_OF_HUB,
-    **dict.fromkeys(("vit_cifar10_dense", "vit_cifar10_glora", "vit_cifar10_vlora", "vlora_1b"), DATA_OF_HUB),
-    **{f"vit_{task}_{kind}": DATA_OF_HUB for task in ("fewshot", "vtab", "cifar100") for kind in ("glora", "lora")},
-    **dict.fromkeys(("dense_lm", "vlora_lm"), "the data (WikiText-2) are not shipped"),
 }
 
 
@@ -61,13 +51,15 @@ def main() -> int:
         print(json.dumps(measure(*arguments.child)))
         return 0
     from glora_llm import recipe as recipes
+    from glora_llm.plan.subjects import not_here
 
-    names = arguments.only or [name for name in recipes.named_recipes() if name not in ELSEWHERE]
+    absent = {name: not_here(recipes.load(name)) for name in arguments.only or recipes.named_recipes()}
+    names = [name for name, reason in absent.items() if not reason]
     found = {}
     for name in names:
         found[name] = in_a_process(name)
         print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    text = table(found)
+    text = table(found, {name: reason for name, reason in absent.items() if reason})
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")
@@ -139,8 +131,8 @@ def off(values: dict[str, Any]) -> float:
     return float(computed / measured - 1)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Return the table under its date and command."""
+def table(found: dict[str, dict[str, Any]], absent: dict[str, str]) -> str:
+    """Return the table under its date and command, and why recipes are not in it."""
     heads = ("loading", "training", "searching", "merging")
     lines = [
         f"{datetime.datetime.now(datetime.UTC).date().isoformat()}, `python scripts/plan_check.py`, MB above the "
@@ -152,18 +144,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for name, values in found.items():
         cells = " | ".join(_cell(values.get(head)) for head in heads)
         lines.append(f"| `{name}` | {cells} | {off(values):+.1%} |")
-    return "\n".join([*lines, "", *_left_out(found), ""])
+    left_out = [f"Not run here: `{name}` ({reason})." for name, reason in absent.items()]
+    return "\n".join([*lines, "", *left_out, ""])
 
 
 def _cell(pair: Any) -> str:
     return "" if pair is None else f"{pair[0]:,} / {pair[1]:,}"
-
-
-def _left_out(found: Iterable[str]) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in ELSEWHERE.items():
-        reasons.setdefault(reason, []).append(f"`{name}`")
-    return [f"Not run here, as {reason}: {', '.join(names)}." for reason, names in reasons.items()] if found else []
 
 
 if __name__ == "__main__":
