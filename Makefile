@@ -74,7 +74,7 @@ bench: $(STAMP)  ## every scripts/bench_*.py
 	  echo "python $$script"; $(IN_VENV) python $$script || exit 1; \
 	done
 
-docs: $(STAMP)  ## write docs/recipe_reference.md from the schema
+docs: $(STAMP)  ## write docs/recipe_reference.md and the tables of docs/tasks.md from the schema
 	@$(BIN)/python scripts/make_reference.py
 
 clean:  ## remove build products and caches (.venv and runs/ stay)

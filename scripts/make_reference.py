@@ -1,4 +1,4 @@
-"""Write docs/recipe_reference.md from glora_llm/schema/; with --check, only tell whether it is up to date."""
+"""Write docs/recipe_reference.md and the tables of docs/tasks.md from glora_llm/schema/, or --check them."""
 
 import argparse
 import sys
@@ -12,8 +12,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from glora_llm.schema import GenerateSection, ImagesSection, Recipe, SlotSetting, SupernetSection
+from glora_llm.schema.benchmarks import BENCHMARKS
+from glora_llm.schema.scores import SCORES
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
+TASKS = TARGET.parent / "tasks.md"
+BEGIN = "<!-- made by `make docs` from glora_llm/schema/{} -->\n"
+END = "<!-- end -->"
 OPENING = """\
 # Recipe reference
 
@@ -43,14 +48,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 when the file is stale; write nothing")
     arguments = parser.parse_args()
-    text = reference()
+    pages = {TARGET: reference(), TASKS: tasks_page(TASKS.read_text(encoding="utf-8"))}
     if not arguments.check:
-        TARGET.write_text(text, encoding="utf-8")
+        for file, text in pages.items():
+            file.write_text(text, encoding="utf-8")
         return 0
-    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{TARGET.name} is stale: run `make docs`", file=sys.stderr)
-    return 1
+    stale = [file.name for file, text in pages.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    if stale:
+        print(f"{', '.join(stale)} stale: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def tasks_page(text: str) -> str:
+    """Return docs/tasks.md with its tables of benchmarks and scores made anew."""
+    benchmarks = [
+        "| name | task | what it asks | source | test rows | scores | from |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in BENCHMARKS.items():
+        source = f"`{one.source}`" + (f" {one.subset}" if one.subset else "")
+        cells = [f"`{name}`", one.kind.replace("_", " "), one.title, source, str(one.test or "none")]
+        benchmarks.append("| " + " | ".join([*cells, ", ".join(one.metrics), one.paper]) + " |")
+    scores = ["| score | better | meaning |", "|---|---|---|"]
+    scores += [f"| `{name}` | {'higher' if one.higher else 'lower'} | {one.meaning} |" for name, one in SCORES.items()]
+    for source, table in (("benchmarks.py", benchmarks), ("scores.py", scores)):
+        before, begin, rest = text.partition(BEGIN.format(source))
+        text = before + begin + "\n".join(table) + "\n" + END + rest.partition(END)[2]
+    return text
 
 
 def reference() -> str:

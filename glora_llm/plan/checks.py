@@ -118,8 +118,6 @@ def check_task(recipe: Recipe) -> None:
         raise UserError(f"{what} reads one sample a row, and data.packing puts several into one: data.packing=false.")
     if recipe.data.chat_template == "tokenizer":
         raise UserError(f"{what} answers a prompt, not a conversation: data.chat_template=auto, and write data.prompt.")
-    if recipe.model.config is not None:
-        raise UserError(f"{what} is put on a model that is there, and model.config makes a new one: name_or_path.")
     if (
         recipe.search
         and recipe.search.metric != "loss"

@@ -19,7 +19,9 @@ class Score:
 
 
 SCORES: dict[str, Score] = {
-    "loss": Score(False, "mean cross entropy of the label tokens or classes, nats"),
+    "loss": Score(
+        False, "mean cross entropy of the label tokens or classes, nats; of a regression the mean squared error"
+    ),
     "perplexity": Score(False, "exp(loss)"),
     "token_accuracy": Score(True, "share of label tokens that are the most likely ones"),
     "exact_match": Score(True, "share of samples whose label tokens are all the most likely ones"),

@@ -140,6 +140,11 @@ def head_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, HeadTask]:
     Raises:
         UserError: for a model or data that do not fit the recipe, or each other.
     """
+    if recipe.model.config is not None:
+        raise UserError(
+            f"task {recipe.head} puts a head on a model that is there, and model.config makes a new one: set "
+            "model.name_or_path, or train the new model first."
+        )
     plain = resolve(recipe.model, weights, "classification")
     tokenizer, seed = load_tokenizer(plain.folder), recipe.training.seed
     data = prepare(recipe.data, tokenizer, cache_root() / "data", seed, head=True)

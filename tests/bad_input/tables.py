@@ -6,6 +6,7 @@ from tests.bad_input.case import Case
 from tests.bad_input.code_cases import CODE
 from tests.bad_input.compare_cases import COMPARISONS
 from tests.bad_input.data_cases import RECORDS, TABLES
+from tests.bad_input.head_cases import HEADS
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
@@ -26,6 +27,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "multiple choice": CHOICES,
     "generated answers": ANSWERS,
     "few-shot, named test sets, VTAB-1K": VISION,
+    "benchmarks, scores, heads": HEADS,
     "conversations": CHATS,
     "model folder, config.json": CONFIGS,
     "model folder, weights": FILES,
