@@ -21,10 +21,8 @@ __all__ = ["alone", "one_thread"]
 PAIRS = [("two", 2), ("six", 6), ("ten", 10), ("nine", 9)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
-    """A run on prompts of several lengths, whose answer is a number that the prompt names."""
-    folder = tmp_path_factory.mktemp("generation")
+def write_pairs(folder: Path) -> list[str]:
+    """Write prompts of several lengths, whose answer is a number that the prompt names; return the overrides."""
     lines = []
     for number in range(160):
         word, value = PAIRS[number % len(PAIRS)]
@@ -32,14 +30,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[s
         lines.append(json.dumps({"prompt": prompt, "completion": f" it is {word}\n#### {value}"}))
     (folder / "train.jsonl").write_text("\n".join(lines[:120]))
     (folder / "test.jsonl").write_text("\n".join(lines[120:143]))
-    words = [
+    return [
         "data.format=prompt_completion", f"data.source={folder / 'train.jsonl'}", f"data.test={folder / 'test.jsonl'}",
         "data.prompt=null", "data.validation=null", "data.max_rows=null", "data.max_test_rows=null",
-        "evaluation.generate={max_new_tokens: 24, batch: 4, samples: 3}", "evaluation.test_before=true",
-        "training.warmup=0", "training.lr=2e-2", "merge.after_training=true", f"output.dir={folder / 'run'}",
+        "evaluation.generate={max_new_tokens: 24, batch: 4, samples: 23}", "evaluation.test_before=true",
+        "training.warmup=0", "training.lr=2e-2",
     ]  # fmt: skip
-    assert train_in_process("tiny_cpu", *words, "training.steps=40") == 0
-    yield folder / "run", [*words, "training.steps=40"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+    """A run that learns which number a prompt names, merged, and the overrides that it was started with."""
+    folder = tmp_path_factory.mktemp("generation")
+    words = [
+        *write_pairs(folder), "evaluation.generate.samples=3", "training.steps=40", "merge.after_training=true",
+        f"output.dir={folder / 'run'}",
+    ]  # fmt: skip
+    assert train_in_process("tiny_cpu", *words) == 0
+    yield folder / "run", words
 
 
 def test_a_run_scores_and_keeps_its_answers(run: tuple[Path, list[str]]) -> None:
