@@ -20,43 +20,51 @@ class Method:
         source: the paper, by its number on arXiv, or where else it is described.
         unmerged: why its adapter cannot become part of a plain model; empty where it can.
         arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
+        whole_gradients: it reads the gradients of all parameters after each step, which ZeRO 0 alone keeps.
+        quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
     """
 
     source: str
     unmerged: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    whole_gradients: bool = False
+    quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
 
 
+FOUR_BITS, NONE = (
+    ("nf4", "fp4"),
+    (),
+)  # PEFT's layer reads the weight as a matrix of numbers, which int8 or 4 bits are not
 METHODS: dict[str, Method] = {
     "glora": Method("2306.07967"),
-    "full": Method("the whole model is trained"),
+    "full": Method("the whole model is trained", quantised=NONE),
     "lora": Method("2106.09685"),
     "rslora": Method("2312.03732"),
     "dora": Method("2402.09353"),
-    "adalora": Method("2303.10512"),
+    "adalora": Method("2303.10512", whole_gradients=True),
     "beft": Method("2509.15974", "it gives a bias to every layer, and a LLaMA's linears have none"),
     "boft": Method("2311.06243"),
-    "c3a": Method("2407.19342"),
-    "deft": Method("PEFT's documentation"),
-    "delora": Method("2503.18225"),
+    "c3a": Method("2407.19342", quantised=FOUR_BITS),
+    "deft": Method("PEFT's documentation", quantised=NONE),
+    "delora": Method("2503.18225", quantised=NONE),
     "fourierft": Method("2405.03003"),
-    "gralora": Method("2505.20355"),
+    "gralora": Method("2505.20355", quantised=FOUR_BITS),
     "hira": Method("openreview.net, TwJrTz9cRS"),
-    "hra": Method("2405.17484"),
+    "hra": Method("2405.17484", quantised=NONE),
     "ia3": Method("2205.05638"),
     "lily": Method("2407.09946", "PEFT has no merge for it"),
-    "ln_tuning": Method("2312.11420"),
-    "loha": Method("2108.06098"),
-    "lokr": Method("2309.14859"),
+    "ln_tuning": Method("2312.11420", quantised=NONE),
+    "loha": Method("2108.06098", quantised=("int8",)),
+    "lokr": Method("2309.14859", quantised=("int8",)),
     "miss": Method("2409.15371"),
     "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
-    "osf": Method("2504.07097"),
-    "peanut": Method("2410.01870"),
-    "psoft": Method("openreview.net, FSHrinMArK"),
+    "osf": Method("2504.07097", quantised=NONE),
+    "peanut": Method("2410.01870", quantised=NONE),
+    "psoft": Method("openreview.net, FSHrinMArK", quantised=NONE),
     "pvera": Method("2512.07703", arguments={"save_projection": False}),
     "randlora": Method("2502.00987"),
     "road": Method("2409.00119"),
-    "supertuning": Method("2607.09287"),
+    "supertuning": Method("2607.09287", quantised=NONE),
     "vera": Method("2310.11454", arguments={"save_projection": False}),
     "waveft": Method("2505.12532"),
 }
@@ -133,6 +141,23 @@ def check_method(section: AdapterSection) -> None:
             f"adapter.method '{name}' is unknown.{nearest(name, METHODS)} There is: {', '.join(sorted(METHODS))}."
         )
     check_start(section)
+
+
+def check_quantised(section: AdapterSection, quantization: str) -> None:
+    """Check that a method can be trained on a base that is quantised so.
+
+    Raises:
+        UserError: naming what its base may be.
+    """
+    known = METHODS[section.method].quantised
+    if quantization == "none" or quantization in known:
+        return
+    others = f" or {', '.join(known)}" if known else ""
+    raise UserError(
+        f"adapter.method {section.method} does not train on a base in {quantization}: it computes with the numbers of "
+        f"the weight, which {quantization} packs. Set model.quantization=none{others}, or take another method "
+        "(`glora-llm methods`)."
+    )
 
 
 def unmerged(section: AdapterSection) -> str | None:

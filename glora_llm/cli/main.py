@@ -20,6 +20,7 @@ from glora_llm.cli import (
     recipes,
     report,
     search,
+    tasks,
     tokenizer,
     train,
     verify_resume,
@@ -49,6 +50,7 @@ COMMANDS = (
     tokenizer,
     recipes,
     methods,
+    tasks,
 )
 
 OVERVIEW = """\

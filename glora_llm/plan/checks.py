@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.inject import adapted_with_bias
+from glora_llm.adapters.methods import METHODS, check_quantised
 from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
@@ -171,6 +172,8 @@ def _check_origin(recipe: Recipe) -> None:
             f"adapter.method full trains the weights, which model.quantization {model.quantization} freezes. Set "
             "model.quantization=none."
         )
+    if recipe.adapter.method in METHODS:  # else another check names it
+        check_quantised(recipe.adapter, model.quantization)
 
 
 def check_search(recipe: Recipe) -> None:
