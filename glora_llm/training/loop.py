@@ -175,7 +175,7 @@ def _say_skipped(result: StepResult, done: int, bad: int, engine: Engine, log: M
 
 
 def _say_divergence(result: StepResult, done: int, watch: LossWatch, log: MetricLog) -> None:
-    text = "" if result.overflow else watch.look(result.loss, result.skipped, done)
+    text = "" if result.overflow else watch.look(result.loss, result.grad_norm, result.skipped, done)
     if text:
         log.say(text)
 
