@@ -62,6 +62,7 @@ a first run, from nothing to a merged and scored model:
   glora-llm evaluate runs/quickstart                    score the adapter on the test records
   glora-llm merge runs/quickstart --out merged          write a plain Hugging Face model
   glora-llm evaluate runs/quickstart --merged merged    score that one too
+  glora-llm report runs/quickstart                      all of it as one HTML file
 
 `glora-llm COMMAND --help` explains one command, with examples."""
 

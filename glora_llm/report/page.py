@@ -1,6 +1,7 @@
 """`glora-llm report`: runs and comparisons as one HTML file that needs no network and no script."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def write_report(paths: Sequence[Path], out: Path) -> None:
     titles = dict(zip(folders, _titles(folders), strict=True))
     runs = {titles[path]: read_run(given) for path, given in _each_once(paths) if not _is_comparison(path)}
     compared = [given for path, given in _each_once(paths) if _is_comparison(path)]
-    with drawn_for_pages():
+    with drawn_for_pages(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's browser has others
         parts = [compare_part(folder, f"comparison-{place}", out) for place, folder in enumerate(compared, 1)]
         parts += [runs_part(runs)] if len(runs) > 1 else []
         parts += [run_part(run, title, f"run-{place}") for place, (title, run) in enumerate(runs.items(), 1)]
@@ -58,7 +60,8 @@ def page(parts: Sequence[Part], title: str) -> str:
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     environment.globals |= {"generator": f"{GENERATOR} {__version__}", "made": made}
     text = environment.get_template("report.html.j2").render(parts=parts, title=title, css=_as_is(css))
-    return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
+    whole = "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
+    return whole.encode("utf-8", "replace").decode()  # JSON and names of files may hold what is no character
 
 
 def require_writable(out: Path) -> None:
@@ -71,6 +74,8 @@ def require_writable(out: Path) -> None:
         raise UserError(f"{out} is a folder, and the report is a file: give --out {out / 'report.html'}.")
     if not out.parent.is_dir():
         raise UserError(f"There is no folder {out.parent} to write {out.name} in. Make it, or give another --out.")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is no plain file: give another one by --out.")
     if out.exists() and GENERATOR.encode() not in out.open("rb").read(LOOKED_AT):
         raise UserError(f"{out} is there already, and is no report: it is not replaced. Give another file by --out.")
 

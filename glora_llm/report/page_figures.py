@@ -179,17 +179,19 @@ def by_layer(counts: Mapping[str, float], ylabel: str) -> Any:
     return figure
 
 
-def together(runs: Mapping[str, RunRecord], name: str, ylabel: str) -> Any:
+def together(
+    curves: Mapping[str, tuple[Series | None, Series | None]], ylabel: str, xlabel: str = "Step", labelled: bool = True
+) -> Any:
     """Draw one curve of several runs: training as a line, smoothed where it is long, validation as points.
 
     Args:
-        runs: title -> run.
-        name: of what was logged, without `train/` and `validation/`.
+        curves: title of a run -> what was logged in training and in validation.
+        labelled: name the runs in a legend.
     """
-    figure, axes = axes_of(ylabel, (SIZE[0], 3.0 + 0.18 * ((len(runs) + 1) // 2)))
-    for number, (title, run) in enumerate(runs.items()):
+    more = 0.18 * ((len(curves) + 1) // 2) if labelled else -0.1
+    figure, axes = axes_of(ylabel, (SIZE[0], 3.0 + more), xlabel)
+    for number, (title, (train, held_out)) in enumerate(curves.items()):
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-        train, held_out = run.series.get(f"train/{name}"), run.series.get(f"validation/{name}")
         label: str | None = title if len(title) <= 40 else f"...{title[-37:]}"
         if train is not None:
             draw(axes, train, colour, smoothed=True, linestyle=style, label=label)
@@ -197,7 +199,8 @@ def together(runs: Mapping[str, RunRecord], name: str, ylabel: str) -> Any:
         if held_out is not None:
             dots = {"linestyle": "none" if train is not None else style, "marker": "o", "markersize": 4}
             axes.plot(held_out.steps, held_out.values, color=colour, label=label, **dots)
-    legend(figure, max(2, len(runs)))
+    if labelled:
+        legend(figure, max(2, len(curves)))
     return figure
 
 

@@ -4,17 +4,7 @@ from statistics import median
 from typing import Any
 
 from glora_llm.report import page_figures as figures
-from glora_llm.report.page_blocks import (
-    Facts,
-    Part,
-    Picture,
-    Table,
-    Text,
-    duration,
-    gigabytes,
-    number,
-    score,
-)
+from glora_llm.report.page_blocks import Facts, Part, Picture, Table, Text, duration, gigabytes, number, score
 from glora_llm.report.page_provenance import provenance
 from glora_llm.report.page_results import evaluation_tables, frontier, merge_blocks, samples, search_table
 from glora_llm.report.page_svg import inline_svg
@@ -25,13 +15,8 @@ from glora_llm.report.summary import score_columns
 from glora_llm.schema.benchmarks import benchmark_of
 from glora_llm.schema.scores import SCORES
 
-FIRST_SCORES = (
-    "label_accuracy",
-    "accuracy",
-    "exact_match",
-    "perplexity",
-    "loss",
-)  # of a run without a better-known one
+# The score that a run is judged by, where its recipe names none.
+FIRST_SCORES = ("label_accuracy", "accuracy", "exact_match", "perplexity", "loss")
 NOT_SCORES = ("loss", "perplexity")
 
 

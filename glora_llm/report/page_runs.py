@@ -78,20 +78,28 @@ def _value(values: Mapping[str, Any], key: str) -> str:
 
 def _curves(runs: Mapping[str, RunRecord]) -> list[Picture]:
     pictures = []
-    losses = [
-        one.series[key] for one in runs.values() for key in ("train/loss", "validation/loss") if key in one.series
-    ]
+    by_step = {title: (run.series.get("train/loss"), run.series.get("validation/loss")) for title, run in runs.items()}
+    losses = [one for pair in by_step.values() for one in pair if one is not None]
     if losses:
-        drawn = figures.together(runs, "loss", "Loss (nats)")
-        caption = f"Loss by step. Lines: in training; points: on validation rows. {figures.rule(losses, True)}"
-        pictures.append(Picture(inline_svg(drawn, "Loss of the runs by step", "runs-loss"), caption.strip()))
+        told = f"Lines: in training; points: on validation rows. {figures.rule(losses, True)}".strip()
+        drawn = figures.together(by_step, "Loss (nats)")
+        pictures.append(Picture(inline_svg(drawn, "Loss of the runs by step", "runs-loss"), f"Loss by step. {told}"))
+    by_time = {title: (run.by_time("train/loss"), run.by_time("validation/loss")) for title, run in runs.items()}
+    if losses and all(train is not None for train, _ in by_time.values()):
+        drawn = figures.together(by_time, "Loss (nats)", "Time of training steps (s)")
+        title = "Loss of the runs by time"
+        pictures.append(Picture(inline_svg(drawn, title, "runs-time"), "Loss by time of training steps."))
     found = next((found for run in runs.values() if (found := main_score(run))), None)
-    if found and found[1] != "loss":
+    if found and found[1].rpartition("/")[2] != "loss":
         name = found[1]
-        with_it = {title: run for title, run in runs.items() if f"validation/{name}" in run.series}
-        if len(with_it) > 1:
-            drawn = figures.together(with_it, name, name.replace("_", " "))
-            series = [run.series[f"validation/{name}"] for run in with_it.values()]
+        scored = {title: run.series[f"validation/{name}"] for title, run in runs.items() if _has(run, name)}
+        if len(scored) > 1:
+            drawn = figures.together({title: (None, one) for title, one in scored.items()}, name.replace("_", " "))
             title = f"{name} of the validation by step"
-            pictures.append(Picture(inline_svg(drawn, title, "runs-score"), f"{title}. {figures.rule(series)}".strip()))
+            told = figures.rule([*scored.values()])
+            pictures.append(Picture(inline_svg(drawn, title, "runs-score"), f"{title}. {told}".strip()))
     return pictures
+
+
+def _has(run: RunRecord, name: str) -> bool:
+    return len(run.series[f"validation/{name}"].steps) > 1 if f"validation/{name}" in run.series else False

@@ -26,11 +26,11 @@ class Series:
     """Logged values of one name.
 
     Args:
-        steps: optimizer steps done, rising.
+        steps: optimizer steps done, rising; or seconds (`RunRecord.by_time`).
         values: not-a-number where what was logged is not finite.
     """
 
-    steps: NDArray[np.int64]
+    steps: NDArray[Any]
     values: NDArray[np.float64]
 
     @property
@@ -76,14 +76,13 @@ class RunRecord:
         """The last step that was logged; 0: none was."""
         return max((int(series.steps[-1]) for series in self.series.values()), default=0)
 
-    @property
-    def seconds(self) -> Series | None:
-        """Seconds of training since the start, at each logged step."""
-        each = self.series.get("train/seconds_per_step")
-        if each is None:
+    def by_time(self, name: str) -> Series | None:
+        """Return a series over seconds of training in the place of steps; None where it or the time is missing."""
+        each, wanted = self.series.get("train/seconds_per_step"), self.series.get(name)
+        if each is None or wanted is None:
             return None
-        steps = np.diff(each.steps, prepend=0)
-        return Series(each.steps, np.nancumsum(steps * each.values))
+        passed = np.nancumsum(np.diff(each.steps, prepend=0) * each.values)
+        return Series(np.interp(wanted.steps, each.steps, passed), wanted.values)
 
     @property
     def unit(self) -> str:

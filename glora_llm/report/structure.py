@@ -16,6 +16,7 @@ from glora_llm.schema.slots import SLOTS
 
 LONGEST_HEADER = 100 << 20  # bytes, as the safetensors library allows
 BASE_NAME = "base_model.model."  # what PEFT puts before the base model's names
+USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # files list names by alphabet
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -84,9 +85,16 @@ def read_structure(run: RunRecord) -> Structure | None:
     if not structure.total:
         for name, shape in shapes.items():
             structure.count(name.removeprefix(BASE_NAME), math.prod(shape))
+    structure.by_kind = {kind: structure.by_kind[kind] for kind in sorted(structure.by_kind, key=place_of)}
     structure.by_slot = dict(sorted(structure.by_slot.items()))
     structure.by_layer = in_order(structure.by_layer)
     return structure
+
+
+def place_of(kind: str) -> int:
+    """Return where a kind of linear stands in a decoder layer; others stand behind, in the order in which they came."""
+    name = kind.rpartition(".")[2]
+    return USUAL.index(name) if name in USUAL else len(USUAL)
 
 
 def _weight_files(run: RunRecord) -> list[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from markupsafe import Markup, escape
 
 from glora_llm.plan.part_names import LAYER
-from glora_llm.report.structure import Cell, Structure
+from glora_llm.report.structure import Cell, Structure, place_of
 
 CELL, WIDEST = 11, 480  # pixels: least width of a layer; of all, where layers are few
 ROW, GAP, LETTER = 13, 8, 6.2  # pixels: height of a slot, between linears, width of a letter
@@ -104,7 +104,7 @@ def _kinds(structure: Structure) -> tuple[dict[str, dict[str, dict[str, Cell]]],
     ends = [kind.rpartition(".")[2] for kind in kinds]
     short = {kind: end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)}
     order = sorted(layers, key=lambda layer: (layer == OTHER, int(layer) if layer.isdigit() else 0))
-    return {short[kind]: by_layer for kind, by_layer in kinds.items()}, order
+    return {short[kind]: kinds[kind] for kind in sorted(kinds, key=place_of)}, order
 
 
 def _cell(by_layer: dict[str, dict[str, Cell]], layer: str, slot: str) -> Cell | None:

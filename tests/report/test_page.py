@@ -89,7 +89,7 @@ def test_it_is_one_file_in_which_every_name_is_once(tmp_path: Path) -> None:
 
 def test_nothing_of_the_data_can_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>bold & $x$")
-    (run / "samples.jsonl").write_text(json.dumps({"prompt": EVIL, "before": EVIL, "after": EVIL}) + "\n")
+    (run / "samples.jsonl").write_text(json.dumps({"prompt": EVIL, "before": EVIL, "after": EVIL + "\ud800"}) + "\n")
     (run / "launches.jsonl").write_text(json.dumps(LAUNCH | {"command": EVIL, "commit": EVIL}) + "\n")
     text = report(run, write_run(tmp_path / "b", f"description={EVIL}", "data.prompt=<script>{text}</script>"))
     page = Reader(text)  # it refuses attributes such as onerror
@@ -125,6 +125,7 @@ def test_several_runs_are_compared_first(tmp_path: Path) -> None:
     assert "x/run" in page and "y/run" in page, "folders of one name are told apart"
     row = re.search(r"training\.lr (\S+) (\S+)", page)
     assert row is not None and row.groups() == ("0.01", "0.5")
+    assert page.count("Loss of the runs by") == 2 and "Time of training steps (s)" in page
     assert "output.dir" not in page[: page.index("Parameters by part")]
 
 
@@ -172,6 +173,7 @@ def test_a_run_that_has_not_ended_is_reported_as_far_as_it_came(tmp_path: Path) 
         (lambda run: run.with_name("report.html").mkdir(), r"report\.html is a folder, and the report is a file"),
         (lambda run: run.with_name("report.html").write_text("my notes"), "is there already, and is no report"),
         (lambda run: (run / "metrics.jsonl").rename(run / "m") and (run / "metrics.jsonl").mkdir(), "cannot be read"),
+        (lambda run: run.with_name("report.html").symlink_to("/dev/null"), "is no plain file"),
         (lambda run: (run / "comparison.json").write_text('{"methods": 3}'), "has no list of methods"),
     ],
 )  # fmt: skip
@@ -184,6 +186,12 @@ def test_what_is_wrong_is_one_message(
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 2
     assert re.search(says, " ".join(capsys.readouterr().err.split()))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc, where nobody may write")
+def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(write_run(tmp_path / "run")), "--out", "/proc/report.html"]) == 2
+    assert "/proc/report.html cannot be written" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_folder_of_runs_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
