@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from glora_llm.run.generation import SAMPLES
 from tests.in_process import alone, one_thread, train_in_process
-from tests.run.test_generation import SAMPLES, write_pairs
+from tests.run.test_generation import write_pairs
 from tests.training.launching import ROOT, finished, launch
 
 __all__ = ["alone", "one_thread"]
