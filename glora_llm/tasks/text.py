@@ -169,6 +169,7 @@ def with_metrics(task: TextTask) -> TextTask:
     has = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if task.has_answers else [])]
     has += ["label_accuracy", *CLASS_METRICS] if labels else []
     has += ["accuracy", "accuracy_norm"] if task.recipe.data.format == "multiple_choice" else []
+    has += ["number_match"] if task.recipe.evaluation.generate else []
     what = "a classification by label words" if labels else f"format {task.recipe.data.format}"
     wanted = wanted_metrics(task.recipe, has, what)
     by_class = [name for name in wanted if name in CLASS_METRICS and name != "accuracy"]
