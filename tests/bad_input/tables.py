@@ -12,6 +12,7 @@ from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
 from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
+from tests.bad_input.score_cases import SCORES
 from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.vision_cases import VISION
@@ -42,4 +43,5 @@ GROUPS: dict[str, dict[str, Case]] = {
     "command line": COMMANDS,
     "files that would run code, or reach out of their folder": CODE,
     "compare": COMPARISONS,
+    "benchmarks by lm-eval, the best checkpoint, trackers": SCORES,
 }

@@ -1,6 +1,7 @@
 """Scores of lm-eval's tasks: what is written, and what a wrong question gets."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,13 @@ def test_a_task_that_cannot_be_asked(text: str, says: str, folder: Write, capsys
     assert main(["evaluate", MODEL, "--task-folder", str(folder(text)), "--tasks", "mine"]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_lm_eval_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as Python has it for what cannot be imported
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    assert main(["evaluate", MODEL, *EXAMPLE]) == 2
+    assert "not installed" in (said := capsys.readouterr().err) and "pip install 'glora-llm[eval]'" in said
 
 
 @pytest.mark.slow  # lm-eval reads the names of 15,000 tasks
