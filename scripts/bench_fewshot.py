@@ -72,7 +72,7 @@ def main() -> int:
             }
             rate = max(tried, key=lambda rate: sum(run["validation"]["validation/accuracy"] for run in tried[rate]))
             rates[method, shots], found[method, shots] = rate, tried[rate]
-    print(report(found, rates, json.loads((arguments.out / "pretrained" / "summary.json").read_text())))
+    print(report(found, rates, json.loads((arguments.out / "pretrained" / "summary.json").read_text(encoding="utf-8"))))
     return 0
 
 
@@ -102,7 +102,7 @@ def split(folder: Path) -> Path:
 def train(folder: Path, recipe: str, *overrides: str) -> dict[str, Any]:
     """Train a recipe in this process unless its folder is finished; return its summary."""
     file = folder / "summary.json"
-    if not file.is_file() or "test" not in json.loads(file.read_text()):
+    if not file.is_file() or "test" not in json.loads(file.read_text(encoding="utf-8")):
         try:
             if glora_llm(["train", "--recipe", recipe, *overrides, f"output.dir={folder}"]) != 0:
                 raise UserError(f"{folder} did not end; the message is above.")
@@ -110,7 +110,7 @@ def train(folder: Path, recipe: str, *overrides: str) -> dict[str, Any]:
             ranks.stop()
             for name in LAUNCH:
                 os.environ.pop(name, None)
-    summary: dict[str, Any] = json.loads(file.read_text())
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return summary
 
 
