@@ -132,7 +132,25 @@ def _state(run: RunRecord) -> list[Text]:
     skipped = run.summary.get("skipped_steps")
     if skipped:
         texts.append(f"{skipped} of {run.summary['steps']} steps were skipped: loss or gradient was not finite.")
-    return [Text(text, is_warning=True) for text in texts]
+    return [*(Text(text, is_warning=True) for text in texts), *(Text(text) for text in _ending(run))]
+
+
+def _ending(run: RunRecord) -> list[str]:
+    """Return in words why a run ended early, which weights are its result, and what it forgot, where it says so."""
+    best, deployed, early = (run.summary.get(key) for key in ("best", "deployed_step", "stopped_early"))
+    texts = [f"Training ended early: {early}."] if early else []
+    if isinstance(best, dict) and deployed is not None:
+        which = (
+            f"The best validation ({best.get('score')} {score(best.get('value'))}) was after step {best.get('step')}"
+        )
+        texts.append(f"{which}; the result are the weights after step {deployed}.")
+    forgetting = run.summary.get("forgetting")
+    if isinstance(forgetting, dict) and {"before", "after"} <= forgetting.keys():
+        before, after = (score(forgetting[key]) for key in ("before", "after"))
+        texts.append(
+            f"Loss on a text that the run did not see (nats a token): {before} before, {after} after training."
+        )
+    return texts
 
 
 def _score_table(run: RunRecord) -> Table | None:
