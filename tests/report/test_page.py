@@ -70,7 +70,8 @@ def test_a_run_with_all_that_it_can_have(tmp_path: Path) -> None:
     (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | best))
     page = Reader(report(run))
     for expected in (
-        "Training ended early: no gain.", "2.5000 before, 2.7500 after", "The best validation (accuracy 0.7500) was after step 30", "after step 30.",
+        "Training ended early: no gain.", "2.5000 before, 2.7500 after",
+        "The best validation (accuracy 0.7500) was after step 30", "after step 30.",
         "mine", "GLoRA (rank 4) on some/base", "40 steps of 16 samples", "0.6250", "0.0125 before training", "18,432",
         "lora, rank 4", "slot A", "1.50 GB", "0.9875", "3.00e-06", "fish", "four", "arc_easy", "0.4375", "0.0125",
         "weights: the adapter", LAUNCH["command"], LAUNCH["commit"], "torch 2.13.0", "2 cores of Some CPU", "f" * 64,
