@@ -264,11 +264,24 @@ def check_float16(deepspeed: DeepSpeedConfig, dtype: torch.dtype) -> None:
 
 
 def check_masters(recipe: Recipe, dtype: torch.dtype, stage: int) -> None:
-    """Check that a model trained as a whole has float32 masters: stage 0 keeps none beside bfloat16 weights."""
-    if recipe.adapter.is_full and dtype != torch.float32 and stage == 0:
+    """Check that weights of the model itself that are trained have float32 masters: ZeRO 0 keeps none.
+
+    An adapter's own weights are float32 there; a whole model, and a head or another of adapter.modules_to_save, is not.
+
+    Raises:
+        UserError: when they are trained in another dtype.
+    """
+    adapter, what = recipe.adapter, ""
+    if adapter.is_full:
+        what = "adapter.method full"
+    elif adapter.modules_to_save:
+        what = "adapter.modules_to_save"
+    elif adapter.modules_to_save is None and (recipe.head or recipe.data.format == "images"):
+        what = "a head"
+    if what and dtype != torch.float32 and stage == 0:
         short = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"adapter.method full in {short} needs float32 masters, which training.deepspeed "
+            f"{what} in {short} needs float32 masters, which training.deepspeed "
             f"{recipe.training.deepspeed} (ZeRO 0) does not keep: steps would be lost to rounding. Use zero1, or "
             "model.dtype=float32."
         )

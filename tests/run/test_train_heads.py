@@ -115,6 +115,8 @@ Outcome = Callable[..., str]
         (["data.format=regression", "data.columns={label: text}"],
          "The label of a regression should be a number, and is"),
         ([*CLASSES, "model.attention=segments"], "a head reads one sample a row"),
+        ([*CLASSES, "model.dtype=bfloat16", "training.deepspeed=zero0"],
+         "a head in bfloat16 needs float32 masters, which training.deepspeed zero0 (ZeRO 0) does not keep"),
         ([*CLASSES, "data.chat_template=tokenizer"], "answers a prompt, not a conversation"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
@@ -168,3 +170,19 @@ def small_wordpiece() -> PreTrainedTokenizerFast:
     whole.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return PreTrainedTokenizerFast(tokenizer_object=whole, **special)
+
+
+@pytest.mark.parametrize("task", ["auto", "classification"])
+def test_a_glue_recipe_learns_from_a_folder_of_splits(task: str, tmp_path: Path) -> None:
+    """MRPC's columns and words; the second sentence tells the class. Label words and a head give the same scores."""
+    folder, run = tmp_path / "mrpc", tmp_path / "run"
+    folder.mkdir()
+    for split, begin, end in (("train", 0, 120), ("validation", 120, 152)):
+        lines = [{"sentence1": f"card {n}", "sentence2": WORDS[n % 2], "label": n % 2} for n in range(begin, end)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tiny = ["model.name_or_path=embedded:tiny-llama", "training.steps=60", "training.lr=1e-2", "data.validation=16"]
+    recipe = ["data.benchmark=mrpc", f"data.source={folder}", f"task={task}", f"output.dir={run}"]
+    assert train_in_process("smollm2_glue", *tiny, *recipe) == 0
+    scores = outcome(run)
+    assert {"test/f1", "test/accuracy"} <= set(scores)
+    assert scores["test/f1"] == scores["test/accuracy"] == 1.0
