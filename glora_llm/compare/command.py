@@ -76,10 +76,9 @@ class Comparison:
         recipe, out = request.recipe, request.out
         every = recipe.evaluation.every or max(1, plan.steps // VALIDATIONS)
         seeds = tuple(range(recipe.training.seed, recipe.training.seed + request.seeds))
-        higher = score_of(request.score).higher
-        self.setting = Setting(out, request.score, higher, every, seeds, request.forgetting, recipe.output.save_every)
+        self.setting = Setting(out, request.score, every, seeds, request.forgetting, recipe.output.save_every)
         self.progress = Progress(self._planned(plan.steps), pool.jobs)
-        self.before = dict(record.seconds)
+        self.before, self.starting = dict(record.seconds), _age()
 
     def _planned(self, steps: int) -> int:
         """Return the training steps of all trials, as far as they are known before."""
@@ -141,16 +140,22 @@ class Comparison:
         record, request = self.record, self.request
         with record.lock:
             record.seconds = {
-                "total": self.before["total"] + time.time() - psutil.Process().create_time(),
+                "total": self.before["total"] + _age(),
+                "starting": self.before["starting"] + self.starting,
                 "with_trials": self.before["with_trials"] + self.pool.busy_seconds,
             }
             record.table = {
-                "recipe": request.name, "score": request.score, "higher": self.setting.higher, "budget": request.budget,
-                "seconds_of_training": request.seconds, "cost": request.cost,
+                "recipe": request.name, "score": request.score, "higher": score_of(request.score).higher,
+                "budget": request.budget, "seconds_of_training": request.seconds, "cost": request.cost,
                 "methods": rows(self.contests, self.setting), "versions": versions(), "commit": commit(),
                 "hardware": hardware(choose_device().type), "command": written(sys.orig_argv, os.environ),
             }  # fmt: skip
             record.write()
+
+
+def _age() -> float:
+    """Return the seconds since this process was started."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _enter(request: Request, plan: Plan, contender: Contender) -> Contest:
@@ -191,7 +196,7 @@ def _settings(request: Request, plan: Plan) -> dict[str, Any]:
     splits = [plan.task.train, plan.task.validation, plan.task.test]
     data = hashlib.sha256("".join(rows.digest() for rows in splits if rows is not None).encode()).hexdigest()
     return {
-        "recipe_text": recipes.dump(_without_place(request.recipe, request.out)),
+        "recipe": request.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output", "description"}),
         "budget": request.cost,
         "tolerance": TOLERANCE,
         "score": request.score,

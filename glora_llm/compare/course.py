@@ -13,7 +13,9 @@ from glora_llm.compare.record import RECIPE, Record
 from glora_llm.compare.trial import Result, Trial
 from glora_llm.errors import UserError
 from glora_llm.launch.stop import EXIT_CODE
+from glora_llm.schema.scores import score_of
 
+OF_ANSWERS = ("number_match",)  # scores of generated answers, which validations do not have
 KEPT = 0.5  # share of the rates that goes on at each halving
 BAD_INPUT = 2  # exit code of a UserError
 SPEED_STEPS = 12  # of the launch that measures a method's speed
@@ -37,7 +39,7 @@ class Setting:
 
     Args:
         out: the folder of the comparison.
-        score: that decides, and whether more of it is better.
+        score: of the test rows, that decides.
         every: steps between two validations.
         seeds: values of training.seed, the first one chooses the rate.
         forgetting: text whose loss is measured before and after; None: none.
@@ -46,7 +48,6 @@ class Setting:
 
     out: Path
     score: str
-    higher: bool
     every: int
     seeds: tuple[int, ...]
     forgetting: str | None
@@ -56,9 +57,15 @@ class Setting:
         """Return the step at which half of the rates is left: the last validation in the first third of the run."""
         return max(self.every, steps // 3 // self.every * self.every)
 
-    def better(self, value: float) -> float:
+    @property
+    def choice(self) -> str:
+        """The score of validation rows that chooses the rate: the same, or the loss where answers are generated."""
+        name = self.score.rpartition("/")[2]
+        return "loss" if name in OF_ANSWERS else name
+
+    def better(self, value: float, score: str) -> float:
         """Return a number that is smaller for a better score; a loss that is not finite is worst."""
-        return (-value if self.higher else value) if math.isfinite(value) else math.inf
+        return (-value if score_of(score).higher else value) if math.isfinite(value) else math.inf
 
 
 @dataclass
@@ -113,7 +120,7 @@ class Course:
             raise NotRun(f"it diverged at rate {rate_text(found.lr)}")
         if any(result.test(self.setting.score) is None for result in found.finals):
             raise NotRun(f"its test rows have no score {self.setting.score}")
-        score = found.finals[0].validation(self.setting.score, finals[0].steps)
+        score = found.finals[0].validation(self.setting.choice, finals[0].steps)
         found.rates |= {} if score is None else {found.lr: score}
         return found
 
@@ -142,17 +149,17 @@ class Course:
         results = in_parallel(lambda trial: self.launch(trial, rung), trials)
         scores = {}
         for trial, result in zip(trials, results, strict=True):
-            score = None if result is None else result.validation(self.setting.score, rung)
+            score = None if result is None else result.validation(self.setting.choice, rung)
             found.stopped[trial.lr] = score
             if score is not None:
-                scores[trial.lr] = self.setting.better(score)
+                scores[trial.lr] = self.setting.better(score, self.setting.choice)
         kept = sorted(scores, key=lambda lr: (scores[lr], lr))[: math.ceil(KEPT * len(trials))]
         return [trial for trial in trials if trial.lr in kept]
 
     def _finish(self, trials: list[Trial], found: Outcome) -> None:
         """Run trials to their end, and note their scores."""
         for trial, result in zip(trials, in_parallel(lambda trial: self.launch(trial, None), trials), strict=True):
-            score = None if result is None else result.validation(self.setting.score, trial.steps)
+            score = None if result is None else result.validation(self.setting.choice, trial.steps)
             if score is None:
                 found.stopped[trial.lr] = None
             else:
@@ -160,7 +167,7 @@ class Course:
                 found.stopped.pop(trial.lr, None)
 
     def _best(self, found: Outcome) -> float:
-        return min(found.rates, key=lambda lr: (self.setting.better(found.rates[lr]), lr))
+        return min(found.rates, key=lambda lr: (self.setting.better(found.rates[lr], self.setting.choice), lr))
 
     def seconds_per_step(self, trial: Trial) -> float:
         """Return the measured seconds of a step: the mean of the steps after the first two of a short launch."""
@@ -217,13 +224,14 @@ class Course:
             UserError: with the scores that it reports.
         """
         names = {name.partition("/")[2] for line in result.lines for name in line if name.startswith("validation/")}
-        if names and self.setting.score not in names:
+        if names and self.setting.choice not in names:
             raise UserError(f"--score {self.setting.score} is none of this task's scores: {', '.join(sorted(names))}.")
 
     def _is_done(self, result: Result, trial: Trial, until: int | None, is_final: bool) -> bool:
-        if until is not None and not is_final:
-            name = self.setting.score
-            return result.validation(name, until) is not None or len(result.series("train/loss")) >= until
+        if until is not None and until % self.setting.every == 0:  # a validation is due then
+            return result.validation(self.setting.choice, until) is not None
+        if until is not None:
+            return any(line["step"] >= until for line in result.lines)
         return result.has_ended(trial.steps, is_final)
 
     def _of_launch(self, folder: Path, until: int | None, is_final: bool) -> list[str]:
@@ -233,6 +241,7 @@ class Course:
         values = {
             "output.dir": str(folder), "output.keep": 1, "output.save_every": setting.save_every,
             "output.stop_after": until, "output.max_hours": None, "evaluation.every": setting.every,
+            "evaluation.patience": None, "evaluation.keep_best": False,
             "evaluation.test": is_final, "evaluation.row_scores": True, "evaluation.forgetting": text,
         }  # fmt: skip
         return [f"{key}={recipes.value_text(value)}" for key, value in values.items()]
@@ -245,14 +254,14 @@ class Course:
     def _note(self, name: str, trial: Trial, result: Result, status: str, **more: float) -> None:
         values = {
             "method": trial.method, "lr": trial.lr, "seed": trial.seed, "steps": trial.steps, "status": status,
-            "folder": str(Path("trials") / name), "validation": result.validations(self.setting.score),
+            "folder": str(Path("trials") / name), "validation": result.validations(self.setting.choice),
             "test": result.summary.get("test"),
         }  # fmt: skip
         self.record.note(name, **values, **more)
 
     def _shown(self, result: Result, status: str) -> str:
-        scores = result.validations(self.setting.score)
-        last = f"validation {self.setting.score} {scores[max(scores)]:.4f} at step {max(scores)}" if scores else ""
+        scores = result.validations(self.setting.choice)
+        last = f"validation {self.setting.choice} {scores[max(scores)]:.4f} at step {max(scores)}" if scores else ""
         return ", ".join(part for part in (status, last) if part)
 
 

@@ -13,7 +13,7 @@ from glora_llm.files.json_file import read_object
 NAME = "comparison.json"
 RECIPE = "recipe.yaml"
 LOG = "compare.log"
-BOUND = ("recipe_text", "budget", "forgetting", "base", "data")
+BOUND = ("recipe", "budget", "forgetting", "base", "data")
 
 
 class Record:
@@ -25,6 +25,7 @@ class Record:
 
     Attributes:
         trials: name -> what is known of it.
+        seconds: of all launches of the command; `starting`: until trials can begin; `with_trials`: while any ran.
         speeds: method -> measured seconds a step, of a comparison at equal time.
         table: what a report draws, once there is something.
     """
@@ -34,7 +35,7 @@ class Record:
         self.trials: dict[str, dict[str, Any]] = {}
         self.speeds: dict[str, float] = {}
         self.table: dict[str, Any] = {}
-        self.seconds = {"total": 0.0, "with_trials": 0.0}
+        self.seconds = {"total": 0.0, "starting": 0.0, "with_trials": 0.0}
         self.lock = threading.RLock()
         there = read(folder)
         if there:
@@ -93,7 +94,7 @@ def _require_same(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> 
     if not differing:
         return
     names = {
-        "recipe_text": "the recipe, or an override of it",
+        "recipe": "the recipe, or an override of it",
         "budget": f"the budget ({there.get('budget')} there, {here.get('budget')} here)",
         "forgetting": "--forgetting",
         "base": "the base model",

@@ -38,7 +38,7 @@ class Contest:
 def rows(contests: Sequence[Contest], setting: Setting) -> list[dict[str, Any]]:
     """Return a row a method, in the order of --methods; what is not known (yet) is None."""
     scored = [contest for contest in contests if contest.outcome and not contest.why]
-    best = min(scored, key=lambda contest: setting.better(mean(_scores(contest, setting))), default=None)
+    best = min(scored, key=lambda contest: setting.better(mean(_scores(contest, setting)), setting.score), default=None)
     targets = _targets(scored)
     return [_row(contest, setting, best, targets) for contest in contests]
 

@@ -12,7 +12,7 @@ from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 
 # what is done with a run, and where it lies, makes no other trial of it
-NOT_OF_THE_RUN = ("output.", "merge.", "evaluation.", "search.")
+NOT_OF_THE_RUN = {"description", "output", "merge", "evaluation", "search"}
 WARM_UP = 2  # first steps of a launch that say nothing about its speed
 
 
@@ -52,7 +52,7 @@ class Trial:
         Args:
             recipe: of this trial.
         """
-        bound = {key: value for key, value in recipes.flat(recipe).items() if not key.startswith(NOT_OF_THE_RUN)}
+        bound = recipe.model_dump(mode="json", exclude_defaults=True, exclude=NOT_OF_THE_RUN)
         digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.method.replace(':', '-')}-lr{self.lr:g}-seed{self.seed}-{digest}"
 

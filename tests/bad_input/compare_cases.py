@@ -22,7 +22,7 @@ def wrong(says: str, *words: str, change: Callable[[Path], object] | None = None
 
 def another_comparison(folder: Path) -> None:
     """Write what a comparison of another recipe leaves."""
-    content = {"settings": {"recipe_text": "", "budget": "1 s"}, "trials": {}, "speeds": {}, "seconds": {}}
+    content = {"settings": {"recipe": {}, "budget": "1 s"}, "trials": {}, "speeds": {}, "seconds": {}}
     file("out/comparison.json", json.dumps(content))(folder)
 
 

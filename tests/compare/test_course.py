@@ -51,7 +51,7 @@ class MadeUp(Pool):
 def made(out: Path, loss: Loss, seeds: tuple[int, ...] = (0, 1), score: str = "loss") -> tuple[Course, MadeUp]:
     out.mkdir(exist_ok=True)
     (out / RECIPE).write_text(recipes.dump(recipes.load("tiny_cpu")))
-    setting = Setting(out, score, False, EVERY, seeds, None, 100)
+    setting = Setting(out, score, EVERY, seeds, None, 100)
     make = partial(Trial, "lora", steps=STEPS, adapter={"method": "lora"}, root=out / "trials")
     (out / "trials").mkdir(exist_ok=True)
     pool = MadeUp(loss)
@@ -132,3 +132,22 @@ def test_a_changed_recipe_is_another_trial(tmp_path: Path) -> None:
 
 def test_rates_are_written_short() -> None:
     assert [rate_text(lr) for lr in (1e-3, 2.5e-4, 0.02, 1.0, 1.5e-10)] == ["1e-3", "2.5e-4", "2e-2", "1e0", "1.5e-10"]
+
+
+def test_a_kill_between_the_last_step_and_its_validation_is_seen(tmp_path: Path) -> None:
+    rates = [5e-4, 1e-3, 2e-3]
+    first, launched = run(tmp_path, bowl(1e-3), rates)
+    stopped = next((tmp_path / "trials").glob("lora-lr0.002-*/metrics.jsonl"))
+    assert (2e-3, 0, STEPS, False) not in launched, "its first third is all there is"
+    lines = [json.loads(line) for line in stopped.read_text().splitlines()]
+    del lines[-1]["validation/loss"]
+    stopped.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, launched = run(tmp_path, bowl(1e-3), rates)
+    assert launched == [(2e-3, 0, 4, False)] and again.lr == first.lr and again.rates == first.rates
+
+
+def test_generated_answers_are_judged_and_the_loss_chooses(tmp_path: Path) -> None:
+    setting = Setting(tmp_path, "number_match", EVERY, (0,), None, 100)
+    assert setting.choice == "loss" and setting.better(0.9, "number_match") < setting.better(0.1, "number_match")
+    assert Setting(tmp_path, "sketch/accuracy", EVERY, (0,), None, 100).choice == "accuracy"
+    assert setting.rung(75) == 24 and Setting(tmp_path, "loss", 12, (0,), None, 100).rung(75) == 24
