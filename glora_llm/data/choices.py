@@ -44,8 +44,8 @@ def clean_wikihow(row: Row) -> Row:
     if isinstance(row.get("ctx_a"), str) and isinstance(row.get("ctx_b"), str):
         made["ctx"] = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
     if isinstance(made.get("ctx"), str) and isinstance(row.get("activity_label"), str):
-        prefix = f"{row['activity_label']}: "
-        made["ctx"] = _without_marks(prefix + made["ctx"]).removeprefix(prefix)
+        cleaned = _without_marks(f"{row['activity_label']}: {made['ctx']}")  # as one: the prompt joins them again
+        made["activity_label"], _, made["ctx"] = cleaned.partition(": ")
     if isinstance(row.get("endings"), list):
         made["endings"] = [_without_marks(one) if isinstance(one, str) else one for one in row["endings"]]
     return made
