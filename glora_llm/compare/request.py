@@ -135,7 +135,7 @@ def read_request(  # noqa: PLR0913 - an option each
     """
     recipe = recipes.load(name, overrides)
     chosen, main = contenders(methods), _main_score(recipe, score)
-    text = SHIPPED if forgetting is None and recipe.data.format != "images" else forgetting
+    text = SHIPPED if forgetting is None and recipe.data.format != "images" and not recipe.head else forgetting
     request = Request(
         name=Path(name).stem, recipe=recipe, contenders=chosen, budget=read_budget(budget),
         seconds=read_seconds(seconds), seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),

@@ -117,6 +117,8 @@ def check_task(recipe: Recipe) -> None:
     what = f"a head ({head})"
     if recipe.data.packing:
         raise UserError(f"{what} reads one sample a row, and data.packing puts several into one: data.packing=false.")
+    if recipe.evaluation.generate is not None:
+        raise UserError(f"{what} writes no text, which evaluation.generate scores: evaluation.generate=null.")
     if recipe.data.chat_template == "tokenizer":
         raise UserError(f"{what} answers a prompt, not a conversation: data.chat_template=auto, and write data.prompt.")
     if (

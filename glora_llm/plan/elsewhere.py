@@ -30,7 +30,7 @@ def recipe_for_merge(folder: RunFolder, recipe: Recipe) -> Recipe:
     )
     steps = recipe.training.steps or folder.summary().get("steps") or ANY_STEPS
     training = recipe.training.model_copy(update={"steps": steps, "epochs": None})
-    evaluation = recipe.evaluation.model_copy(update={"generate": None})
+    evaluation = recipe.evaluation.model_copy(update={"generate": None, "metrics": None})
     return recipe.model_copy(update={"data": data, "training": training, "evaluation": evaluation})
 
 

@@ -21,7 +21,7 @@ def check_other_text(recipe: Recipe) -> None:
     from glora_llm.data.first_look import first_look
 
     if recipe.evaluation.forgetting is not None:
-        require_language_model(recipe, recipe.data.format != "images")
+        require_language_model(recipe, recipe.data.format != "images" and recipe.head is None)
         first_look(text_section(recipe.evaluation.forgetting))
 
 
@@ -32,7 +32,8 @@ def require_language_model(recipe: Recipe, is_one: bool) -> None:
         UserError: when `is_one` says that it is none.
     """
     if not is_one:
+        what = f"a head ({recipe.head})" if recipe.head else f"data.format {recipe.data.format}"
         raise UserError(
-            "evaluation.forgetting is the loss of a language model on a text, and data.format is "
-            f"{recipe.data.format}: evaluation.forgetting=null takes it away."
+            f"evaluation.forgetting is the loss of a language model on a text, and this is {what}: "
+            "evaluation.forgetting=null takes it away."
         )

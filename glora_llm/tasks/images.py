@@ -18,6 +18,7 @@ from glora_llm.models.classifier import check_patches, from_data, with_head
 from glora_llm.models.folder import new_config, new_folder
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.schema import ImagesSection, Recipe
+from glora_llm.tasks.metrics import CLASS_METRICS, scores_of, wanted_metrics
 from glora_llm.training.batch import Batch
 from glora_llm.training.image_objective import TOP, ImageObjective
 
@@ -28,10 +29,15 @@ AUGMENTATION = 43  # stream of the seeds by which training images are varied
 
 @dataclass(frozen=True)
 class ImageTask:
-    """An image classifier on prepared images. See `tasks.task.Task` for what the methods are for."""
+    """An image classifier on prepared images. See `tasks.task.Task` for what the methods are for.
+
+    Args:
+        metrics: further scores.
+    """
 
     recipe: Recipe
     data: PreparedImages
+    metrics: tuple[str, ...] = ()
     unit: str = "patches"
     scored: str = "images"
     causal: bool = False
@@ -97,7 +103,9 @@ class ImageTask:
         scores = {"loss": table[:, 0], "accuracy": table[:, 3]}
         if len(self.data.names) > TOP:
             scores["top5_accuracy"] = table[:, 4]
-        return {f"{split}/{name}": float(values.mean()) for name, values in scores.items()}
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        further = scores_of(table, [name for name in self.metrics if name not in means])
+        return {f"{split}/{name}": value for name, value in (means | further).items()}
 
     def comparison(self, rows: ImageSet, order: list[int]) -> tuple[list[Batch], int]:
         """Return up to 256 images in batches of 64, and how many they are."""
@@ -133,7 +141,8 @@ def image_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, ImageTask]
     """
     section, seed = recipe.model, recipe.training.seed
     data = prepare_images(recipe.data, cache_root() / "data", seed)
-    task, size = ImageTask(recipe, data), data.train.size
+    has = ["loss", *CLASS_METRICS, *(["top5_accuracy"] if len(data.names) > TOP else [])]
+    task, size = ImageTask(recipe, data, wanted_metrics(recipe, has, "format images")), data.train.size
     if section.config is None:
         return with_head(resolve(section, weights, "images"), data.names, size, seed, weights), task
     if section.tokenizer is not None:

@@ -102,11 +102,14 @@ def scores_of(table: Tensor, names: Sequence[str], classes: Sequence[int] | None
     Args:
         classes: class number of each choice that the table holds; None: they are class numbers, or numbers.
     """
+    chosen = [name for name in dict.fromkeys(names) if name in METRICS]
+    if not chosen:
+        return {}
     predicted, reference = (table[:, COLUMNS.index(name)].numpy() for name in ("predicted", "reference"))
     if classes is not None:
         known = np.array(classes, dtype=np.float64)
         predicted, reference = known[predicted.astype(int)], known[reference.astype(int)]
-    return {name: METRICS[name](predicted, reference) for name in dict.fromkeys(names) if name in METRICS}
+    return {name: METRICS[name](predicted, reference) for name in chosen}
 
 
 def _correlation(function: Callable[..., tuple[float, float]], predicted: Values, reference: Values) -> float:

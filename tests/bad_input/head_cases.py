@@ -48,6 +48,15 @@ HEADS: dict[str, Case] = {
         change=file("rows.jsonl", '{"text": "a", "label": NaN}\n' * 20),
     ),
     "a head on packed rows": bad("reads one sample a row, and data.packing", *HEAD, "data.packing=true", change=PAIR),
+    "a head that writes": bad(
+        "writes no text, which evaluation.generate", *HEAD, "evaluation.generate={}", change=PAIR
+    ),
+    "a head and a text": bad(
+        "is the loss of a language model on a text, and this is a head",
+        *HEAD,
+        "evaluation.forgetting=embedded:tinyshakespeare",
+        change=PAIR,
+    ),
     "a head on a conversation": bad(
         "answers a prompt, not a conversation", *HEAD, "data.chat_template=tokenizer", change=PAIR
     ),
