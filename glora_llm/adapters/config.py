@@ -8,8 +8,9 @@ from typing import Any, cast
 from torch import nn
 
 from glora_llm.adapters.methods import METHODS, check_method
+from glora_llm.adapters.peft_arguments import check_arguments, no_effect_is_an_error
 from glora_llm.adapters.stateful import STATEFUL_METHODS
-from glora_llm.errors import UserError, nearest
+from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
 from glora_llm.models.families import head_names
@@ -123,13 +124,11 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         wanted["feedforward_modules"] = []  # PEFT saves all-linear as full names, beside which it refuses to load these
     if section.rank_stabilized:
         wanted["use_rslora"] = True
-    values = {name: value for name, value in (shared | wanted).items() if name in fields} | (section.peft or {})
-    unknown = [name for name in values if name not in fields]
-    if unknown:
-        raise UserError(
-            f"adapter.peft.{unknown[0]}: {config_class.__name__} has no such argument.{nearest(unknown[0], fields)}"
-        )
-    return config_class(**values)
+    given = section.peft or {}
+    check_arguments(config_class, given)
+    values = {name: value for name, value in (shared | wanted).items() if name in fields} | given
+    with no_effect_is_an_error(given):
+        return config_class(**values)
 
 
 def _body_linears(classifier: nn.Module) -> list[str]:

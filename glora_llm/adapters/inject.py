@@ -9,6 +9,7 @@ from torch import nn
 
 from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
+from glora_llm.adapters.peft_arguments import no_effect_is_an_error
 from glora_llm.adapters.targets import name_linears, require_names
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRALinear
@@ -38,7 +39,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     try:
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
         config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
-        model = get_peft_model(base, config)
+        with no_effect_is_an_error(section.peft or {}):
+            model = get_peft_model(base, config)
     except UserError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -108,7 +108,7 @@ ADAPTERS: dict[str, Case] = {
         "LoraConfig has no such argument. Did you mean 'r'?", *PEFT, "adapter.peft={rr: 4}"
     ),
     "peft: a rank of text": bad(
-        "adapter.peft {'r': 'four'} holds a value of another type: '<=' not", *PEFT, "adapter.peft={r: four}"
+        "adapter.peft.r: got 'four' (str); LoraConfig takes int.", *PEFT, "adapter.peft={r: four}"
     ),
     "peft: a rank of 0": bad(
         "adapter.method lora: `r` should be a positive integer value but the", *PEFT, "adapter.peft={r: 0}"
@@ -123,7 +123,7 @@ ADAPTERS: dict[str, Case] = {
     ),
     "peft: a list": bad("adapter.peft: got ['r'] (list), expected a mapping.", *PEFT, "adapter.peft=[r]"),
     "peft: dropout of text": bad(
-        "adapter.peft {'lora_dropout': 'much'} holds a value of another type:",
+        "adapter.peft.lora_dropout: got 'much' (str); LoraConfig takes float.",
         *PEFT,
         "adapter.peft={lora_dropout: much}",
     ),

@@ -10,6 +10,7 @@ from tests.bad_input.head_cases import HEADS
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
+from tests.bad_input.peft_cases import PEFT_ARGUMENTS
 from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.score_cases import SCORES
@@ -34,6 +35,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "model folder, weights": FILES,
     "model folder, tokenizer; model section": TOKENIZERS,
     "adapter": ADAPTERS,
+    "arguments of PEFT's methods": PEFT_ARGUMENTS,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "run folder; merge, evaluate, search": FOLDERS,

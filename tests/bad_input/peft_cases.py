@@ -1,0 +1,29 @@
+"""Arguments of PEFT's own methods (adapter.peft) that are of another kind, have no effect, or cannot be used."""
+
+from tests.bad_input.case import Case, bad
+
+PEFT_ARGUMENTS: dict[str, Case] = {
+    f"peft, {method}: {name} {value}": bad(says, f"adapter.method={method}", f"adapter.peft={{{name}: {value}}}")
+    for method, name, value, says in (
+        ("lora", "init_lora_weights", "foo", "adapter.peft.init_lora_weights 'foo' is unknown."),
+        ("lora", "use_rslora", "'yes'", "adapter.peft.use_rslora: got 'yes' (str); LoraConfig takes bool."),
+        ("lora", "rank_pattern", "[1]", "adapter.peft.rank_pattern: got [1] (list); LoraConfig takes"),
+        ("lora", "rank_pattern", "{nothing: 4}", "has no effect: The following rank_pattern keys did not match any"),
+        ("lora", "exclude_modules", "nothing", "has no effect: You have passed exclude_modules=nothing but no"),
+        ("lora", "target_parameters", "[x]", "has no effect: target_parameters=['x'] were set but no parameter"),
+        ("lora", "layer_replication", "[[0, 9]]", "cannot be used: IndexError: index 2 is out of range."),
+        ("lora", "megatron_config", "{a: 1}", "cannot be used: ModuleNotFoundError: No module named 'megatron'."),
+        ("lora", "runtime_config", "5", "adapter.peft {'runtime_config': 5} cannot be used: AttributeError"),
+        ("lora", "peft_type", "IA3", "adapter.peft.peft_type follows from adapter.method: take it away."),
+        ("loha", "init_weights", "foo", "adapter.peft.init_weights: got 'foo' (str); LoHaConfig takes bool."),
+        ("miss", "init_weights", "foo", "MissConfig takes Union[bool, Literal['bat', 'mini']]."),
+        ("lokr", "decompose_factor", "x", "adapter.peft.decompose_factor: got 'x' (str); LoKrConfig takes int."),
+        ("vera", "projection_prng_key", "x", "projection_prng_key: got 'x' (str); VeraConfig takes int."),
+        ("c3a", "block_size", "7", "adapter.method c3a: The block size should be a factor of the input size."),
+        ("fourierft", "n_frequency", "0", "`n_frequency` should be a positive integer value but the value"),
+    )
+}
+PEFT_ARGUMENTS |= {
+    "peft, lora: a whole number for a float": bad("", "adapter.method=lora", "adapter.peft={lora_dropout: 0}"),
+    "peft, lora: a float for alpha": bad("", "adapter.method=lora", "adapter.peft={lora_alpha: 8.5}"),
+}
