@@ -114,7 +114,7 @@ ADAPTERS: dict[str, Case] = {
         "adapter.method lora: `r` should be a positive integer value but the", *PEFT, "adapter.peft={r: 0}"
     ),
     "peft: an unknown bias": bad(
-        "adapter.method lora: Requested bias: foo, is not implemented.", *PEFT, "adapter.peft={bias: foo}"
+        "adapter.peft.bias: got 'foo' (str); LoraConfig takes Literal['none',", *PEFT, "adapter.peft={bias: foo}"
     ),
     "peft: frozen": bad(
         "adapter.method lora has no trainable parameter. Look what adapter.peft",
