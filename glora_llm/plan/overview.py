@@ -148,15 +148,18 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
 def _check_model(recipe: Recipe) -> None:
     """Check model and adapter of a recipe whose data are wrong; a new model would need the data."""
     if recipe.model.config is None:
-        base = resolve(recipe.model, weights=False, kind=None)
+        base = resolve(recipe.model, weights=False, kind="classification" if recipe.head else None)
         build_empty(recipe, base, recipe.training.steps or 1, None)
+
+
+HUB = "fetched from the hub when training starts"
 
 
 def _describe_weights(plan: Plan) -> str:
     if plan.recipe.model.config is not None:
         return "random, drawn by the seed"
     if not plan.base.fingerprint:  # nothing was looked at
-        return "fetched from the hub when training starts"
+        return "a copy with a new head, made when training starts" if plan.recipe.head else HUB
     return f"{stored_bytes(plan.base.folder) / 1e6:,.1f} MB in safetensors files, whole"
 
 

@@ -12,7 +12,9 @@ from sklearn import metrics as sklearn
 from glora_llm import recipe as recipes
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import score_rows
+from glora_llm.plan.elsewhere import recipe_for_merge
 from glora_llm.plan.plan import make_plan
+from glora_llm.plan.run_folder import RunFolder
 from glora_llm.tasks.metrics import METRICS, scores_of
 from glora_llm.training.objectives import TokenScores, _scores
 
@@ -100,6 +102,13 @@ def test_label_words_give_their_class(tmp_path: Path) -> None:
     assert scores["test/accuracy"] == sklearn.accuracy_score(reference, predicted)
     assert scores["test/f1"] == sklearn.f1_score(reference, predicted)
     assert scores["test/matthews_correlation"] == sklearn.matthews_corrcoef(reference, predicted)
+
+
+def test_a_merge_asks_for_no_score_of_the_task(tmp_path: Path) -> None:
+    """It reads other rows than the run did, which have no classes."""
+    recipe = recipes.load("tiny_cpu", ["evaluation.metrics=[accuracy]"])
+    plan = make_plan(recipe_for_merge(RunFolder(tmp_path), recipe))
+    assert plan.recipe.evaluation.metrics is None and plan.recipe.data.format == "text"
 
 
 @pytest.mark.parametrize(
