@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from glora_llm.errors import UserError, nearest
+from glora_llm.files.links import dangling
 from glora_llm.files.yaml_text import Dumper, Location, parse
 from glora_llm.schema import Recipe
 from glora_llm.schema.section import expand_home
@@ -71,7 +72,7 @@ def find_recipe(name: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             why = ": it is a folder, and a recipe is a file" if path.is_dir() else f" (looked in {Path.cwd()})"
-            raise UserError(f"No recipe file '{name}'{why}.")
+            raise UserError(f"No recipe file '{name}'{why}.{dangling(path)}")
         return path
     if path.is_file():
         raise UserError(

@@ -15,6 +15,7 @@ from glora_llm.data.local_sources import EMBEDDED, EmbeddedSource, FileSource
 from glora_llm.data.readers import READERS, numbered, suffix
 from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
+from glora_llm.files.links import dangling
 from glora_llm.schema import DataSection
 
 Role = str  # train, validation, test; test/NAME for each of several named test sets
@@ -179,6 +180,9 @@ def locate(name: str, subset: str | None, split: str, documents: bool = False) -
 
 def _missing(name: str) -> str:
     looked = _candidates(name)
+    link = next(filter(None, map(dangling, looked)), "")
+    if link:
+        return f"There is no file {name}.{link}"
     beside = [file.name for path in looked if path.parent.is_dir() for file in path.parent.iterdir()]
     is_alone = len(looked) == 1 and not looked[0].is_absolute()
     hint = f" Set {DATA_FOLDER} to the folder that relative paths start from." if is_alone else ""

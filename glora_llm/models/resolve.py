@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm.errors import UserError
+from glora_llm.files.links import dangling
 from glora_llm.models.config_file import load_config, read_settings
 from glora_llm.models.embedded import EMBEDDED, embedded_folder
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of, looks_both_ways
@@ -62,6 +63,8 @@ def look_at_model(section: ModelSection) -> None:
     elif path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"model.name_or_path {path} is a file but no .gguf: give the folder that it is in")
+    elif link := dangling(path):
+        raise UserError(f"model.name_or_path {name} does not exist.{link}")
     elif path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise UserError(
             f"model.name_or_path '{name}' does not exist (looked for {path.absolute()}) and is no hub id. "

@@ -8,6 +8,7 @@ from glora_llm.adapters.methods import check_method
 from glora_llm.adapters.start import require_weights
 from glora_llm.adapters.targets import require_names
 from glora_llm.errors import Problems, UserError
+from glora_llm.files.links import dangling
 from glora_llm.models.resolve import look_at_model, stored_modules
 from glora_llm.plan.other_text import check_other_text
 from glora_llm.plan.run_folder import RunFolder
@@ -82,7 +83,7 @@ def _check_start(weights: str | None) -> None:
 
 def _require_there(key: str, path: str | None) -> None:
     if path is not None and not Path(path).exists():
-        raise UserError(f"{key}: there is no {path} (looked in {Path.cwd()}).")
+        raise UserError(f"{key}: there is no {path} (looked in {Path.cwd()}).{dangling(Path(path))}")
 
 
 def _require_writable(folder: Path) -> None:

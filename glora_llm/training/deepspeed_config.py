@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.files.json_file import read_object
+from glora_llm.files.links import dangling
 from glora_llm.schema import TrainingSection
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def find_deepspeed_config(name: str) -> Path:
     """
     known = deepspeed_config_files()
     path = Path(name) if name.endswith(".json") else known.get(name)
+    if path is not None and (link := dangling(path)):
+        raise UserError(f"There is no DeepSpeed configuration {name}.{link}")
     if path is None or not path.is_file():
         raise UserError(
             f"No DeepSpeed configuration '{name}'; there is: {', '.join(known)}, or a .json file.{nearest(name, known)}"

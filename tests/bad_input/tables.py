@@ -8,6 +8,7 @@ from tests.bad_input.compare_cases import COMPARISONS
 from tests.bad_input.data_cases import RECORDS, TABLES
 from tests.bad_input.head_cases import HEADS
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
+from tests.bad_input.link_cases import LINKS
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
 from tests.bad_input.peft_cases import PEFT_ARGUMENTS
@@ -41,6 +42,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "run folder; merge, evaluate, search": FOLDERS,
     "report": REPORTS,
     "output.dir": OUTPUT,
+    "links to nowhere": LINKS,
     "environment of a launch": ENVIRONMENT,
     "command line": COMMANDS,
     "files that would run code, or reach out of their folder": CODE,
