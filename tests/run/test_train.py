@@ -71,7 +71,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Outcome:
 def test_a_short_run_leaves_what_the_later_commands_need(trained: Path) -> None:
     run = trained / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("recipe.yaml", "base.json", "sample.json", "metrics.jsonl", "summary.json"),
+        *("recipe.yaml", "base.json", "sample.json", "metrics.jsonl", "summary.json", "launches.jsonl"),
         *("tensorboard", "checkpoints", "adapter"),
     }  # fmt: skip
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-1", "step-2"}
