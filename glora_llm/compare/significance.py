@@ -14,12 +14,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glora_llm.tasks.task import COLUMNS
+
 LEVEL = 0.05  # above it two methods are level
 RESAMPLES = 9999
 CLOSE = 1e-6
+CHOSEN = "chosen"  # not a column: what the model chose is what is right
 ROWS_FILE = "test_rows.json"
-# parts of a score: columns of `tasks.task.COLUMNS` whose sums it is the ratio of; None: the number of rows
-PARTS: tuple[tuple[int, int | None], ...] = ((3, None), (4, None), (0, 1), (2, 1), (0, None))
+# score -> what each row adds to it, as (value, weight): columns of `tasks.task.COLUMNS` whose sums it is the ratio of;
+# weight None: each row counts 1. Where tasks differ, the first part whose ratio is the score is it: of options that is
+# `among_labels`, the right option; of images that is top5_accuracy, equal to the accuracy only where no row differs.
+PARTS: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "loss": (("loss", "targets"), ("loss", None)),
+    "token_accuracy": (("correct", "targets"),),
+    "exact_match": (("all_correct", None),),
+    "label_accuracy": (("among_labels", None),),
+    "accuracy": (("among_labels", None), ("all_correct", None), (CHOSEN, None)),
+    "accuracy_norm": ((CHOSEN, None),),
+    "top5_accuracy": (("among_labels", None),),
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +67,11 @@ class PairedTest:
     name: str
 
 
-def row_scores(folder: Path, score: float | None) -> RowScores | None:
+def row_scores(folder: Path, name: str, score: float | None) -> RowScores | None:
     """Return the parts of a test score that a run wrote row by row; None where they do not add up to the score.
 
     Args:
+        name: of the score.
         score: the test score that the run reports.
     """
     file = folder / ROWS_FILE
@@ -65,10 +79,12 @@ def row_scores(folder: Path, score: float | None) -> RowScores | None:
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     table = np.array(found["scores"], dtype=np.float64)
-    for value, weight in PARTS:
-        values, weights = table[:, value], np.ones(len(table)) if weight is None else table[:, weight]
-        if weights.sum() and abs(values.sum() / weights.sum() - score) < CLOSE:
-            return RowScores(found["rows"], values, weights)
+    columns: dict[str, NDArray[np.float64]] = dict(zip(COLUMNS, table.T, strict=True))
+    columns[CHOSEN] = (columns["predicted"] == columns["reference"]).astype(np.float64)
+    for value, weight in PARTS.get(name, ()):
+        weights = np.ones(len(table)) if weight is None else columns[weight]
+        if weights.sum() and abs(columns[value].sum() / weights.sum() - score) < CLOSE:
+            return RowScores(found["rows"], columns[value], weights)
     return None
 
 

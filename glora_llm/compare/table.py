@@ -78,7 +78,12 @@ def _judged(contest: Contest, setting: Setting, best: Contest | None) -> dict[st
     if contest is best or best is None:
         return {"verdict": "best", "p_value": None, "p_seeds": None, "test": ""}
     seeds = over_seeds(_scores(best, setting), _scores(contest, setting))
-    paired = [[row_scores(r.folder, r.test(setting.score)) for r in one.outcome.finals] for one in (best, contest)]  # type: ignore[union-attr]
+    name = setting.score.rpartition("/")[2]  # of several test sets: their split stands before it
+    paired = [
+        [row_scores(result.folder, name, result.test(setting.score)) for result in one.outcome.finals]
+        for one in (best, contest)
+        if one.outcome is not None
+    ]
     usable = [[one for one in scores if one is not None] for scores in paired]
     by_rows: PairedTest | None = None
     if all(len(found) == len(scores) for found, scores in zip(usable, paired, strict=True)):

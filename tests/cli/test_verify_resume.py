@@ -73,7 +73,7 @@ def write_run(folder: Path, value: float, loss: float) -> RunFolder:
     """Write what a comparison reads of a run."""
     run = RunFolder(folder)
     run.write("recipe.yaml", json.dumps(load("tiny_cpu").model_dump(mode="json")))
-    run.write("base.json", "{}")
+    run.write("base.json", json.dumps({"name": "a", "fingerprint": "b", "dtype": "float32"}))
     run.write("metrics.jsonl", json.dumps({"step": 1, "train/loss": loss, "train/lr": 1.0, "train/grad_norm": 1.0}))
     run.adapter.mkdir()
     save_file({"a": torch.full((4,), value)}, run.adapter / "adapter_model.safetensors")

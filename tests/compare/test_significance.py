@@ -55,11 +55,22 @@ def test_seeds_are_tested_by_students_paired_test() -> None:
     assert over_seeds([0.5, 0.6], [0.5, 0.6]).p_value == 1
 
 
-@pytest.mark.parametrize(("score", "value"), [(0.5, [1, 0, 0, 1]), (0.75, [1, 1, 1, 0]), (2.0, [2, 3, 1, 10])])
-def test_rows_are_those_that_add_up_to_the_score(score: float, value: list[float], tmp_path: Path) -> None:
-    table = [[2, 1, 1, 1, 1], [3, 1, 1, 0, 1], [1, 1, 0, 0, 1], [10, 5, 5, 1, 0]]
+@pytest.mark.parametrize(
+    ("name", "score", "value"),
+    [
+        ("exact_match", 0.5, [1, 0, 0, 1]),
+        ("label_accuracy", 0.5, [0, 1, 1, 0]),
+        ("accuracy_norm", 0.5, [0, 0, 1, 1]),
+        ("accuracy", 0.5, [0, 1, 1, 0]),
+        ("loss", 2.0, [2, 3, 1, 10]),
+    ],
+)
+def test_rows_are_those_that_add_up_to_the_score(name: str, score: float, value: list[float], tmp_path: Path) -> None:
+    """Several scores are 0.5 here: the name decides, and the value is checked."""
+    table = [[2, 1, 1, 1, 0, 0, 1], [3, 1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 2, 2], [10, 5, 5, 1, 0, 3, 3]]
     (tmp_path / "test_rows.json").write_text(json.dumps({"rows": "digest", "scores": table}))
-    found = row_scores(tmp_path, score)
+    found = row_scores(tmp_path, name, score)
     assert found is not None and found.values.tolist() == value
-    assert found.is_binary == (score != 2.0)
-    assert row_scores(tmp_path, 0.123) is None and row_scores(tmp_path / "none", score) is None
+    assert found.is_binary == (name != "loss")
+    assert row_scores(tmp_path, name, 0.123) is None and row_scores(tmp_path / "none", name, score) is None
+    assert row_scores(tmp_path, "f1", score) is None
