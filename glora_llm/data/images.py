@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from glora_llm.data.cache import cached, key_of
@@ -12,7 +12,7 @@ from glora_llm.data.image_pixels import PIXELS, Found, cached_pixels, digests_of
 from glora_llm.data.image_sources import locate_images
 from glora_llm.data.image_store import ImageSet, write_rows
 from glora_llm.data.report import ImageReport
-from glora_llm.data.sources import Role, Sources, locate_roles
+from glora_llm.data.sources import Role, Sources, commits_of, locate_roles
 from glora_llm.data.splits import Split, make_splits
 from glora_llm.errors import UserError, nearest
 from glora_llm.schema import DataSection, ImagesSection
@@ -32,6 +32,7 @@ class PreparedImages:
         mean, std: of red, green and blue, 0 to 1: the recipe's, or else those of the training images.
         previews: three training images in words.
         folder: of the arrays.
+        commits: hub data set -> commit that was loaded.
     """
 
     train: ImageSet
@@ -43,6 +44,7 @@ class PreparedImages:
     std: list[float]
     previews: list[str]
     folder: Path
+    commits: dict[str, str] = field(default_factory=dict)
 
     @property
     def test(self) -> ImageSet | None:
@@ -84,7 +86,8 @@ def prepare_images(settings: DataSection, cache: Path, seed: int) -> PreparedIma
     sources = locate_roles(settings, locate_images)
     _check_apart(sources)
     images = settings.images or ImagesSection()
-    kept = settings.model_copy(update={"images": ImagesSection(size=images.size)})  # no other key changes a pixel
+    # no other key of the images changes a pixel, and the content says what revisions gave
+    kept = settings.model_copy(update={"images": ImagesSection(size=images.size), "revisions": None})
     found = {role: Found(role, source, source.fingerprint()) for role, source in sources.items()}
     content = {role: one.content for role, one in found.items()}
     key = key_of({"settings": kept.model_dump(mode="json"), "content": content, "seed": seed})
@@ -106,6 +109,7 @@ def prepare_images(settings: DataSection, cache: Path, seed: int) -> PreparedIma
         std=images.std or std,
         previews=[f"{train.size} x {train.size} pixels: «{meta['names'][n]}»" for n in train.labels[:PREVIEWS]],
         folder=folder,
+        commits=commits_of(sources.values()),
     )
 
 

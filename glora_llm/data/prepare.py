@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from glora_llm.data.preview import preview
 from glora_llm.data.prompts import tokenize_prompts
 from glora_llm.data.report import Report
 from glora_llm.data.sample import Sample
-from glora_llm.data.sources import Role, Sources, locate, locate_roles
+from glora_llm.data.sources import Role, Sources, commits_of, locate, locate_roles
 from glora_llm.data.splits import Split, make_splits, require_known_classes, to_split
 from glora_llm.data.store import TokenSet, write_set
 from glora_llm.data.tokenize import ends_of, fill_rows, fit_length, tokenize
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PREVIEWS = 3
 # What plays a part only after there is a tokenizer.
-AFTER_TEXT = {"max_tokens", "packing", "bos", "chat_template", "max_test_rows"}
+AFTER_TEXT = {"revisions", "max_tokens", "packing", "bos", "chat_template", "max_test_rows"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Prepared:
             token; else none.
         label_classes: the class number of each sequence.
         folder: where the arrays lie.
+        commits: hub data set -> commit that was loaded.
     """
 
     train: TokenSet
@@ -59,6 +60,7 @@ class Prepared:
     label_sequences: list[list[int]] | None
     label_classes: list[int] | None
     folder: Path
+    commits: dict[str, str] = field(default_factory=dict)
 
     @property
     def test(self) -> TokenSet | None:
@@ -100,6 +102,7 @@ def prepare(
         label_sequences=meta["label_sequences"],
         label_classes=meta["label_classes"],
         folder=folder,
+        commits=commits_of(sources.values()),
     )
 
 
@@ -113,7 +116,7 @@ def cache_key(
     """Return a SHA-256 over everything that the token sets depend on, this package's own code included."""
     return key_of(
         {
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude={"revisions"}),  # the content is what they give
             "content": fingerprints,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "seed": seed,

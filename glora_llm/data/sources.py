@@ -4,15 +4,15 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from glora_llm.data.bad_rows import BadRows
+from glora_llm.data.hub_source import DATA_FOLDER, HubSource
 from glora_llm.data.local_sources import EMBEDDED, EmbeddedSource, FileSource
-from glora_llm.data.readers import READERS, numbered, suffix
+from glora_llm.data.readers import READERS, suffix
 from glora_llm.data.table import Table, join
 from glora_llm.errors import UserError, nearest
 from glora_llm.files.links import dangling
@@ -20,54 +20,8 @@ from glora_llm.schema import DataSection
 
 Role = str  # train, validation, test; test/NAME for each of several named test sets
 SAME_SPLIT = (("train", "training"), ("validation", "valid", "val", "dev"))
-DATA_FOLDER = "GLORA_DATA"
 # A data set of the hub, and its split, or its configuration and split; no split has a slash in its name.
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A split of a data set on the hub."""
-
-    name: str
-    subset: str | None
-    split: str
-
-    @cached_property
-    def _dataset(self) -> Any:
-        import datasets
-
-        try:
-            return datasets.load_dataset(self.name, self.subset, split=self.split)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"'{self.name}' is no file or folder here, and as a hub data set (subset {self.subset}, split "
-                f"'{self.split}') it could not be loaded: {error}. Check the spelling and the network, or give a file; "
-                f"a relative path is also looked up below the folder that the variable {DATA_FOLDER} names."
-            ) from error
-
-    def fingerprint(self) -> str:
-        """Return the fingerprint that `datasets` gives the split.
-
-        Raises:
-            UserError: when it cannot be loaded.
-        """
-        return str(self._dataset._fingerprint)
-
-    def read(self, bad: BadRows | None = None) -> Table:
-        """Return the rows of the split.
-
-        Raises:
-            UserError: when it cannot be loaded.
-        """
-        import datasets
-
-        dataset = self._dataset
-        names = {c: list(f.names) for c, f in dataset.features.items() if hasattr(f, "names")}
-        for column in [c for c, f in dataset.features.items() if isinstance(f, datasets.Image)]:
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))  # bytes or a path, as in a parquet file
-        rows = dataset.to_list()
-        return Table(rows, names, numbered(rows, self.name))
 
 
 class Source(Protocol):
@@ -206,7 +160,19 @@ def locate_training(settings: DataSection, locate_one: Locate = locate) -> Sourc
     names = names_of(settings.source)
     if not names:
         raise UserError("data.source is an empty list; name at least one file, folder or hub data set.")
-    return Sources(tuple(locate_one(name, settings.subset, settings.split) for name in names))
+    return Sources(tuple(_pinned(locate_one(name, settings.subset, settings.split), settings) for name in names))
+
+
+def _pinned(source: Source, settings: DataSection) -> Source:
+    """Return a source; one of the hub at the revision that the recipe gives."""
+    revision = (settings.revisions or {}).get(source.name) if isinstance(source, HubSource) else None
+    return replace(source, revision=revision) if isinstance(source, HubSource) and revision else source
+
+
+def commits_of(sources: Iterable[Sources]) -> dict[str, str]:
+    """Return hub data set -> commit that was loaded; a run goes on with these."""
+    loaded = [part for one in sources for part in one.parts if isinstance(part, HubSource)]
+    return {source.name: commit for source in loaded if (commit := source.commit())}
 
 
 def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Locate = locate) -> Sources:
@@ -224,10 +190,11 @@ def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Loc
     is_file = _looks_like_file(name) or name.startswith("embedded:")
     plain = [n for n in names_of(settings.source) if (found := find_path(n)) is not None and found.is_file()]
     if is_file or (("/" in name or plain) and find_path(name) is not None):
-        return Sources((locate_one(name, settings.subset, role),))
+        return Sources((_pinned(locate_one(name, settings.subset, role), settings),))
     if HUB.fullmatch(name):
         place, *rest = name.split(":")
-        return Sources((locate_one(place, rest[0] if len(rest) > 1 else None, rest[-1] if rest else role),))
+        subset, split = rest[0] if len(rest) > 1 else None, rest[-1] if rest else role
+        return Sources((_pinned(locate_one(place, subset, split), settings),))
     if plain:
         raise UserError(
             f"data.{role}: '{name}' is no file, and no split either: data.source is the file {plain[0]}, which has no "
@@ -235,7 +202,7 @@ def locate_held_out(settings: DataSection, role: str, name: str, locate_one: Loc
         )
     if name == settings.split:
         raise UserError(f"data.{role}: split '{name}' is the one that is trained on (data.split); name another.")
-    return Sources(tuple(locate_one(n, settings.subset, name) for n in names_of(settings.source)))
+    return Sources(tuple(_pinned(locate_one(n, settings.subset, name), settings) for n in names_of(settings.source)))
 
 
 def locate_roles(settings: DataSection, locate_one: Locate = locate) -> dict[Role, Sources]:

@@ -15,6 +15,7 @@ from glora_llm.schema import Recipe
 # A run may go on with these changed; all else makes it another run.
 FREE_KEYS = {
     "training": {"deepspeed", "micro_batch", "log_every", "max_bad_steps", "deterministic"},
+    "data": {"revisions"},  # the digest of the training rows binds
     "model": {"attention", "kernels", "gradient_checkpointing", "compile", "dtype"},  # base.json holds the dtype itself
 }
 BASE_GONE = "Put a copy of it back: without it nothing says that the base is still the one that was trained on."
@@ -70,22 +71,22 @@ class RunFolder:
         return self.path / "genome.json"
 
     def recipe(self) -> Recipe:
-        """Return the run's recipe, with a model of the hub at the commit that the run began with.
+        """Return the run's recipe, with model and data sets of the hub at the commits that the run began with.
 
         Raises:
             UserError: as `written_recipe`, and when base.json is damaged.
         """
-        recipe, commit = self.written_recipe(), self.base().get("revision")
-        return recipe if commit is None else _at_revision(recipe, commit)
+        base = self.base()
+        return _at_commits(self.written_recipe(), base.get("revision"), base.get("data"))
 
     def pinned(self, recipe: Recipe) -> Recipe:
-        """Return a recipe that goes on with this run, with a model of the hub at the commit that the run began with.
+        """Return a recipe that goes on with this run: model and data of the hub at the commits that it began with.
 
-        A revision that the recipe names itself stays; the fingerprint of its weights is compared all the same.
+        Revisions that the recipe names itself stay; the fingerprints of weights and rows are compared all the same.
         """
         base = self.base()
         is_pinned = recipe.model.revision is None and base.get("name") == recipe.model.name_or_path
-        return _at_revision(recipe, base["revision"]) if is_pinned and base.get("revision") else recipe
+        return _at_commits(recipe, base.get("revision") if is_pinned else None, base.get("data"))
 
     def written_recipe(self) -> Recipe:
         """Return the run's recipe as recipe.yaml has it.
@@ -194,8 +195,9 @@ class RunFolder:
         if not file.exists():
             return {}
         base = read_object(file, BASE_GONE)
-        if not all(isinstance(base.get(key), str) for key in ("name", "fingerprint", "dtype")):
-            raise UserError(f"{file} does not say name, fingerprint and dtype of the base. {BASE_GONE}")
+        named = all(isinstance(base.get(key), str) for key in ("name", "fingerprint", "dtype"))
+        if not named or not isinstance(base.get("data", {}), dict):
+            raise UserError(f"{file} does not say name, fingerprint, dtype and data of the base. {BASE_GONE}")
         return base
 
     def require_whole(self) -> None:
@@ -261,9 +263,14 @@ def _require_metrics(file: Path) -> None:
             raise UserError(f"{file}, line {number}: not the metrics of a step: {line[:80]}. Delete the line.")
 
 
-def _at_revision(recipe: Recipe, commit: str) -> Recipe:
-    """Return a recipe whose model is fetched from the hub, or from the hub's cache, at a commit."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+def _at_commits(recipe: Recipe, model: str | None, data: dict[str, str] | None) -> Recipe:
+    """Return a recipe whose model and data sets are fetched from the hub, or from its cache, at these commits."""
+    if model:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": model})})
+    if data:
+        revisions = data | (recipe.data.revisions or {})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"revisions": revisions})})
+    return recipe
 
 
 def _binding(recipe: Recipe) -> dict[str, Any]:

@@ -118,10 +118,11 @@ def _advice(folder: RunFolder) -> str:
 
 
 def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Return the identity of the base and the dtype that it is computed in; a merge must find both again."""
+    """Return the identity of the base, the dtype that it is computed in, and the commits of data of the hub."""
     dtype = str(load.compute_dtype(plan.recipe.model, device)).removeprefix("torch.")
     base = plan.base
-    return {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
+    identity = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
+    return identity | {"data": plan.task.data.commits}
 
 
 def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRequest | None = None) -> None:

@@ -24,6 +24,10 @@ class DataSection(Section):
         ..., "file(s) (json, jsonl, csv, parquet, txt), a folder of them, a hub id, or `embedded:NAME`"
     )
     subset: str | None = key(None, "configuration name of a hub data set")
+    revisions: dict[str, str] | None = key(
+        None,
+        "hub data set -> commit, branch or tag; none: the newest, which base.json notes for the run to go on with",
+    )
     split: str = key("train", "split of a hub data set or folder that is trained on")
     validation: Share | PositiveInt | str | None = key(
         None, "share or number of training rows held out, or a split name, or a file", "share or rows"

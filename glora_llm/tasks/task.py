@@ -46,6 +46,13 @@ class Described(Protocol):
         """Return it as one line."""
 
 
+class Prepared(Protocol):
+    """The prepared data of a run, and the commits of the hub's data sets that they were made of."""
+
+    @property
+    def commits(self) -> dict[str, str]: ...  # noqa: D102
+
+
 class Task(Protocol):
     """A task: the data, the objective and the scores of a run.
 
@@ -53,12 +60,15 @@ class Task(Protocol):
         unit: what a row is made of, and speed is counted in: `tokens`, or `patches`.
         scored: what each loss and each comparison is of: `tokens`, or `images`.
         causal: attention sees what came before alone (half of its products are masked).
+        data: what was prepared, and from which commits of the hub's data sets.
         test: the rows that judge, the first set of several.
         tests: all test sets by split: `test`, or `test/NAME` of each of several.
         reports: by split: what was read, kept, dropped.
         previews: some training samples as text, for the eye.
     """
 
+    @property
+    def data(self) -> Prepared: ...  # noqa: D102
     @property
     def unit(self) -> str: ...  # noqa: D102
     @property

@@ -115,11 +115,11 @@ FOLDERS: dict[str, Case] = {
         }.items()
     },
     "base.json without a fingerprint": bad(
-        "run/base.json does not say name, fingerprint and dtype of the base.",
+        "run/base.json does not say name, fingerprint, dtype and data of the base.",
         change=run(file("run/base.json", '{"name": "x", "dtype": "float32"}')),
     ),
     "base.json with a number for a name": bad(
-        "run/base.json does not say name, fingerprint and dtype of the base.",
+        "run/base.json does not say name, fingerprint, dtype and data of the base.",
         change=run(file("run/base.json", '{"name": 5, "fingerprint": 5, "dtype": 5}')),
     ),
     "metrics.jsonl with a list": bad(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from glora_llm.data.hub_source import HubSource
 from glora_llm.data.image_store import ImageSet
-from glora_llm.data.sources import HubSource
 from glora_llm.schema import ImagesSection
 from tests.data.conftest import CLASSES, Prepare, hub_features, image_rows, picture, write_folder, write_parquet
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from glora_llm.data.hub_source import HubSource
 from glora_llm.data.readers import read_file
-from glora_llm.data.sources import HubSource, locate, locate_held_out, locate_training
+from glora_llm.data.sources import commits_of, locate, locate_held_out, locate_roles, locate_training
 from glora_llm.errors import UserError
 from tests.data.conftest import Settings, write_rows
 
@@ -168,6 +169,38 @@ def test_what_load_dataset_returns_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert source.fingerprint() == HubSource(str(tmp_path / "set"), None, "train").fingerprint()
     with pytest.raises(UserError, match="split 'tset'"):
         HubSource(str(tmp_path / "set"), None, "tset").fingerprint()
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of `datasets` as the hub fills it, and no network."""
+    import datasets
+
+    cache, commit = tmp_path / "cache", "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    (tmp_path / "some_set").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_list([{"text": split}]).to_parquet(str(tmp_path / "some_set" / f"{split}.parquet"))
+    made = datasets.load_dataset(str(tmp_path / "some_set"), split="train")
+    folder = Path(made.cache_files[0]["filename"]).parent
+    assert locate_training(settings(source=str(tmp_path / "some_set"))).fingerprint()
+    folder.rename(folder.with_name(commit))
+    folder.parents[2].rename(cache / "someone___some_set")
+    found = locate_roles(settings(source="someone/some_set", test="test"))
+    assert found["test"].read().rows == [{"text": "test"}]
+    assert commits_of(found.values()) == {"someone/some_set": commit}
+    for revision in (commit, "main"):
+        pinned = locate_roles(
+            settings(source="someone/some_set", test="test", revisions={"someone/some_set": revision})
+        )
+        assert [part.revision for one in pinned.values() for part in one.parts] == [revision] * 2  # type: ignore[attr-defined]
+        assert commits_of(pinned.values()) == {"someone/some_set": commit}
+    other = locate_roles(settings(source="someone/some_set", revisions={"someone/some_set": "f" * 40}))
+    with pytest.raises(
+        UserError, match="asked for at commit ffffffffffff, and the hub's cache here holds 0123456789ab"
+    ):
+        commits_of(other.values())
 
 
 def test_embedded_banking77() -> None:

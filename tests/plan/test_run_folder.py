@@ -17,7 +17,7 @@ FREE = [
     "model.compile=true",
     "evaluation.every=5", "evaluation.batch=3", "merge.after_training=true", "merge.dtype=bfloat16",
     "output.save_every=3", "output.keep=9", "output.resume=must", "search.passes=3",
-    "description=other",
+    "data.revisions={someone/set: main}", "description=other",
 ]  # fmt: skip
 BOUND = [
     "training.lr=0.5", "training.steps=21", "training.global_batch=32", "training.seed=1", "training.betas=[0.9, 0.99]",
@@ -131,7 +131,7 @@ def test_the_paths_of_a_run(tmp_path: Path) -> None:
     assert (folder.checkpoints, folder.adapter) == (tmp_path / "checkpoints", tmp_path / "adapter")
 
 
-def test_a_model_of_the_hub_stays_at_the_commit_that_the_run_began_with(tmp_path: Path) -> None:
+def test_model_and_data_of_the_hub_stay_at_the_commits_that_the_run_began_with(tmp_path: Path) -> None:
     recipe, commit = tiny("model.name_or_path=someone/tiny"), "0123456789abcdef0123456789abcdef01234567"
     run = RunFolder(tmp_path / "run")
     assert run.pinned(recipe) == recipe, "a new run asks for the newest"
@@ -142,5 +142,10 @@ def test_a_model_of_the_hub_stays_at_the_commit_that_the_run_began_with(tmp_path
     run.require_same_run(recipe)
     named = tiny("model.name_or_path=someone/tiny", "model.revision=v2")
     assert run.pinned(named) == named, "what a recipe names itself is not replaced"
+    run.write("base.json", json.dumps(BASE | {"data": {"someone/set": commit}}))
+    assert run.pinned(recipe).data.revisions == run.recipe().data.revisions == {"someone/set": commit}
+    run.require_same_run(run.pinned(recipe))
+    given = tiny("model.name_or_path=someone/tiny", "data.revisions={someone/set: v2}")
+    assert run.pinned(given).data.revisions == {"someone/set": "v2"}
     with pytest.raises(UserError, match=r"model\.revision: None there, 'v2' here"):
         run.require_same_run(named)
