@@ -34,6 +34,7 @@ def test_processes_that_tests_start_are_refused_too(variables: dict[str, str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.reliability
 def test_a_run_asks_the_hub_in_its_resolve_phase_alone(tmp_path: Path) -> None:
     """A model of the hub that is in the hub's cache, with no variable that says offline: trained, saved and merged."""
     model = tmp_path / "hub" / "models--someone--tiny"

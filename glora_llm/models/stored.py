@@ -51,12 +51,13 @@ class StoredTensors:
     def get(self, name: str) -> Tensor:
         """Return one tensor.
 
-        A small one is copied: each tensor that is kept as it was read holds a mapping of its file, with pages of its
-        neighbours, and a model has hundreds of norms and biases.
+        A small one that is no matrix is copied: each tensor that is kept as it was read holds a mapping of its file,
+        with pages of its neighbours, and a model has hundreds of norms and biases. A matrix stays where it lies in the
+        file: products of one that is aligned otherwise are rounded otherwise, and no layer keeps it.
         """
         with safe_open(self._files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
-        return tensor.clone() if tensor.nbytes <= SMALL else tensor
+        return tensor.clone() if tensor.dim() != 2 and tensor.nbytes <= SMALL else tensor
 
     def numbers(self) -> int:
         """Return the count of numbers in all tensors, without reading them."""

@@ -16,7 +16,8 @@ from tests.written_records import write_questions
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
-FREE = ("model.config", "adapter.peft", "data.columns")  # hold names of other packages, and of formats
+# hold names of other packages, of formats, and of test sets
+FREE = ("model.config", "adapter.peft", "data.columns", "data.test", "data.revisions")
 WRONG: tuple[Any, ...] = ([[1]], {"no": {"such": "key"}}, "\u2603", -(10**15), 2.5e300, True, "")
 SEEDS = 6
 

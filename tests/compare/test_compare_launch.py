@@ -48,6 +48,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.launch
+@pytest.mark.reliability
 def test_killed_and_started_again(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(whole)

@@ -145,7 +145,10 @@ def test_training_again_neither_trains_nor_searches_again(
     said = capsys.readouterr().out
     assert "training had ended already, after step 3" in said and "the search had ended already: " in said
     after = {name: text for name, text in contents(run).items() if "tensorboard" not in name}
-    assert {name for name in before if before[name] != after[name]} <= {"recipe.yaml"} and before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} <= {
+        "recipe.yaml",
+        "launches.jsonl",
+    } and before.keys() == after.keys()
 
 
 def test_one_process_resumed_draws_and_ends_as_if_uninterrupted(

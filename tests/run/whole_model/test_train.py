@@ -28,7 +28,7 @@ def state(run: Path, step: int) -> dict[str, Tensor]:
 def test_what_a_run_leaves(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         "recipe.yaml", "base.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "model",
-        "sample.json",
+        "sample.json", "launches.jsonl",
     }  # fmt: skip
     assert {path.name for path in (run / "checkpoints" / "step-5").iterdir()} == {
         "state.safetensors", "trainer.json", "manifest.json"
