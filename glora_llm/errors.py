@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 
 
@@ -53,3 +54,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def number_above_zero(text: str | None, option: str, expected: str) -> float | None:
+    """Return the number that an option of the command line gives; None where it was not given.
+
+    Args:
+        expected: what it is, with its unit and an example.
+
+    Raises:
+        UserError: for text, nan, infinity, and anything not above 0.
+    """
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"{option} is '{text}'; expected {expected}.")
+    return value

@@ -1,12 +1,11 @@
 """`glora-llm plan`: what a recipe will take, before it runs."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from glora_llm import recipe
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, number_above_zero
 from glora_llm.launch.environment import planned_world_size
 from glora_llm.plan.early import check_early
 
@@ -42,7 +41,8 @@ def add_command(commands: Any, style: Any) -> None:
 def plan(arguments: argparse.Namespace) -> int:
     """Run `glora-llm plan`."""
     checked = recipe.load(arguments.recipe, arguments.overrides)
-    gpus, memory = _gpus(arguments.gpus), _gigabytes(arguments.gpu_memory)
+    gpus = _gpus(arguments.gpus)
+    memory = number_above_zero(arguments.gpu_memory, "--gpu-memory", "GB of one GPU above 0, such as 24")
     from glora_llm.plan.subjects import not_here, subject_here
 
     left_out = not_here(checked)
@@ -73,16 +73,3 @@ def _gpus(text: str | None) -> int | None:
     if not (text.isascii() and text.isdecimal() and 0 < int(text) <= 100_000):
         raise UserError(f"--gpus is '{text}'; expected a number of GPUs above 0, such as 8.")
     return int(text)
-
-
-def _gigabytes(text: str | None) -> float | None:
-    """Return the number that --gpu-memory gives."""
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UserError(f"--gpu-memory is '{text}'; expected GB of one GPU above 0, such as 24.")
-    return value

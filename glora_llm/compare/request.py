@@ -8,7 +8,7 @@ from pathlib import Path
 from glora_llm import recipe as recipes
 from glora_llm.compare.contenders import Contender, contenders
 from glora_llm.compare.record import read
-from glora_llm.errors import Problems, UserError
+from glora_llm.errors import Problems, UserError, number_above_zero
 from glora_llm.plan.early import check_early
 from glora_llm.plan.elsewhere import SHIPPED
 from glora_llm.schema import Recipe
@@ -93,23 +93,6 @@ def read_count(text: str | None, option: str, most: int) -> int | None:
     return int(text)
 
 
-def read_seconds(text: str | None) -> float | None:
-    """Return the seconds of `--time`.
-
-    Raises:
-        UserError: for something that is no number above 0.
-    """
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise UserError(f"--time is '{text}'; expected seconds of training above 0, such as 600.")
-    return seconds
-
-
 def read_budget(text: str | None) -> int | None:
     """Return the trained parameters that `--budget` asks for: `0.3M` is 300,000.
 
@@ -138,7 +121,8 @@ def read_request(  # noqa: PLR0913 - an option each
     text = SHIPPED if forgetting is None and recipe.data.format != "images" and not recipe.head else forgetting
     request = Request(
         name=Path(name).stem, recipe=recipe, contenders=chosen, budget=read_budget(budget),
-        seconds=read_seconds(seconds), seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),
+        seconds=number_above_zero(seconds, "--time", "seconds of training above 0, such as 600"),
+        seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),
         score=main, forgetting=None if text == "none" else text, out=out or Path("runs") / f"compare-{Path(name).stem}",
         jobs=read_count(jobs, "--jobs", 10_000),
     )  # fmt: skip
