@@ -8,12 +8,12 @@ from typing import Any
 from torch import distributed as dist
 
 from glora_llm.adapters.inject import without_adapter
-from glora_llm.atomic import write_text
 from glora_llm.evaluation.generation import Answer, answer_splits
 from glora_llm.launch.ranks import Processes
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.build import TrainingParts
+from glora_llm.run.saving import write_for_people
 
 SAMPLES = "samples.jsonl"
 
@@ -52,7 +52,7 @@ def _keep(folder: RunFolder, answers: dict[str, list[Answer]], when: str) -> Non
             lines.append(
                 json.dumps(kept.get((name, one.prompt), {}) | entry | {when: one.generated}, ensure_ascii=False)
             )
-    write_text(file, "".join(f"{line}\n" for line in lines))
+    write_for_people(file, "".join(f"{line}\n" for line in lines))
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from glora_llm.launch.machine import commit, hardware, versions
 from glora_llm.launch.ranks import Processes
 from glora_llm.launch.stop import StopRequest
 from glora_llm.plan.run_folder import LAUNCHES, RunFolder
+from glora_llm.run.saving import write_for_people
 
 
 def note_launch(folder: RunFolder, processes: Processes, start: int, stop: StopRequest | None) -> None:
@@ -26,4 +27,5 @@ def note_launch(folder: RunFolder, processes: Processes, start: int, stop: StopR
         "commit": commit(),
         "hardware": hardware(processes.device.type),
     }
-    folder.write(LAUNCHES, "".join(f"{json.dumps(line)}\n" for line in [*folder.launches(), noted]))
+    lines = [json.dumps(line) + "\n" for line in [*folder.launches(), noted]]
+    write_for_people(folder.path / LAUNCHES, "".join(lines))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glora_llm.adapters.stateful import StatefulMethod, save_state
 from glora_llm.adapters.weights import save_adapter
-from glora_llm.atomic import whole_folder
+from glora_llm.atomic import whole_folder, write_text
 from glora_llm.errors import CheckFailed
 from glora_llm.failpoints import reach
 from glora_llm.merge.whole_model import write_model
@@ -40,6 +40,14 @@ class Clock:
     def seconds(self) -> float:
         """Return the seconds of this run so far."""
         return self.earlier + time.time() - self.began
+
+
+def write_for_people(path: Path, text: str) -> None:
+    """Write a small file that no result depends on; after an error of the disk warn and go on without it."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        print(f"warning: {path} was not written ({error}); free some space", flush=True)
 
 
 def insist(write: Callable[[], None], path: Path, checkpoints: Path) -> None:

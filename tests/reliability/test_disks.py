@@ -116,13 +116,20 @@ def test_final_weights_that_cannot_be_written(server: Server, adapter: Path, tmp
 
 
 @every
-def test_a_summary_is_tried_again(server: Server, adapter: Path, tmp_path: Path, note: Note) -> None:
-    run = tmp_path / "run"
-    writes = len([name for name in ("recipe.yaml", "base.json", "sample.json") if (adapter / name).exists()])
-    code, said = server.run(*ADAPTER, KEPT, f"output.dir={run}", failpoint=f"file.before_write:{writes + 1}:enospc")
-    assert code == 0 and re.search(r"warning: \S+summary.json was not written", said), said
+@pytest.mark.parametrize(
+    ("file", "seen"), [("launches.jsonl", "warned; left out"), ("summary.json", "warned; written")]
+)
+def test_a_small_file_ends_no_run(
+    file: str, seen: str, server: Server, adapter: Path, tmp_path: Path, note: Note
+) -> None:
+    run, order = tmp_path / "run", ("recipe.yaml", "base.json", "sample.json", "launches.jsonl", "summary.json")
+    written = [name for name in order if (adapter / name).exists()]
+    failpoint = f"file.before_write:{written.index(file) + 1}:enospc"
+    code, said = server.run(*ADAPTER, KEPT, f"output.dir={run}", failpoint=failpoint)
+    assert code == 0 and re.search(rf"warning: \S+{file} was not written", said), said
     assert contents(run / "adapter") == contents(adapter / "adapter")
-    note("summary.json, enospc once", "a warning, then written", "warned; written")
+    assert (run / file).exists() == ("written" in seen)
+    note(f"{file}, enospc once", "a warning, and the run goes on", seen)
 
 
 @pytest.fixture

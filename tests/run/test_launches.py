@@ -14,7 +14,7 @@ from glora_llm.run.launches import note_launch
 
 
 def test_every_launch_adds_a_line(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path)
     assert folder.launches() == []
     note_launch(folder, Processes(0, 2, torch.device("cpu")), 0, None)
     note_launch(folder, Processes(0, 1, torch.device("cpu")), 30, None)
