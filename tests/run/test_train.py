@@ -79,8 +79,8 @@ def test_a_short_run_leaves_what_the_later_commands_need(trained: Path) -> None:
     assert summary["steps"] == 2 and summary["skipped_steps"] == 0
     with safe_open(run / "adapter" / "adapter_model.safetensors", "pt") as weights:
         assert len(weights.keys()) == 2 * 7 * 6  # layers x linears x (A and B with two factors, C, E)
-    name, revision, _, dtype = json.loads((run / "base.json").read_text()).values()
-    assert (name, revision, dtype) == (str(trained / "model"), None, "float32")
+    name, revision, _, dtype, data = json.loads((run / "base.json").read_text()).values()
+    assert (name, revision, dtype, data) == (str(trained / "model"), None, "float32", {})
 
 
 @pytest.mark.parametrize(
