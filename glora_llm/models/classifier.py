@@ -142,15 +142,7 @@ def _tensors(source: Path, config: Any) -> dict[str, Any]:
 
     if is_ours(source):
         return {name: tensor for file in weight_files(source) for name, tensor in load_file(file).items()}
-    model = AutoModelForImageClassification.from_pretrained(
-        source,
-        config=config,
-        ignore_mismatched_sizes=True,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype="auto",
-        trust_remote_code=False,
-    )
+    model = with_new_head(AutoModelForImageClassification, source, config)
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
@@ -160,3 +152,20 @@ def _new_head(classes: int, width: int, std: float, seed: int, tensors: dict[str
     dtype = next(iter(tensors.values())).dtype
     weight = torch.empty(classes, width).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
     return {f"{HEAD}weight": weight.to(dtype), f"{HEAD}bias": torch.zeros(classes, dtype=dtype)}
+
+
+def with_new_head(auto: Any, source: Path, config: Any) -> Any:
+    """Return a pretrained model of a folder; a head of another size than config's is made anew.
+
+    Args:
+        auto: an auto class of transformers for classifiers.
+    """
+    return auto.from_pretrained(
+        source,
+        config=config,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        use_safetensors=True,
+        dtype="auto",
+        trust_remote_code=False,
+    )

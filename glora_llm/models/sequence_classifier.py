@@ -8,6 +8,7 @@ from typing import Any
 
 from glora_llm.atomic import cache_root, make_once
 from glora_llm.errors import UserError
+from glora_llm.models.classifier import with_new_head
 from glora_llm.models.config_file import load_config
 from glora_llm.models.families import built_as, head_names
 from glora_llm.models.fingerprint import fingerprint
@@ -70,15 +71,7 @@ def _write(source: Path, folder: Path, names: list[str] | None, pad: int, seed: 
     config.save_pretrained(folder)
     if not weights:
         return
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source,
-        config=config,
-        ignore_mismatched_sizes=True,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype="auto",
-        trust_remote_code=False,
-    )
+    model = with_new_head(AutoModelForSequenceClassification, source, config)
     _start_head(model, config, seed)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
