@@ -34,7 +34,7 @@ class Contender:
 
     @property
     def knob(self) -> str | None:
-        """What sets the number of parameters: `rank`, or an argument of PEFT; None: nothing does."""
+        """The setting that sets the number of parameters: `rank`, or an argument of PEFT; None: there is none."""
         return None if self.name in WITHOUT_KNOB else KNOBS.get(self.method, "rank")
 
     @property

@@ -35,7 +35,7 @@ class NotRun(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials of a comparison have in common.
+    """The settings that all trials of a comparison share.
 
     Args:
         out: the folder of the comparison.
@@ -70,7 +70,7 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What came of a method.
+    """The result of one method: its best rate, and the runs at it.
 
     Attributes:
         lr: the best rate.

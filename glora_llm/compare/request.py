@@ -1,4 +1,4 @@
-"""What a user asks of a comparison, checked without slow imports."""
+"""The request for a comparison (methods, budget or time, rates, seeds), checked without slow imports."""
 
 import math
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Request:
 
     @property
     def cost(self) -> str:
-        """What is equal, in words."""
+        """The cost that is equal for all methods, in words."""
         if self.budget is not None:
             return f"{self.budget:,} trained parameters"
         return f"{self.seconds:g} s of training"

@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[tuple[str, str | None], ...]] = {
 
 @dataclass(frozen=True)
 class RowScores:
-    """What each test row adds to a score: the score is sum(values) / sum(weights).
+    """The part of each test row in a score, which is sum(values) / sum(weights).
 
     Attributes:
         rows: digest of the rows: equal for equal rows in the same order.

@@ -59,7 +59,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run folder says of a trial so far.
+    """The scores and state of a trial, read from its run folder.
 
     Attributes:
         folder: of the run.

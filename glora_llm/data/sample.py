@@ -11,7 +11,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class OptionSpans:
-    """Where the options of a sample of multiple choice stand.
+    """The token positions of the options of a multiple-choice sample.
 
     Attributes:
         starts: index of the first token of each option's sequence.

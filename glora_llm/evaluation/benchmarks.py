@@ -36,7 +36,7 @@ LONGEST_NAME = 80  # characters of the name of a result, before what says how it
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked of lm-eval.
+    """The tasks that lm-eval runs, and its settings.
 
     Args:
         tasks: names of tasks, groups or tags.
@@ -62,7 +62,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights of a run are asked; at most one of these.
+    """The choice of the weights of a run that are evaluated; at most one of these.
 
     Args:
         merged: the merged model of this folder.

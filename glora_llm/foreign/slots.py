@@ -1,4 +1,4 @@
-"""What every reader of a foreign adapter returns: the values of GLoRA's slots, layer by layer.
+"""The result of every reader of a foreign adapter: the values of GLoRA's slots, layer by layer.
 
 Letters: O out_features, I in_features, r rank.
 """

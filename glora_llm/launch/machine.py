@@ -1,4 +1,4 @@
-"""What a result was made with: versions of the packages, the commit of this one, and the hardware."""
+"""The environment of a result: versions of the packages, the commit of this one, and the hardware."""
 
 import os
 import platform

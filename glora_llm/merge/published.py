@@ -1,4 +1,4 @@
-"""What a merge writes gets its name when it is verified; what is not is set aside."""
+"""Give a merged model its final name once it is verified; set an unverified one aside."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What a merged model is compared with: the answers of the unmerged one, on text that the run kept."""
+"""The reference of a merge: the answers of the unmerged model, on text that the run kept."""
 
 from dataclasses import dataclass
 from functools import partial

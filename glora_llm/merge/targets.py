@@ -1,4 +1,4 @@
-"""What loads a merged model: which biases each server gives the linears of each family, with the source of each rule.
+"""Servers that load a merged model: the linears of each family to which each server gives a bias, with the source.
 
 A merged model has biases where slot C or E is active, and a server that has no bias there leaves them out without a
 word. Plain transformers is asked by building a layer (`models.bias`). The others are described here, by the last part

@@ -1,4 +1,4 @@
-"""What a recipe will take, before it runs and without weights: parameters, memory, disk and time."""
+"""Forecast of a recipe, before it runs and without weights: parameters, memory, disk and time."""
 
 import dataclasses
 from collections.abc import Iterable

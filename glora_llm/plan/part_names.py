@@ -1,4 +1,4 @@
-"""Which part of a model a trained tensor belongs to, told from its name alone: slot, kind of module, layer."""
+"""Tell the part of a model from the name of a trained tensor alone: slot, kind of module, layer."""
 
 import re
 

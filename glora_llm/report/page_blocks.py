@@ -1,4 +1,4 @@
-"""What a report's page is made of: tables, figures, lists of facts, and numbers as a reader wants them."""
+"""The building blocks of a report's page: tables, figures, lists of facts, and numbers in readable form."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""How a run was made and how to get it again, as a section of a report's page."""
+"""The section of a report's page on how a run was made and how to repeat it."""
 
 import shlex
 from typing import Any

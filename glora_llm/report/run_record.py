@@ -1,4 +1,4 @@
-"""What a run folder says, read for a report: without torch, without the model, and whether or not the run has ended."""
+"""Read a run folder for a report: without torch, without the model, and whether or not the run has ended."""
 
 import contextlib
 import itertools
@@ -86,7 +86,7 @@ class RunRecord:
 
     @property
     def unit(self) -> str:
-        """What speed is counted in: `patches` of images, else `tokens`."""
+        """The unit of speed: `patches` of images, else `tokens`."""
         return "patches" if "train/patches_per_second" in self.series else "tokens"
 
 

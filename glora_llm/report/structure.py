@@ -1,4 +1,4 @@
-"""What a run trained, layer by layer: read from the names and shapes in its weight files, and from its genome."""
+"""The trained structure of a run, layer by layer: from the names and shapes in its weight files and its genome."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Cell(NamedTuple):
-    """How one slot of one linear is parameterised; rank 0: the mode has none."""
+    """The mode of one slot of one linear; rank 0: the mode has none."""
 
     mode: str
     rank: int = 0

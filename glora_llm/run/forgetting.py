@@ -1,4 +1,4 @@
-"""What training costs elsewhere: the loss on a text that is not trained on, without and with the adapter."""
+"""Forgetting: the loss on a text that is not trained on, without and with the adapter."""
 
 from typing import Any
 

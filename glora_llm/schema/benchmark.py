@@ -1,4 +1,4 @@
-"""What the catalogue says of one public data set."""
+"""One entry of the catalogue of public data sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -21,6 +21,7 @@ from glora_llm.models.sequence_classifier import with_text_head
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
 from glora_llm.tasks.metrics import CLASS_METRICS, NUMBER_METRICS, scores_of, wanted_metrics
+from glora_llm.tasks.task import OnPreparedData
 from glora_llm.training.batch import Batch
 from glora_llm.training.head_objective import HeadObjective
 
@@ -29,7 +30,7 @@ USUAL = {"classification": ("accuracy",), "regression": ("pearson", "spearman")}
 
 
 @dataclass(frozen=True)
-class HeadTask:
+class HeadTask(OnPreparedData[TokenSet, Report]):
     """A sequence classifier on prompts. See `tasks.task.Task` for what the methods are for.
 
     Args:
@@ -44,36 +45,6 @@ class HeadTask:
     metrics: tuple[str, ...]
     unit: str = "tokens"
     scored: str = "samples"
-
-    @property
-    def train(self) -> TokenSet:
-        """The training rows."""
-        return self.data.train
-
-    @property
-    def validation(self) -> TokenSet | None:
-        """The rows that choices are made by."""
-        return self.data.validation
-
-    @property
-    def test(self) -> TokenSet | None:
-        """The rows that judge."""
-        return self.data.test
-
-    @property
-    def tests(self) -> dict[str, TokenSet]:
-        """The test sets by role."""
-        return self.data.tests
-
-    @property
-    def reports(self) -> dict[str, Report]:
-        """Counts of the preparation of each split."""
-        return self.data.reports
-
-    @property
-    def previews(self) -> list[str]:
-        """Some samples, each with its answer."""
-        return self.data.previews
 
     @property
     def is_regression(self) -> bool:

@@ -19,6 +19,7 @@ from glora_llm.models.folder import new_config, new_folder
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.schema import ImagesSection, Recipe
 from glora_llm.tasks.metrics import CLASS_METRICS, scores_of, wanted_metrics
+from glora_llm.tasks.task import OnPreparedData
 from glora_llm.training.batch import Batch
 from glora_llm.training.image_objective import TOP, ImageObjective
 
@@ -28,7 +29,7 @@ AUGMENTATION = 43  # stream of the seeds by which training images are varied
 
 
 @dataclass(frozen=True)
-class ImageTask:
+class ImageTask(OnPreparedData[ImageSet, ImageReport]):
     """An image classifier on prepared images. See `tasks.task.Task` for what the methods are for.
 
     Args:
@@ -41,36 +42,6 @@ class ImageTask:
     unit: str = "patches"
     scored: str = "images"
     causal: bool = False
-
-    @property
-    def train(self) -> ImageSet:
-        """The training images."""
-        return self.data.train
-
-    @property
-    def validation(self) -> ImageSet | None:
-        """The images that choices are made by."""
-        return self.data.validation
-
-    @property
-    def test(self) -> ImageSet | None:
-        """The images that judge, the first set of several."""
-        return self.data.test
-
-    @property
-    def tests(self) -> dict[str, ImageSet]:
-        """All test sets: `test`, or `test/NAME` of each of several sets."""
-        return self.data.tests
-
-    @property
-    def reports(self) -> dict[str, ImageReport]:
-        """Counts of the preparation of each split."""
-        return self.data.reports
-
-    @property
-    def previews(self) -> list[str]:
-        """Some images in words."""
-        return self.data.previews
 
     @property
     def settings(self) -> ImagesSection:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,61 @@ class Prepared(Protocol):
 
     @property
     def commits(self) -> dict[str, str]: ...  # noqa: D102
+
+
+Set_co = TypeVar("Set_co", covariant=True)
+Report_co = TypeVar("Report_co", covariant=True)
+
+
+class PreparedSplits(Prepared, Protocol[Set_co, Report_co]):
+    """The prepared splits of a run: rows of tokens or images, and how they were made."""
+
+    @property
+    def train(self) -> Set_co: ...  # noqa: D102
+    @property
+    def validation(self) -> Set_co | None: ...  # noqa: D102
+    @property
+    def tests(self) -> Mapping[str, Set_co]: ...  # noqa: D102
+    @property
+    def reports(self) -> Mapping[str, Report_co]: ...  # noqa: D102
+    @property
+    def previews(self) -> list[str]: ...  # noqa: D102
+
+
+class OnPreparedData(Generic[Set_co, Report_co]):
+    """The splits of a task that reads them from its prepared `data`."""
+
+    data: PreparedSplits[Set_co, Report_co]
+
+    @property
+    def train(self) -> Set_co:
+        """The training rows."""
+        return self.data.train
+
+    @property
+    def validation(self) -> Set_co | None:
+        """The rows that choices are made by."""
+        return self.data.validation
+
+    @property
+    def test(self) -> Set_co | None:
+        """The rows that judge, the first set of several."""
+        return next(iter(self.data.tests.values()), None)
+
+    @property
+    def tests(self) -> Mapping[str, Set_co]:
+        """All test sets: `test`, or `test/NAME` of each of several."""
+        return self.data.tests
+
+    @property
+    def reports(self) -> Mapping[str, Report_co]:
+        """Counts of the preparation of each split."""
+        return self.data.reports
+
+    @property
+    def previews(self) -> list[str]:
+        """Some training samples as text, for the eye."""
+        return self.data.previews
 
 
 class Task(Protocol):

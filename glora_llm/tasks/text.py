@@ -22,6 +22,7 @@ from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
 from glora_llm.tasks.metrics import CLASS_METRICS, scores_of, wanted_metrics
 from glora_llm.tasks.new_text import new_text_model
+from glora_llm.tasks.task import OnPreparedData
 from glora_llm.training.batch import Batch
 from glora_llm.training.objectives import CausalLMObjective
 
@@ -30,7 +31,7 @@ MOST_COMPARED = 1024  # tokens by which a merged model is compared
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(OnPreparedData[TokenSet, Report]):
     """A causal language model on prepared tokens. See `tasks.task.Task` for what the methods are for.
 
     Args:
@@ -44,31 +45,6 @@ class TextTask:
     unit: str = "tokens"
     scored: str = "tokens"
     causal: bool = True
-
-    @property
-    def train(self) -> TokenSet:
-        """The training rows."""
-        return self.data.train
-
-    @property
-    def validation(self) -> TokenSet | None:
-        """The rows that choices are made by."""
-        return self.data.validation
-
-    @property
-    def test(self) -> TokenSet | None:
-        """The rows that judge, the first set of several."""
-        return self.data.test
-
-    @property
-    def tests(self) -> dict[str, TokenSet]:
-        """All test sets: `test`, or `test/NAME` of each of several."""
-        return self.data.tests
-
-    @property
-    def reports(self) -> dict[str, Report]:
-        """Counts of the preparation of each split."""
-        return self.data.reports
 
     @property
     def previews(self) -> list[str]:

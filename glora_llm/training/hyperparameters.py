@@ -1,4 +1,4 @@
-"""What TensorBoard's tab HParams shows of a run: the settings that runs are compared by, and the final scores."""
+"""The entry of a run in TensorBoard's tab HParams: the settings that runs are compared by, and the final scores."""
 
 import math
 from collections.abc import Iterable

@@ -66,7 +66,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in optimizer steps.
+    """The schedule of validations, checkpoints and records, in optimizer steps.
 
     Args:
         start: steps that an earlier launch has done.

@@ -95,6 +95,14 @@ def killed(server: Server, command: list[str], case: str, **environment: str) ->
     assert code == -signal.SIGKILL, f"{case} was not passed: exit code {code}\n{said}"
 
 
+def killed_once(server: Server, command: list[str], case: str, **environment: str) -> str:
+    """Kill a command at a failpoint, run it again to its end, and return what it printed then."""
+    killed(server, command, case, **environment)
+    code, said = server.run(*command, **environment)
+    assert code == 0, said
+    return said
+
+
 def seen(said: str) -> str:
     """Return in a few words how a run went on."""
     resumed = re.search(r"resumed after step (\d+)", said)
@@ -123,9 +131,7 @@ def merged(server: Server, folder: Path, adapter: Path) -> Path:
 @pytest.mark.parametrize("case", cases(KILLED_ADAPTER))
 def test_a_run(case: str, server: Server, adapter: Path, tmp_path: Path, note: Note) -> None:
     command = [*ADAPTER, f"output.dir={tmp_path / 'run'}"]
-    killed(server, command, case)
-    code, said = server.run(*command)
-    assert code == 0, said
+    said = killed_once(server, command, case)
     assert contents(tmp_path / "run" / "adapter") == contents(adapter / "adapter")
     assert logged(tmp_path / "run") == logged(adapter), "each step once, with the same numbers"
     assert leftovers(tmp_path / "run") == [] and "Traceback" not in said
@@ -136,9 +142,7 @@ def test_a_run(case: str, server: Server, adapter: Path, tmp_path: Path, note: N
 def test_the_cache(case: str, server: Server, adapter: Path, tmp_path: Path, note: Note) -> None:
     """Killed while an embedded model or prepared data are made in an empty cache."""
     command, cache = [*ADAPTER, f"output.dir={tmp_path / 'run'}"], str(tmp_path / "cache")
-    killed(server, command, case, GLORA_CACHE=cache)
-    code, said = server.run(*command, GLORA_CACHE=cache)
-    assert code == 0, said
+    said = killed_once(server, command, case, GLORA_CACHE=cache)
     assert (
         contents(tmp_path / "run" / "adapter")["adapter_model.safetensors"]
         == (adapter / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -154,9 +158,7 @@ def whole(server: Server, folder: Path) -> Path:
 @pytest.mark.parametrize("case", cases(KILLED_WHOLE))
 def test_a_model_that_is_trained_as_a_whole(case: str, server: Server, whole: Path, tmp_path: Path, note: Note) -> None:
     command = [*WHOLE, f"output.dir={tmp_path / 'run'}"]
-    killed(server, command, case)
-    code, said = server.run(*command)
-    assert code == 0, said
+    said = killed_once(server, command, case)
     assert contents(tmp_path / "run" / "model") == contents(whole / "model")
     assert logged(tmp_path / "run") == logged(whole) and leftovers(tmp_path / "run") == []
     note(f"whole model, {case}", SAME, seen(said))
@@ -170,9 +172,7 @@ def searched(server: Server, folder: Path) -> Path:
 @pytest.mark.parametrize("case", cases(KILLED_SEARCH))
 def test_a_search(case: str, server: Server, searched: Path, tmp_path: Path, note: Note) -> None:
     command = [*SEARCH, f"output.dir={tmp_path / 'run'}"]
-    killed(server, command, case)
-    code, said = server.run(*command)
-    assert code == 0, said
+    said = killed_once(server, command, case)
     for name in ("genome.json", "adapter/adapter_model.safetensors", "search/archive.json"):
         assert (tmp_path / "run" / name).read_bytes() == (searched / name).read_bytes(), name
     assert leftovers(tmp_path / "run") == []
@@ -183,9 +183,7 @@ def test_a_search(case: str, server: Server, searched: Path, tmp_path: Path, not
 def test_a_merge(case: str, server: Server, adapter: Path, merged: Path, tmp_path: Path, note: Note) -> None:
     run = shutil.copytree(adapter, tmp_path / "run")
     command = [*ADAPTER, "merge.after_training=true", f"output.dir={run}"]
-    killed(server, command, case)
-    code, said = server.run(*command)
-    assert code == 0, said
+    said = killed_once(server, command, case)
     assert contents(run / "merged").keys() == contents(merged / "merged").keys()
     for name in ("model.safetensors", "config.json"):
         assert (run / "merged" / name).read_bytes() == (merged / "merged" / name).read_bytes(), name
@@ -223,9 +221,7 @@ def test_final_weights_that_are_written_anew(
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     command = [*ADAPTER, f"output.dir={run}"]
-    killed(server, command, case)
-    code, said = server.run(*command)
-    assert code == 0, said
+    said = killed_once(server, command, case)
     assert contents(run / "adapter") == contents(adapter / "adapter") and leftovers(run) == []
     note(f"damaged adapter, {case}", SAME, seen(said))
 
