@@ -25,8 +25,9 @@ LAUNCHES = "launches.jsonl"
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 
 
-# Where rows are read from; what is done with a finished run may read other ones.
-DATA_KEYS = {f"data.{key}" for key in ("source", "subset", "split", "validation", "test", "max_test_rows", "columns")}
+# Where rows are read from, and which classes compete on them; what is done with a finished run may read other ones.
+ROW_KEYS = ("source", "subset", "split", "validation", "test", "max_test_rows", "columns", "images.own_classes")
+DATA_KEYS = {f"data.{key}" for key in ROW_KEYS}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ class ImagesSection(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "share of each target that is spread over all classes", "share"
     )
+    own_classes: bool = key(
+        False, "score each test set among the classes that occur in it, as papers do for ImageNet-A and ImageNet-R"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "ImagesSection":

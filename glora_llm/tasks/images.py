@@ -52,7 +52,10 @@ class ImageTask(OnPreparedData[ImageSet, ImageReport]):
         """Return `pixels` (B, S, S, 3) uint8 and `labels` (B) int64."""
         found = [rows.row(index) for index in indices]
         pixels = torch.from_numpy(np.stack([row.pixels for row in found]))
-        return {"pixels": pixels, "labels": torch.tensor([row.label for row in found])}
+        batch = {"pixels": pixels, "labels": torch.tensor([row.label for row in found])}
+        if self.settings.own_classes and rows.role.partition("/")[0] == "test":
+            batch["classes"] = torch.from_numpy(np.isin(np.arange(len(self.data.names)), rows.labels))
+        return batch
 
     def training_batch(self, indices: list[int], step: int, place: int) -> Batch:
         """Return training images, and the seed of how they are varied: no state is carried to a restart."""

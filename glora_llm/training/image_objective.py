@@ -34,7 +34,12 @@ class ImageObjective(nn.Module):
         self.scale = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, seed: int | None = None, score: bool = False
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        seed: int | None = None,
+        score: bool = False,
+        classes: Tensor | None = None,
     ) -> Tensor | TokenScores:
         """Return the sum of -log p over the images, a float32 scalar; or, to `score`, the scores of each.
 
@@ -42,10 +47,12 @@ class ImageObjective(nn.Module):
             pixels: (B, S, S, 3) uint8.
             labels: (B) int64.
             seed: of all that is random in how these images are varied; None: torch's generator as it is.
+            classes: (C) bool, those that an answer may be where images are scored; None: all.
         """
         images = pixels.permute(0, 3, 1, 2).float() / 255
         if score:
-            return scores(self.logits(images), labels)
+            logits = self.logits(images)
+            return scores(logits if classes is None else logits.masked_fill(~classes, -torch.inf), labels)
         targets = labels
         if self.vary is not None and self.training:
             with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -68,7 +68,7 @@ def test_evaluate_asks_for_the_data(
     assert main(["evaluate", run]) == 2
     said = capsys.readouterr().err
     assert "rows.jsonl, which is not here" in said and f"glora-llm evaluate {run} --split test data.test=FILE" in said
-    assert "May be given: data.columns, data.max_test_rows, data.source" in said
+    assert "May be given: data.columns, data.images.own_classes, data.max_test_rows, data.source" in said
     assert main(["evaluate", run, f"data.source={file}"]) == 0
     drawn = capsys.readouterr().out
     file.rename(trained.plan.recipe.data.source)  # type: ignore[arg-type]

@@ -49,6 +49,10 @@ def test_every_test_set_of_images_is_scored(sketch: Path, tmp_path: Path, capsys
     assert float(scored["test/sketch/loss"]) == pytest.approx(summary["test"]["test/sketch/loss"], abs=1e-4)
     assert main(["evaluate", str(out), f"data.test={{again: {sketch}}}"]) == 0
     assert "test/again/accuracy" in capsys.readouterr().out
+    assert main(["evaluate", str(out), "data.images.own_classes=true", f"data.test={{again: {sketch}}}"]) == 0
+    own = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("test/"))
+    assert float(own["test/again/loss"]) < float(scored["test/sketch/loss"]), "two classes compete, not six"
+    assert float(own["test/again/top5_accuracy"]) == 1
 
 
 def test_text_has_named_test_sets_too(tmp_path: Path) -> None:

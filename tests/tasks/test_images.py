@@ -1,17 +1,19 @@
 """What a run asks of images: batches, seeds, scores, and what a merged folder says about its inputs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 from glora_llm import recipe as recipes
 from glora_llm.errors import UserError
 from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.schema import ImagesSection
 from glora_llm.tasks.images import ImageTask
 from glora_llm.training.image_objective import ImageObjective
 
@@ -52,6 +54,25 @@ def test_the_means_of_a_table(plan: Plan) -> None:
     table = torch.tensor([[2.0, 1, 1, 1, 1], [4.0, 1, 0, 0, 1], [3.0, 1, 0, 0, 0]], dtype=torch.float64)
     expected = {"test/loss": 3.0, "test/accuracy": 1 / 3, "test/top5_accuracy": 2 / 3}
     assert task_of(plan).means(table, "test") == pytest.approx(expected)
+
+
+def test_a_test_set_scored_among_its_own_classes(plan: Plan) -> None:
+    """Loss, answer and first five are those of a head that has the set's classes alone."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=8, num_labels=6)).eval()
+    pixels, labels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8), torch.tensor([1, 4, 4, 1, 1])
+    with torch.no_grad():
+        objective = ImageObjective(model, [0.5] * 3, [0.5] * 3)
+        found = objective(pixels, labels, score=True, classes=torch.arange(6) % 3 == 1)
+        of_two = model((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5).logits[:, [1, 4]]
+    loss = torch.nn.functional.cross_entropy(of_two, (labels == 4).long(), reduction="none")
+    assert torch.allclose(found.loss, loss, atol=1e-6)
+    assert torch.equal(found.predicted, torch.tensor([1, 4])[of_two.argmax(-1)]) and bool(found.among_labels.all())
+    section = plan.recipe.data.model_copy(update={"images": ImagesSection(own_classes=True)})
+    task = replace(task_of(plan), recipe=plan.recipe.model_copy(update={"data": section}))
+    assert task.test is not None and "classes" not in task.batch(task.train, [0])
+    assert task.batch(task.test, [0])["classes"].nonzero().flatten().tolist() == sorted(set(task.test.labels))
 
 
 def test_few_classes_have_no_top_five() -> None:
