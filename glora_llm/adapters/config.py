@@ -56,7 +56,7 @@ def adapter_config(
     if classifier is not None:
         saved = head_names(classifier) if section.modules_to_save is None else section.modules_to_save
         shared |= {"task_type": None, "modules_to_save": saved}
-        if section.targets == "all-linear":
+        if section.targets == "all-linear" and not (section.method in METHODS and METHODS[section.method].places):
             shared["target_modules"] = _body_linears(classifier)
     if section.method == "glora":
         slots = dict(PRESETS[section.preset]) if section.preset else _plain(section.slots or DEFAULT_SLOTS)

@@ -21,6 +21,7 @@ class Method:
         unmerged: why its adapter cannot become part of a plain model; empty where it can.
         arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
         whole_gradients: it reads the gradients of all parameters after each step, which ZeRO 0 alone keeps.
+        places: it knows where in a block it goes, which adapter.targets `all-linear` leaves to it.
         quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
     """
 
@@ -28,6 +29,7 @@ class Method:
     unmerged: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     whole_gradients: bool = False
+    places: bool = False
     quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
 
 

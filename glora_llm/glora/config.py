@@ -12,7 +12,7 @@ from glora_llm.glora.supernet import SlotChoices, slot_choices
 from glora_llm.schema.slots import COMPOSITIONS, DEFAULT_SLOTS
 
 
-def _add_peft_type(name: str) -> PeftType:
+def add_peft_type(name: str) -> PeftType:
     """PEFT's types are a closed Enum; a method outside PEFT has to add its member by hand."""
     member = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
@@ -22,7 +22,7 @@ def _add_peft_type(name: str) -> PeftType:
     return member
 
 
-GLORA_LLM = _add_peft_type("GLORA_LLM")
+GLORA_LLM = add_peft_type("GLORA_LLM")
 
 
 @dataclass
