@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
+import glora_llm.adapters.own  # noqa: F401 - registers its methods
 from glora_llm.adapters.methods import METHODS, check_method
 from glora_llm.adapters.peft_arguments import check_arguments, no_effect_is_an_error
 from glora_llm.adapters.stateful import STATEFUL_METHODS
@@ -27,6 +28,8 @@ def reads_base(section: AdapterSection) -> bool:
     Such a base must be whole on every process at that moment. Arguments of PEFT count, for they can switch to another
     start (init_lora_weights) or method (use_dora).
     """
+    if section.method in METHODS and METHODS[section.method].tuner:  # bottleneck adapters see activations alone
+        return False
     return section.method not in ("full", "glora", "lora", "rslora") or bool(section.peft)
 
 
@@ -114,10 +117,12 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         wanted = dict(LORA_VARIANTS[section.method])
     else:
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        config_class, wanted = known[section.method], {}
+        config_class, wanted = known[METHODS[section.method].tuner or section.method], {}
     fields = {item.name for item in dataclasses.fields(config_class)}
     wanted |= METHODS[section.method].arguments
     wanted |= {"r": section.rank, "lora_alpha": section.alpha, "lora_dropout": section.dropout}
+    if METHODS[section.method].places:  # the names in configurations of our own
+        wanted |= {"rank": section.rank, "alpha": section.alpha, "dropout": section.dropout}
     if section.method in STATEFUL_METHODS:
         wanted |= STATEFUL_METHODS[section.method].config_arguments(section, steps)
     if section.method == "ia3" and section.targets == "all-linear":

@@ -22,6 +22,7 @@ class Method:
         arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
         whole_gradients: it reads the gradients of all parameters after each step, which ZeRO 0 alone keeps.
         places: it knows where in a block it goes, which adapter.targets `all-linear` leaves to it.
+        tuner: the PEFT type of which it is a preset, by `arguments`; empty: it has one of its own name.
         quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
     """
 
@@ -30,7 +31,19 @@ class Method:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     whole_gradients: bool = False
     places: bool = False
+    tuner: str = ""
     quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
+
+
+NONLINEAR = (
+    "its nonlinearity is no part of a plain model. RUN/adapter is a PEFT folder, which PeftModel.from_pretrained loads "
+    "where glora_llm.adapters.own is imported, and `glora-llm evaluate RUN` scores it as it is"
+)
+
+
+def _bottleneck(source: str, **arguments: Any) -> Method:
+    """Return a preset of the bottleneck adapters in `bottleneck`."""
+    return Method(source, NONLINEAR, arguments, places=True, tuner="bottleneck")
 
 
 FOUR_BITS, NONE = (
@@ -69,6 +82,11 @@ METHODS: dict[str, Method] = {
     "supertuning": Method("2607.09287", quantised=NONE),
     "vera": Method("2310.11454", arguments={"save_projection": False}),
     "waveft": Method("2505.12532"),
+    "houlsby": _bottleneck("1902.00751", places="both", activation="gelu_new"),
+    "pfeiffer": _bottleneck("2005.00247", places="feed_forward", activation="relu"),
+    "adaptformer": _bottleneck("2205.13535", parallel=True, activation="relu", scale=0.1),
+    "parallel_adapter": _bottleneck("2110.04366", parallel=True, activation="relu", scale=4.0),
+    "compacter": _bottleneck("2106.04647", places="both", activation="gelu_new", kronecker=4),
 }
 
 _PROMPT = "it learns a prompt, and only methods that adapt modules train here"

@@ -28,9 +28,10 @@ def mergeable_layers(plan: Plan, adapter: Path) -> AdapterLayers:
     Raises:
         UserError: when the adapter does not fit the recipe, or cannot be merged.
     """
+    if obstacle := unmerged(plan.recipe.adapter):
+        raise UserError(obstacle)
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
-    obstacle = unmerged(plan.recipe.adapter) or merge_obstacle(layers.model.get_base_model().config, layers.model)
-    if obstacle:
+    if obstacle := merge_obstacle(layers.model.get_base_model().config, layers.model):
         raise UserError(obstacle)
     return layers
 

@@ -1,0 +1,3 @@
+"""The adapter methods of this trainer beside GLoRA: importing this module registers them with PEFT."""
+
+import glora_llm.adapters.bottleneck  # noqa: F401
