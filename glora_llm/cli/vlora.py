@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from glora_llm.cli.vlora_twin import add_twin
 from glora_llm.errors import UserError
 from glora_llm.schema.vlora import VLORA_CHOICES
 
@@ -34,6 +35,7 @@ def add_command(commands: Any, style: Any) -> None:
     command.add_argument("--targets", metavar="NAMES", help="linears inside a layer, as q_proj,v_proj (default: all)")
     command.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     command.set_defaults(command=from_dense)
+    add_twin(actions, style)
 
 
 def from_dense(arguments: argparse.Namespace) -> int:
