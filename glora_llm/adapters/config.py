@@ -28,7 +28,7 @@ def reads_base(section: AdapterSection) -> bool:
     Such a base must be whole on every process at that moment. Arguments of PEFT count, for they can switch to another
     start (init_lora_weights) or method (use_dora).
     """
-    if section.method in METHODS and METHODS[section.method].tuner:  # bottleneck adapters see activations alone
+    if section.method in METHODS and METHODS[section.method].places:  # methods of our own go by names and shapes
         return False
     return section.method not in ("full", "glora", "lora", "rslora") or bool(section.peft)
 

@@ -11,6 +11,7 @@ from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.adapters.peft_arguments import no_effect_is_an_error
 from glora_llm.adapters.targets import name_linears, require_names
+from glora_llm.adapters.tuner import ModuleLayer
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRALinear
 from glora_llm.glora.path import PEFT_ROOT, Genome
@@ -97,6 +98,20 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     """Return the GLoRA layers of a PEFT model by their names in the base model."""
     return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, GLoRALinear)}
+
+
+def added_biases(model: nn.Module) -> dict[str, str]:
+    """Return the linears without bias that get one when adapters of our other methods are merged.
+
+    Returns:
+        full name -> the argument of the method under which it would get none.
+    """
+    found = {}
+    for name, layer in tuner_layers(model).items():
+        if isinstance(layer, ModuleLayer):
+            for inside in layer.added_biases():
+                found[f"{name}.{inside}".rstrip(".")] = layer.without_biases
+    return found
 
 
 def adapted_with_bias(model: nn.Module) -> list[str]:

@@ -1,3 +1,5 @@
 """The adapter methods of this trainer beside GLoRA: importing this module registers them with PEFT."""
 
-import glora_llm.adapters.bottleneck  # noqa: F401
+import glora_llm.adapters.bottleneck
+import glora_llm.adapters.repadapter
+import glora_llm.adapters.ssf  # noqa: F401

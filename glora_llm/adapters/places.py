@@ -1,13 +1,13 @@
 """Where in a transformer block a method goes: the attention and feed-forward modules, found by their names."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from glora_llm.errors import UserError
 from glora_llm.models.families import HEADS
-
-OUTPUT_HEADS = ("lm_head", "embed_out", *HEADS)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,15 @@ def blocks(model: nn.Module) -> dict[str, Parts]:
             f"{known}. Take a method that adapts linears (glora, lora), or name the modules in adapter.targets."
         )
     return found
+
+
+def outside_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by their full names, but for the output head and the parts of a classifier's."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if module is not output and parts[0] not in HEADS and "base_layer" not in parts:
+            yield name, module
 
 
 def _has(block: nn.Module, parts: Parts) -> bool:

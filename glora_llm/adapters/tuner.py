@@ -4,6 +4,7 @@ A method is one file: a configuration, a subclass of `ModuleLayer` with its math
 with its places, and `register`. Saving, loading, several adapters, disabling and unloading are PEFT's own.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import dense_model
+from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
+from glora_llm.models.matrices import MATRICES, dense_twin
 
 ALL = "all-linear"  # of adapter.targets: all places of the method
 
@@ -31,7 +34,9 @@ class ModuleLayer(nn.Module, BaseTunerLayer):
             is a tensor, or a tuple whose first item is that tensor.
     """
 
+    input_dtype: torch.dtype | None = None  # of the model: an int8 base has no dtype of its own
     unmerged: ClassVar[str] = "it has no form without its own module"  # why it cannot be merged; empty where it can
+    without_biases: ClassVar[str] = ""  # the argument under which no linear gets a bias that it has not
 
     # Typed here because PEFT's mixin comes after nn.Module, whose attributes may be anything.
     get_base_layer: Callable[[], Any]
@@ -65,9 +70,30 @@ class ModuleLayer(nn.Module, BaseTunerLayer):
         """Return what stands for the base layer's output y (..., O) of x (..., I)."""
         return y
 
-    def merged_modules(self, adapter_names: list[str]) -> dict[str, nn.Module]:
-        """Return the modules that take the place of the base layer ("") or of modules inside it, by their names."""
+    def merges_into(self) -> list[str]:
+        """Return the modules whose weights an adapter becomes part of, by their names inside the base layer ("")."""
+        return [""]
+
+    def merged_values(
+        self, inside: str, adapter_names: list[str], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return weight (O, I), or (O) of a norm, and bias (O) of one of those modules with adapters in them.
+
+        Args:
+            adapter_names: in the order in which they are applied.
+            weight: of the frozen module, outputs first however the module stores it.
+        """
         raise NotImplementedError
+
+    def added_biases(self) -> list[str]:
+        """Return those of `merges_into` that have no bias, and get one when the adapters are merged."""
+        return []
+
+    def inside(self, name: str) -> Any:
+        """Return the frozen module of this name inside the base layer; "" is the base layer itself."""
+        if name in self._originals:
+            return self._originals[name]
+        return self.base_layer.get_submodule(name) if name else self.base_layer
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add one adapter, on the base layer's device."""
@@ -114,12 +140,22 @@ class ModuleLayer(nn.Module, BaseTunerLayer):
         merged = self.merged_adapters + names
         if self.merged:
             self.unmerge()  # all are merged into the originals
-        with torch.no_grad():
-            modules = self.merged_modules(merged)
+        modules = {inside: self._merged(inside, merged) for inside in self.merges_into()}
         if safe_merge and not all(p.isfinite().all() for module in modules.values() for p in module.parameters()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         self._originals = {inside: self._swap(inside, module) for inside, module in modules.items()}
         self.merged_adapters = merged
+
+    @torch.no_grad()
+    def _merged(self, inside: str, adapter_names: list[str]) -> nn.Module:
+        """Return what takes the place of a module inside the base layer: dense, in the dtype that it computes in."""
+        module = self.inside(inside)
+        dtype = compute_dtype(module) or self.input_dtype or torch.get_default_dtype()
+        wide = torch.promote_types(dtype, torch.float32)
+        bias = getattr(module, "bias", None)
+        weight = dense_weight(module, dtype).to(wide)
+        weight, bias = self.merged_values(inside, adapter_names, weight, None if bias is None else bias.to(wide))
+        return with_values(module, weight, bias, dtype)
 
     def unmerge(self) -> None:
         """Put the original modules back, bit for bit."""
@@ -198,6 +234,7 @@ class ModuleTuner(BaseTuner):
         try:
             if not isinstance(layer, self.tuner_layer_cls):
                 layer = self.tuner_layer_cls(target)
+                layer.input_dtype = getattr(self.model, "dtype", None)
             layer.update_layer(adapter_name, peft_config)
         except UserError as error:
             raise AdapterError(f"{current_key}: {error}") from None
@@ -221,6 +258,18 @@ class ModuleTuner(BaseTuner):
         if merge:
             dense_model.complete(model)
         return model
+
+
+def with_values(module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen dense module of the kind of `module` with other values: weight, outputs first, and bias (O)."""
+    if isinstance(module, MATRICES):
+        return dense_twin(module, weight, bias, dtype)
+    twin = copy.copy(module)  # a norm: its other attributes are settings
+    values = {"weight": weight, "bias": bias}
+    twin._parameters = dict(module._parameters) | {
+        name: nn.Parameter(value.to(dtype), requires_grad=False) for name, value in values.items() if value is not None
+    }
+    return twin
 
 
 def register(name: str, config: type[PeftConfig], model: type[ModuleTuner]) -> None:

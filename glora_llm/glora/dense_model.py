@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from glora_llm.glora.frozen_weight import compute_dtype
 from glora_llm.models.bias import switch_biases_on
+from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 
 NAMED = 5  # layers that a warning lists
 
@@ -29,20 +30,21 @@ def complete(model: nn.Module) -> None:
     """
     from transformers import PreTrainedModel
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kinds = LINEARS + CONVOLUTIONS
+    linears: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if isinstance(model, PreTrainedModel):
         _describe_biases(model, linears)
-    if all(type(module) is nn.Linear for module in linears.values()):
+    if all(type(module) in kinds or not isinstance(module, nn.Linear) for module in linears.values()):
         _drop_quantisation_marks(model, getattr(model, "config", None))
 
 
-def _describe_biases(model: Any, linears: dict[str, nn.Linear]) -> None:
+def _describe_biases(model: Any, linears: dict[str, Any]) -> None:
     biased = {name for name, module in linears.items() if module.bias is not None}
     described = switch_biases_on(type(model), model.config, biased)
     for name in described - biased:
         module = linears[name]
         dtype = compute_dtype(module) or model.dtype
-        zeros = torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
+        zeros = torch.zeros(matrix_shape(module)[0], dtype=dtype, device=module.weight.device)
         module.bias = nn.Parameter(zeros, requires_grad=False)
     lost = sorted(biased - described)
     if lost:

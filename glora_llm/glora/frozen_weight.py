@@ -1,4 +1,4 @@
-"""One accessor of W0: a dense view of the frozen weight of any linear, from fp, 4-bit or 8-bit, also under ZeRO 3."""
+"""One accessor of W0: a dense view of the frozen weight of any layer, from fp, 4-bit or 8-bit, also under ZeRO 3."""
 
 from typing import Any
 
@@ -6,18 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from glora_llm.glora.block import FrozenWeight, scaled_by_block
+from glora_llm.models.matrices import as_matrix
 from glora_llm.schema.slots import BLOCK
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """Return W0 of a linear as a dense (O, I) tensor.
+    """Return W0 of a layer as a dense (O, I) tensor.
 
     The W0 that a layer was trained with is the one in the dtype that it computed in: a 4-bit weight is dequantised to
     it, an int8 weight, which has no such dtype of its own, is dequantised in float32 and rounded to it once. The
     attribute is read through the module: under ZeRO 3 that gathers a partitioned weight, in forward and in backward.
 
     Args:
-        layer: `nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
+        layer: one of `models.matrices`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
         dtype: of the result; None keeps the weight's own (float32 of an int8 weight).
 
     Raises:
@@ -32,6 +33,8 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         dense = _dequantize_8bit(layer)
     else:
         dense = weight.detach()
+        if type(layer) is not nn.Linear:
+            dense = as_matrix(layer, dense)
     return dense if dtype is None else dense.to(dtype)
 
 

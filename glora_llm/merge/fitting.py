@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glora_llm.adapters.inject import adapted_layers, adapted_with_bias
+from glora_llm.adapters.inject import adapted_layers, adapted_with_bias, added_biases
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.merge.choices import LLAMA_CPP, MergeChoices
@@ -80,6 +80,7 @@ def fitted(
         left_out = {name: slots & asked for name, slots in slots_of(layers).items() if slots & asked}
     else:
         _require_family(chosen.target, config, plan.base.folder)
+        _require_served(chosen.target, config, adapter.model)
         dropped = _dropped(chosen.target, config, adapter.model, layers)
         missing = {name: slots for name, slots in dropped.items() if slots - asked}
         if missing:
@@ -118,6 +119,18 @@ def _require_family(target: str | None, config: Any, tokenizer: Path) -> None:
         raise UserError(
             f"--for {target}: the base itself has biases on {', '.join(own)}, which {target} drops "
             f"({source(target, config.model_type)}). Nothing was written."
+        )
+
+
+def _require_served(target: str, config: Any, model: Any) -> None:
+    """Check that a target has the biases that merged adapters of a method without slots give to linears."""
+    added = {name.rpartition(".")[2]: remedy for name, remedy in added_biases(model).items()}
+    lost = sorted(kind for kind in added if not is_served(target, config, kind))
+    if lost:
+        raise UserError(
+            f"--for {target}: the adapter gives a bias to {', '.join(lost)}, which {target} drops "
+            f"({source(target, config.model_type)}). Nothing was written. Train with "
+            f"adapter.peft={{{added[lost[0]]}}}, or merge without --for."
         )
 
 

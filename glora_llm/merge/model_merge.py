@@ -15,7 +15,7 @@ from glora_llm.merge.folder_writer import FolderWriter, folder_writer
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
 from glora_llm.models.stored import StoredTensors, stored_tensors
-from glora_llm.plan.checks import merge_obstacle
+from glora_llm.plan.mergeable import merge_obstacle
 from glora_llm.plan.plan import Plan
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.merge.choices import LLAMA_CPP, TRANSFORMERS
-from glora_llm.plan.checks import holds_bias
+from glora_llm.plan.mergeable import holds_bias
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ATTENTION = QKV | {"o_proj"}

@@ -1,23 +1,27 @@
 """Reject combinations of settings that cannot work, naming both settings and the change to make."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from glora_llm.adapters.inject import adapted_with_bias
 from glora_llm.adapters.methods import METHODS, check_quantised
 from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
-from glora_llm.models.bias import bias_support, bias_switch
 from glora_llm.plan.answers import check_generate
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.tasks.task import COLUMNS, Task
 from glora_llm.training.best import watched_score
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 
-RANKED_METHODS = ("glora", "lora", "rslora", "dora", "adalora", "hira")  # adapter.rank is r of a product of two factors
+RANKED_METHODS = (
+    "glora",
+    "lora",
+    "rslora",
+    "dora",
+    "adalora",
+    "hira",
+    "repadapter",
+)  # adapter.rank is r of a product of two factors
 COMPILED_METHODS = ("glora", "lora", "rslora", "full")  # their layers trace without a graph break
 
 
@@ -222,28 +226,6 @@ def _largest_rank(section: AdapterSection, genome: Genome | None) -> int:
     modes = [given for chosen in slots for given in chosen.values() if not isinstance(given, SlotSetting)]
     uses_rank = section.method != "glora" or section.slots is None or "lora" in modes
     return max([section.rank if uses_rank else 0, *own])
-
-
-def merge_obstacle(config: Any, model: Any) -> str | None:
-    """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
-    kinds = {name.rpartition(".")[2] for name in adapted_with_bias(model)}
-    never = sorted(kind for kind in kinds if not holds_bias(config, kind))
-    if not never:
-        return None
-    return (
-        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
-        "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
-        f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. `merge --to lora` keeps C and E as the "
-        "LoRA's bias; `merge --for transformers --without C,E` leaves them out there, and says what that costs."
-    )
-
-
-def holds_bias(config: Any, suffix: str) -> bool:
-    """Tell whether plain transformers can give the linears named `suffix` a bias, by one switch at most."""
-    if suffix == "lm_head":
-        return False  # not part of the decoder layer that bias_support builds
-    support = bias_support(config, suffix)
-    return support == "has" or (support == "switch" and bias_switch(config, suffix) is not None)
 
 
 def check_float16(deepspeed: DeepSpeedConfig, dtype: torch.dtype) -> None:

@@ -17,8 +17,9 @@ from glora_llm.models.fingerprint import stored_bytes
 from glora_llm.models.folder import is_ours
 from glora_llm.models.resolve import SAME_NAMES, ResolvedModel, resolve
 from glora_llm.models.stored import require_stored
-from glora_llm.plan.checks import check_float16, check_masters, check_ranks, merge_obstacle
+from glora_llm.plan.checks import check_float16, check_masters, check_ranks
 from glora_llm.plan.lossless import find_losses, refuse_losses
+from glora_llm.plan.mergeable import merge_obstacle
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.step_memory import without_start
 from glora_llm.schema import Recipe

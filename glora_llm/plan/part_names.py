@@ -3,7 +3,9 @@
 import re
 
 SLOT = re.compile(r"\.slot_([A-E])\.|\.(lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd])(?:\.|$)")
-PARTS = r"slot_[A-E]|lora_\w+|ia3_l|vera_\w+|bottleneck_\w+|fusion_\w+|modules_to_save|base_layer"
+PARTS = (
+    r"slot_[A-E]|lora_\w+|ia3_l|vera_\w+|bottleneck_\w+|fusion_\w+|ssf_\w+|repadapter_\w+|modules_to_save|base_layer"
+)
 ADAPTER_PART = re.compile(rf"\.({PARTS})(\.|$)")
 LAYER = re.compile(r"\.(\d+)\.")
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 from glora_llm import recipe as recipes
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig
-from glora_llm.plan.checks import check_combination, merge_obstacle
+from glora_llm.plan.checks import check_combination
+from glora_llm.plan.mergeable import merge_obstacle
 from glora_llm.plan.overview import describe
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.run import train as run

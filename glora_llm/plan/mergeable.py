@@ -1,0 +1,35 @@
+"""Whether the adapter of a run can be merged into a model that plain transformers loads: its biases decide."""
+
+from typing import Any
+
+from glora_llm.adapters.inject import adapted_with_bias, added_biases
+from glora_llm.models.bias import bias_support, bias_switch
+
+
+def merge_obstacle(config: Any, model: Any) -> str | None:
+    """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
+    added = {name.rpartition(".")[2]: remedy for name, remedy in added_biases(model).items()}
+    kinds = {name.rpartition(".")[2] for name in adapted_with_bias(model)}
+    never = sorted(kind for kind in {*kinds, *added} if not holds_bias(config, kind))
+    if not never:
+        return None
+    if never[0] in added:
+        return (
+            f"This adapter cannot be merged: it gives a bias to {', '.join(never)}, and a {config.model_type} model of "
+            "plain transformers has none there. Training works; to merge, train without these biases: "
+            f"adapter.peft={{{added[never[0]]}}}."
+        )
+    return (
+        f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
+        "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
+        f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. `merge --to lora` keeps C and E as the "
+        "LoRA's bias; `merge --for transformers --without C,E` leaves them out there, and says what that costs."
+    )
+
+
+def holds_bias(config: Any, suffix: str) -> bool:
+    """Tell whether plain transformers can give the linears named `suffix` a bias, by one switch at most."""
+    if suffix == "lm_head":
+        return False  # not part of the decoder layer that bias_support builds
+    support = bias_support(config, suffix)
+    return support == "has" or (support == "switch" and bias_switch(config, suffix) is not None)
