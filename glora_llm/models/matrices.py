@@ -76,7 +76,7 @@ def dense_twin(like: Any, weight: Tensor, bias: Tensor | None, dtype: Any) -> nn
         kind = next(kind for kind in CONVOLUTIONS if isinstance(like, kind))
         made = kind(**keys, bias=bias is not None, padding_mode=like.padding_mode, device="meta", dtype=dtype)
     elif isinstance(like, nn.Embedding):
-        made = nn.Embedding(*weight.shape, padding_idx=like.padding_idx, device="meta", dtype=dtype)
+        made = nn.Embedding(len(weight), weight.shape[1], padding_idx=like.padding_idx, device="meta", dtype=dtype)
     else:
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=dtype)
     made.weight = nn.Parameter(in_layout(like, weight).to(dtype).contiguous(), requires_grad=False)
