@@ -3,7 +3,8 @@
 PEFT computes both. This calls them at the right place of the training loop, and keeps the state of PEFT's allocator.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from glora_llm.errors import UserError
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.schema import AdapterSection
+from glora_llm.training.penalty import GradientOf
+from glora_llm.training.whole_state import WholeState
 
 ALLOCATOR_TENSORS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # importance of each factor, its mean and its uncertainty
 
@@ -26,7 +29,6 @@ class AdaLoRA:
     """
 
     name: ClassVar[str] = "adalora"
-    needs_whole_gradients: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         self.tuner = model.base_model
@@ -45,21 +47,35 @@ class AdaLoRA:
             "deltaT": max(1, steps // 100),
         }
 
-    def penalty(self) -> Tensor:
-        """Return the weighted mean of |A A' - 1| and |B' B - 1| (Frobenius) over all factors, a scalar."""
-        parts = []
-        for layer in self.tuner.modules():
-            if isinstance(getattr(layer, "lora_A", None), nn.ParameterDict):
-                parts += [_distance_to_identity(a @ a.T) for a in layer.lora_A.values()]
-                parts += [_distance_to_identity(b.T @ b) for b in layer.lora_B.values()]
-        return float(self.config.orth_reg_weight) * torch.stack(parts).mean()
+    def penalty_gradients(self) -> dict[nn.Parameter, GradientOf]:
+        """Return the gradients of the weighted mean of |A A' - 1| and |B' B - 1| (Frobenius) over all factors."""
+        layers = [m for m in self.tuner.modules() if isinstance(getattr(m, "lora_A", None), nn.ParameterDict)]
+        downs = [dict(layer.lora_A.named_parameters()) for layer in layers]
+        ups = [dict(layer.lora_B.named_parameters()) for layer in layers]
+        weight = float(self.config.orth_reg_weight) / sum(map(len, [*downs, *ups]))
+        found = {a: partial(_away_from_orthogonal_rows, weight) for named in downs for a in named.values()}
+        return found | {b: partial(_away_from_orthogonal_columns, weight) for named in ups for b in named.values()}
 
-    def step(self) -> None:
-        """Give the ranks to the layers that use them; nothing after a step that was skipped as not finite."""
+    def step(self, trained: WholeState, skipped: bool) -> None:
+        """Give the ranks to the layers that use them; nothing after a step that was skipped.
+
+        The same as PEFT's `update_and_allocate`, which reads each parameter's own values and gradient: here they are
+        whole ones, of all processes. Where the step that fixes the ranks was skipped, the next one fixes them.
+        """
         self.steps_done += 1
-        if any(p.requires_grad and p.grad is None for p in self.tuner.parameters()):
+        if skipped:
             return
-        self.tuner.update_and_allocate(self.steps_done)
+        allocator, last = self.tuner.rankallocator, self.config.total_step - self.config.tfinal
+        whole = _Whole.of(trained, with_gradients=self.steps_done < last)
+        if self.steps_done < last:
+            _, pattern = allocator.update_and_allocate(whole, self.steps_done)
+            self.config.rank_pattern = pattern or self.config.rank_pattern
+        elif allocator.exp_avg_ipt:
+            _, self.config.rank_pattern = allocator.update_and_allocate(whole, self.steps_done, force_mask=True)
+            allocator.reset_ipt()
+        elif self.config.rank_pattern:
+            allocator.mask_using_rank_pattern(whole, self.config.rank_pattern)
+        trained.set_masters(whole.pruned())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the allocator's tensors as `KIND/PARAMETER`, the steps done and the ranks of each layer."""
@@ -121,6 +137,42 @@ def spread(saved: Tensor, kept: list[bool], fresh: Tensor, name: str) -> Tensor:
     return whole
 
 
-def _distance_to_identity(gram: Tensor) -> Tensor:
-    """Return |G - 1| (Frobenius) of a Gram matrix (r, r)."""
-    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+def _away_from_orthogonal_rows(weight: float, a: Tensor) -> Tensor:
+    """Return the gradient of weight x |A A' - 1| (Frobenius), 2 weight (A A' - 1) A / |A A' - 1|, of A (r, I)."""
+    away = a @ a.T - torch.eye(len(a), dtype=a.dtype, device=a.device)
+    norm = torch.linalg.matrix_norm(away).clamp(min=torch.finfo(a.dtype).tiny)  # at 0, the gradient is 0 too
+    return (2 * weight / norm) * (away @ a)
+
+
+def _away_from_orthogonal_columns(weight: float, b: Tensor) -> Tensor:
+    """Return the gradient of weight x |B' B - 1| (Frobenius), of B (O, r)."""
+    return _away_from_orthogonal_rows(weight, b.T).T
+
+
+class _Whole:
+    """What PEFT's allocator reads and prunes in the place of a model: whole values by name, each with its gradient.
+
+    Args:
+        values: of the factors, by their names in the base model.
+    """
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.values = values
+
+    @classmethod
+    def of(cls, trained: WholeState, with_gradients: bool) -> "_Whole":
+        """Gather the factors; all processes call it together."""
+        gradients = trained.gradients() if with_gradients else {}
+        trained.forget_gradients()
+        values = {name: value for name, value in trained.masters().items() if ".lora_" in name}
+        for name, value in values.items():
+            value.grad = gradients.get(name)
+        return cls({name.removeprefix(PEFT_ROOT): value for name, value in values.items()})
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Return the factors as a model does."""
+        return self.values.items()
+
+    def pruned(self) -> dict[str, Tensor]:
+        """Return what the allocator may have changed, the singular values, by their names in the PEFT model."""
+        return {PEFT_ROOT + name: value for name, value in self.values.items() if ".lora_E." in name}

@@ -20,7 +20,6 @@ class Method:
         source: the paper, by its number on arXiv, or where else it is described.
         unmerged: why its adapter cannot become part of a plain model; empty where it can.
         arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
-        whole_gradients: it reads the gradients of all parameters after each step, which ZeRO 0 alone keeps.
         places: it knows where in a block it goes, which adapter.targets `all-linear` leaves to it.
         tuner: the PEFT type of which it is a preset, by `arguments`; empty: it has one of its own name.
         quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
@@ -29,7 +28,6 @@ class Method:
     source: str
     unmerged: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    whole_gradients: bool = False
     places: bool = False
     tuner: str = ""
     quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
@@ -56,7 +54,7 @@ METHODS: dict[str, Method] = {
     "lora": Method("2106.09685"),
     "rslora": Method("2312.03732"),
     "dora": Method("2402.09353"),
-    "adalora": Method("2303.10512", whole_gradients=True),
+    "adalora": Method("2303.10512"),
     "beft": Method("2509.15974", "it gives a bias to every layer, and a LLaMA's linears have none"),
     "boft": Method("2311.06243"),
     "c3a": Method("2407.19342", quantised=FOUR_BITS),

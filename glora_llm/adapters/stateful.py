@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import AdaLoRA
 from glora_llm.schema import AdapterSection
+from glora_llm.training.penalty import GradientOf
+from glora_llm.training.whole_state import WholeState
 
 
 class StatefulMethod(Protocol):
@@ -19,11 +21,9 @@ class StatefulMethod(Protocol):
 
     Attributes:
         name: of the method in a recipe, and of its files in a checkpoint.
-        needs_whole_gradients: `step` reads the gradients of all parameters, which only ZeRO 0 keeps.
     """
 
     name: ClassVar[str]
-    needs_whole_gradients: ClassVar[bool]
 
     def __init__(self, model: Any) -> None:
         """Take the model whose adapter this is."""
@@ -32,11 +32,11 @@ class StatefulMethod(Protocol):
     def config_arguments(section: AdapterSection, steps: int) -> dict[str, Any]:
         """Return the arguments of the method's PEFT configuration that follow from the recipe, for so many steps."""
 
-    def penalty(self) -> Tensor:
-        """Return a scalar that is added to the loss of every optimizer step."""
+    def penalty_gradients(self) -> dict[nn.Parameter, GradientOf]:
+        """Return the gradient of what is added to the loss of every optimizer step, by parameter."""
 
-    def step(self) -> None:
-        """Update the state; called between the optimizer's step and the clearing of the gradients."""
+    def step(self, trained: WholeState, skipped: bool) -> None:
+        """Update the state; all processes call it after each optimizer step, applied or skipped."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state as tensors by name, and as values for JSON."""
@@ -52,12 +52,6 @@ def stateful_method(model: Any, section: AdapterSection) -> StatefulMethod | Non
     """Return the training-time part of the section's method, or None where it has none."""
     kind = STATEFUL_METHODS.get(section.method)
     return None if kind is None else kind(model)
-
-
-def needs_whole_gradients(section: AdapterSection) -> bool:
-    """Tell whether the section's method reads the gradients of all parameters after each step."""
-    kind = STATEFUL_METHODS.get(section.method)
-    return kind is not None and kind.needs_whole_gradients
 
 
 def save_state(method: StatefulMethod, folder: Path) -> None:

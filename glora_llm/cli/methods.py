@@ -6,8 +6,8 @@ from typing import Any
 from glora_llm.adapters.methods import METHODS, REFUSED
 
 METHODS_HELP = """\
-List the values of adapter.method: on which bases it trains, under which ZeRO stages, whether it
-merges into a plain model, and where it comes from.
+List the values of adapter.method: on which bases each trains, whether it merges into a plain
+model, and where it comes from.
 
 examples:
   glora-llm methods
@@ -27,14 +27,14 @@ def add_command(commands: Any, style: Any) -> None:
 
 def methods(arguments: argparse.Namespace) -> int:
     """Run `glora-llm methods`."""
-    print(f"{'method':<13} {'base':<22} {'ZeRO':<6} {'merges':<8} source (a number: arXiv)")
+    print(f"{'method':<13} {'base':<22} {'merges':<8} source (a number: arXiv)")
     for name, method in METHODS.items():
         base = ", ".join(("dense", *method.quantised))
-        stages, merges = "0" if method.whole_gradients else "0-3", "no" if method.unmerged else "yes"
-        print(f"{name:<13} {base:<22} {stages:<6} {merges:<8} {method.source}")
+        merges = "no" if method.unmerged else "yes"
+        print(f"{name:<13} {base:<22} {merges:<8} {method.source}")
     print(
         "\nEach trains language models, language models with a head (task: classification, regression) and image\n"
-        "classifiers. int8 bases do not go with ZeRO 3."
+        "classifiers, under ZeRO 0 to 3. int8 bases do not go with ZeRO 3."
     )
     for name, method in METHODS.items():
         if method.unmerged:

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.methods import METHODS, check_quantised
-from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
 from glora_llm.plan.answers import check_generate
@@ -41,11 +40,6 @@ def check_combination(recipe: Recipe, stage: int) -> None:
         raise UserError(
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
             "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
-        )
-    if needs_whole_gradients(recipe.adapter) and stage > 0:
-        raise UserError(
-            f"adapter.method {recipe.adapter.method} reads whole gradients after each step, which training.deepspeed "
-            f"{recipe.training.deepspeed} does not keep. Use training.deepspeed=zero0."
         )
     if recipe.model.compile:
         _check_compile(recipe, stage)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.optim import Trainable
 from glora_llm.training.sharding import element_count, set_whole, undivided
+from glora_llm.training.whole_state import WholeState
 from glora_llm.vlora import vlora_layers
 
 
@@ -89,13 +91,12 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     _set_weights(model, items, resumed, recipe.adapter.weights)
 
     method = stateful_method(model, recipe.adapter)
-    penalty = method.penalty if method else None
+    penalty = method.penalty_gradients() if method else None
     if recipe.model.compile:
         load.compile_layers(bare)
     engine = Engine(plan.task.objective(bare), items, recipe.training, plan.deepspeed, device, penalty)
     if method is not None:
-        update_state = method.step
-        engine.adam.optimizer.register_step_post_hook(lambda *_: update_state())
+        engine.after_step = partial(method.step, WholeState(engine.adam, items))
     start, changes, clock, best = 0, [], Clock(began), Best.of(recipe.evaluation)
     if resumed is not None:
         now = layout(recipe, engine.stage, engine.world_size)

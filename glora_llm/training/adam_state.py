@@ -108,9 +108,10 @@ class AdamState:
         All processes must iterate to the end; the others send their parts, copy nothing to the CPU and get nothing.
         """
         names = {id(item.parameter): item.name for item in trainables}
+        where = torch.device("cpu") if not dist.is_initialized() or dist.get_rank() == 0 else None
         for part in self.partitions:
             for key in (MASTER, *MOMENTS):
-                for parameter, value in self._whole(part, self._read(part, key)):
+                for parameter, value in self.whole(part, self.read(part, key), where):
                     yield f"{key}/{names[id(parameter)]}", value
 
     def restore(self, trainables: Sequence[Trainable], tensors: dict[str, Tensor], step: int) -> None:
@@ -123,8 +124,12 @@ class AdamState:
                     if piece.process == part.process:
                         value = tensors[f"{key}/{names[id(piece.parameter)]}"].flatten()
                         mine[piece.at :][: piece.length] = value[piece.start :][: piece.length]
-                self._write(part, key, mine.reshape(part.flat.shape))
-            self.optimizer.state[part.flat]["step"] = self._step_value(part, step)
+                self.write(part, key, mine.reshape(part.flat.shape))
+            self.set_count(part, step)
+
+    def set_count(self, part: Partition, steps: int) -> None:
+        """Set the number of steps that Adam corrects the moments of a partition by."""
+        self.optimizer.state[part.flat]["step"] = self._step_value(part, steps)
 
     def _step_value(self, part: Partition, step: int) -> Any:
         """Return a step counter as the optimizer makes it: torch's fused kernels read it on the device."""
@@ -134,7 +139,7 @@ class AdamState:
         on_device = group.get("fused") or group.get("capturable")
         return torch.tensor(float(step), dtype=torch.float32, device=part.flat.device if on_device else "cpu")
 
-    def _read(self, part: Partition, key: str) -> Tensor:
+    def read(self, part: Partition, key: str) -> Tensor:
         """Return this process's part of the master weights or of a moment, flat, in float32."""
         if key == MASTER:
             return part.flat.detach().flatten().float()
@@ -142,7 +147,8 @@ class AdamState:
         return (_dequantised(state, _BNB_STATES[key]) if self.is_bnb else state[key]).flatten().float()
 
     @torch.no_grad()
-    def _write(self, part: Partition, key: str, value: Tensor) -> None:
+    def write(self, part: Partition, key: str, value: Tensor) -> None:
+        """Set this process's part of the master weights or of a moment, in the partition's shape."""
         state = self.optimizer.state[part.flat]
         if key == MASTER:
             part.flat.copy_(value)
@@ -151,15 +157,18 @@ class AdamState:
         else:
             state[key].copy_(value)
 
-    def _whole(self, part: Partition, mine: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield the parameters of a partition with their whole values on the first process, nothing on the others."""
+    def whole(self, part: Partition, mine: Tensor, where: torch.device | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield the parameters of a partition with whole values, on `where`; None: nothing on this process.
+
+        Args:
+            mine: this process's part, flat.
+        """
         whole: dict[nn.Parameter, Tensor] = {}
-        keep = not dist.is_initialized() or dist.get_rank() == 0
-        if keep:
+        if where is not None:
             for piece in part.pieces:
                 if piece.parameter not in whole:
                     shape = getattr(piece.parameter, "ds_shape", piece.parameter.shape)
-                    whole[piece.parameter] = torch.empty(shape, dtype=torch.float32, device="cpu")
+                    whole[piece.parameter] = torch.empty(shape, dtype=torch.float32, device=where)
         length = max(1, BUCKET // part.processes)
         for start in range(0, len(mine), length):
             sent = mine[start : start + length].to(self.device)
@@ -167,8 +176,8 @@ class AdamState:
             if part.process_group is not None:
                 received = sent.new_empty(part.processes, len(sent))
                 dist.all_gather_into_tensor(received.view(-1), sent, group=part.process_group)
-            if keep:
-                received = received.cpu()
+            if where is not None:
+                received = received.to(where)
                 for piece in part.pieces:
                     _copy_overlap(piece, received[piece.process], start, whole[piece.parameter].view(-1))
         yield from whole.items()

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from glora_llm.training.deepspeed_config import DeepSpeedConfig
 from glora_llm.training.end_vote import EndVote
 from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
+from glora_llm.training.penalty import GradientOf, Penalty
 from glora_llm.training.sharding import Held, forget_models, held, is_divided, prepare_rest
 
 
@@ -54,7 +55,7 @@ class Engine:
         settings: the recipe's training section.
         config: DeepSpeed's, resolved for this launch.
         device: of this process.
-        penalty: a scalar that is added to the loss of every step; None: nothing.
+        penalty: the gradient of a scalar that is added to the loss of every step, by parameter; None: nothing.
 
     Raises:
         UserError: when DeepSpeed changed the dtype of a buffer.
@@ -67,12 +68,12 @@ class Engine:
         settings: TrainingSection,
         config: DeepSpeedConfig,
         device: torch.device,
-        penalty: Callable[[], Tensor] | None = None,
+        penalty: Mapping[nn.Parameter, GradientOf] | None = None,
     ):
         import deepspeed
 
         self.world_size, self.process_rank, self.device = dist.get_world_size(), dist.get_rank(), device
-        self.trainables, self.settings, self.penalty = list(trainables), settings, penalty
+        self.trainables, self.settings = list(trainables), settings
         self.objective: Any = objective
         self.stage = config.stage
         groups = parameter_groups(self.trainables, settings.weight_decay)
@@ -86,6 +87,8 @@ class Engine:
         _require_dtypes(objective, dtypes)
         self.adam = AdamState(self.ds, self.stage, device)
         self.loss_scale = LossScale(self.ds.optimizer)
+        self.penalty = Penalty(penalty or {}, lambda: float(getattr(self.ds.optimizer, "loss_scale", 1.0)))
+        self.after_step: Callable[[bool], None] = lambda _skipped: None  # of an adapter method with a state
         self.end_vote = EndVote()
         self.applied = 0  # optimizer steps that were applied: Adam's own count
         self.tf32_before = torch.backends.cuda.matmul.allow_tf32
@@ -123,11 +126,9 @@ class Engine:
             before_micro_step(index * self.world_size + self.process_rank)
             reach("step.before_forward")
             loss = self.ds(**to_device(batch, self.device))
-            share = loss * scale
-            if self.penalty is not None and index == 0:
-                share = share + self.penalty()
+            self.penalty.is_due = index == 0
             reach("step.before_backward")
-            self.ds.backward(share, scale_wrt_gas=False)
+            self.ds.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
             if index + 1 < len(batches):
                 self.ds.step()
@@ -135,6 +136,7 @@ class Engine:
         scale_may_fall = self.loss_scale.can_fall
         reach("step.before_optimizer")
         skipped, norm = self._apply()
+        self.after_step(skipped)
         reach("step.after_optimizer")
         self.applied += not skipped
         told = torch.full_like(targets, told_to_end())

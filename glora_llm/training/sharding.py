@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 
 def is_divided(parameter: Tensor) -> bool:
@@ -31,6 +32,22 @@ def set_whole(parameter: nn.Parameter, values: Tensor) -> None:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(values)
+
+
+@torch.no_grad()
+def set_everywhere(parameter: nn.Parameter, values: Tensor) -> None:
+    """Set a parameter, divided or not, to whole values that all processes hold alike; nothing is sent."""
+    if not is_divided(parameter):
+        parameter.copy_(values)
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    divided: Any = parameter
+    size, process = divided.partition_numel(), dist.get_rank(divided.ds_process_group)
+    mine = values.flatten()[process * size :][:size]
+    divided.ds_tensor[: len(mine)].copy_(mine)
+    if divided.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
         parameter.copy_(values)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from glora_llm.adapters.inject import inject
 from glora_llm.adapters.methods import METHODS, check_quantised
-from glora_llm.adapters.stateful import needs_whole_gradients
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import _unpack
 from glora_llm.models.embedded import embedded_folder
@@ -99,8 +98,3 @@ def test_classifiers_train(name: str) -> None:
             key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
         ]
         assert not without, (type(base), without[:3])
-
-
-def test_the_table_agrees_with_the_code() -> None:
-    for name, method in METHODS.items():
-        assert method.whole_gradients == needs_whole_gradients(section(name)), name

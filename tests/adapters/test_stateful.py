@@ -2,21 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from glora_llm.adapters.inject import inject
-from glora_llm.adapters.stateful import (
-    STATEFUL_METHODS,
-    StatefulMethod,
-    load_state,
-    needs_whole_gradients,
-    save_state,
-    stateful_method,
-)
+from glora_llm.adapters.stateful import STATEFUL_METHODS, StatefulMethod, load_state, save_state, stateful_method
 from glora_llm.schema import AdapterSection
+from glora_llm.training.adam_state import AdamState
+from glora_llm.training.optim import Trainable
+from glora_llm.training.penalty import Penalty
+from glora_llm.training.whole_state import WholeState
 from tests.adapters.test_inject import llama
 
 STEPS = 20
@@ -26,65 +24,115 @@ def section(method: str) -> AdapterSection:
     return AdapterSection(method=method, targets=["q_proj", "v_proj"], rank=4)
 
 
-def made(name: str) -> tuple[Any, StatefulMethod]:
-    model = inject(llama(), section(name), seed=0, steps=STEPS)
-    method = stateful_method(model, section(name))
-    assert method is not None
-    return model, method
+class Training:
+    """An adapter of a method, trained as the engine does, on one process without DeepSpeed."""
 
+    def __init__(self, name: str) -> None:
+        self.model: Any = inject(llama(), section(name), seed=0, steps=STEPS)
+        method = stateful_method(self.model, section(name))
+        assert method is not None
+        self.method: StatefulMethod = method
+        self.items = [Trainable(key, p) for key, p in self.model.named_parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW([item.parameter for item in self.items], lr=0.01, weight_decay=0.0)
+        self.adam = AdamState(SimpleNamespace(optimizer=optimizer), 0, torch.device("cpu"))
+        self.state = WholeState(self.adam, self.items)
+        self.penalty = Penalty(method.penalty_gradients())
+        self.penalty.is_due = True
 
-def train(model: Any, method: StatefulMethod, steps: range) -> None:
-    """Take some steps of plain gradient descent as the engine does."""
-    for step in steps:
-        torch.manual_seed(step)
-        tokens = torch.randint(0, 32, (2, 8))
-        (model(input_ids=tokens, labels=tokens).loss + method.penalty()).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(0.1 * parameter.grad)
-        method.step()
-        model.zero_grad(set_to_none=True)
+    def train(self, steps: range, skipped: tuple[int, ...] = ()) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            tokens = torch.randint(0, 32, (2, 8))
+            self.model(input_ids=tokens, labels=tokens).loss.backward()
+            if step not in skipped:
+                self.adam.optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+            self.method.step(self.state, step in skipped)
 
 
 @pytest.mark.parametrize("name", STATEFUL_METHODS)
 def test_it_goes_on_from_what_it_saved(name: str, tmp_path: Path) -> None:
-    model, method = made(name)
-    train(model, method, range(5))
-    save_state(method, tmp_path)
+    whole, resumed = Training(name), Training(name)
+    whole.train(range(5))
+    save_state(whole.method, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.safetensors", f"{name}.json"}
-    other, resumed = made(name)
-    other.load_state_dict(model.state_dict())
-    load_state(resumed, tmp_path)
-    train(model, method, range(5, 12))
-    train(other, resumed, range(5, 12))
-    expected, found = model.state_dict(), other.state_dict()
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.adam.restore(resumed.items, dict(whole.adam.gather(whole.items)), 5)
+    load_state(resumed.method, tmp_path)
+    whole.train(range(5, 12))
+    resumed.train(range(5, 12))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    (tensors, values), (other_tensors, other_values) = method.state_dict(), resumed.state_dict()
+    (tensors, values), (other_tensors, other_values) = whole.method.state_dict(), resumed.method.state_dict()
     assert values == other_values and tensors.keys() == other_tensors.keys() and tensors
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
 
 
 def test_adalora_s_files_are_those_of_earlier_versions(tmp_path: Path) -> None:
-    model, method = made("adalora")
-    train(model, method, range(4))
-    save_state(method, tmp_path)
+    one = Training("adalora")
+    one.train(range(4))
+    save_state(one.method, tmp_path)
     assert json.loads((tmp_path / "adalora.json").read_text()).keys() == {"step", "rank_pattern"}
-    kinds = {name.split("/")[0] for name in method.state_dict()[0]}
+    kinds = {name.split("/")[0] for name in one.method.state_dict()[0]}
     assert kinds == {"ipt", "exp_avg_ipt", "exp_avg_unc"}
 
 
+def test_adalora_s_penalty_is_peft_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients that are added to those of the loss are those of PEFT's loss, which has the penalty in it."""
+    one, tokens = Training("adalora"), torch.arange(16).reshape(2, 8)
+    one.model(input_ids=tokens, labels=tokens).loss.backward()  # PEFT's, and ours is added
+    twice = {item.name: item.parameter.grad for item in one.items}
+    one.model.zero_grad(set_to_none=True)
+    one.penalty.is_due = False
+    one.model(input_ids=tokens, labels=tokens).loss.backward()
+    once = {item.name: item.parameter.grad for item in one.items}
+    one.model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(one.method.config, "orth_reg_weight", 0.0)  # type: ignore[attr-defined]
+    one.model(input_ids=tokens, labels=tokens).loss.backward()
+    for item in one.items:
+        without, of_peft, ours = item.parameter.grad, once[item.name], twice[item.name]
+        assert without is not None and of_peft is not None and ours is not None
+        torch.testing.assert_close(ours - of_peft, of_peft - without, rtol=1e-3, atol=1e-7)
+        assert "lora_E" in item.name or (of_peft - without).abs().max() > 1e-6
+
+
+def test_adalora_is_peft_s_update_and_allocate() -> None:
+    """Importance and pruning are those of PEFT's own call, with the gradients in the parameters."""
+    ours, peft = Training("adalora"), Training("adalora")
+    ours.train(range(STEPS))
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        tokens = torch.randint(0, 32, (2, 8))
+        peft.model(input_ids=tokens, labels=tokens).loss.backward()
+        peft.adam.optimizer.step()
+        peft.model.base_model.update_and_allocate(step + 1)
+        peft.model.zero_grad(set_to_none=True)
+    expected, found = peft.model.state_dict(), ours.model.state_dict()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    pattern = ours.method.state_dict()[1]["rank_pattern"]
+    assert pattern == peft.method.state_dict()[1]["rank_pattern"]
+    assert {kept for flags in pattern.values() for kept in flags} == {True, False}, "nothing was pruned"
+
+
 def test_a_skipped_step_counts_and_changes_nothing() -> None:
-    model, method = made("adalora")
-    train(model, method, range(4))
-    before = {name: tensor.clone() for name, tensor in method.state_dict()[0].items()}
-    method.step()  # without gradients
-    tensors, values = method.state_dict()
+    one = Training("adalora")
+    one.train(range(4))
+    before = {name: tensor.clone() for name, tensor in one.method.state_dict()[0].items()}
+    one.train(range(4, 5), skipped=(4,))
+    tensors, values = one.method.state_dict()
     assert values["step"] == 5
     assert all(torch.equal(before[name], tensors[name]) for name in before)
+
+
+def test_ranks_are_fixed_by_the_next_step_where_the_one_that_fixes_them_is_skipped() -> None:
+    one, last = Training("adalora"), STEPS - STEPS // 5
+    one.train(range(last), skipped=(last - 1,))
+    assert one.method.state_dict()[0], "importance is forgotten when the ranks are fixed"
+    one.train(range(last, STEPS))
+    tensors, values = one.method.state_dict()
+    assert not tensors and sum(map(sum, values["rank_pattern"].values())) == 4 * len(values["rank_pattern"])
 
 
 def test_other_methods_have_none() -> None:
     lora = section("lora")
     assert stateful_method(inject(llama(), lora, seed=0, steps=STEPS), lora) is None
-    assert not needs_whole_gradients(lora) and needs_whole_gradients(section("adalora"))

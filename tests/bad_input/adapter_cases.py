@@ -147,9 +147,6 @@ ADAPTERS: dict[str, Case] = {
     "supernet without sampling": bad(
         "adapter: supernet is what `paths: sample` draws from: set", "adapter.supernet={ranks: [2]}"
     ),
-    "adalora under ZeRO 1": bad(
-        "adapter.method adalora reads whole gradients after each step, which", "adapter.method=adalora"
-    ),
 }
 GENOMES: dict[str, Case] = {
     "genome: not there": bad("there is no none.json (looked in .).", "adapter.genome=none.json"),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.training.launching import PYTHONPATH
 
-METHODS = ["lora", "glora", "ia3", "adalora"]
+METHODS = ["lora", "glora", "ia3", "poly"]
 SMALL = [
     "training.steps=4", "training.warmup=0", "training.global_batch=8", "data.max_rows=64", "data.validation=8",
     "data.max_test_rows=8", "evaluation.every=2", "output.save_every=1",
@@ -74,8 +74,8 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in content(whole)["methods"]}
     assert list(rows) == METHODS
     assert [row["verdict"] for row in rows.values()].count("best") == 1
-    assert rows["adalora"]["verdict"] == "not run" and "Use training.deepspeed=zero0" in rows["adalora"]["why"]
-    assert "adalora not run: " in said
+    assert rows["poly"]["verdict"] == "not run" and "does not train here" in rows["poly"]["why"]
+    assert "poly not run: " in said
     assert rows["lora"]["parameters"] == rows["glora"]["parameters"] == 10_240 and rows["ia3"]["knob"] == "none"
     assert all(len(row["scores"]) == 1 and row["forgetting"] is not None for row in rows.values() if "mean" in row)
     assert {trial["status"] for trial in content(whole)["trials"].values()} == {"ended"}

@@ -64,7 +64,6 @@ def tiny(*overrides: str) -> Recipe:
         (["data.test=null", "evaluation.test_before=true"], "evaluation.test_before needs test rows: set data.test"),
         (["data.validation=null", "evaluation.every=5"],
          "evaluation.every needs validation rows: set data.validation"),
-        (["adapter.method=adalora", "adapter.slots=null"], "adapter.method adalora reads whole gradients"),
         (["model.compile=true", "training.deepspeed=zero3"], "model.compile is set, and training.deepspeed zero3"),
         (["model.compile=true", "adapter.slots=null", "adapter.paths=sample"],
          "model.compile is set, and adapter.paths=sample draws another path at every micro step"),

@@ -33,6 +33,21 @@ def test_every_stage_follows_stage_zero(trained: Path, name: str) -> None:
         assert got == pytest.approx(expected, rel=2e-5), key
 
 
+@pytest.mark.parametrize("name", ["adalora_zero2", "adalora_zero3"])
+def test_adalora_prunes_alike_under_every_stage(trained: Path, name: str) -> None:
+    """It reads whole gradients: importance, and the ranks that are kept, are those of stage 0, the penalty included."""
+    for key in ("train/loss", "train/grad_norm", "validation/loss"):
+        assert metrics(trained / name, key) == pytest.approx(metrics(trained / "adalora", key), rel=2e-5), key
+    expected, found = (json.loads((trained / one / "adapter/adalora.json").read_text()) for one in ("adalora", name))
+    assert found == expected
+    kept = [flag for flags in found["rank_pattern"].values() for flag in flags]
+    assert 0 < sum(kept) < len(kept)
+    middle = [load_file(trained / one / "checkpoints/step-3/adapter/adalora.safetensors") for one in ("adalora", name)]
+    assert middle[0].keys() == middle[1].keys() and middle[0]
+    for tensor, importance in middle[0].items():
+        torch.testing.assert_close(middle[1][tensor], importance, rtol=1e-3, atol=1e-10)
+
+
 def test_dropout_is_on_in_these_runs(trained: Path) -> None:
     assert metrics(trained / "no_dropout", "train/loss")[6] != pytest.approx(
         metrics(trained / "zero1", "train/loss")[6], abs=1e-4
