@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from glora_llm.adapters.inject import inject, tuner_layers
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
+from glora_llm.adapters.tuner import ModuleLayer
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED, fits
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.frozen import trained_weight
+from glora_llm.merge.module_layers import merged_part, parts_of, with_real_norms
 from glora_llm.models.load import linear_names, meta_model
 from glora_llm.models.stored import StoredTensors
 from glora_llm.schema import Recipe
@@ -44,7 +46,7 @@ class AdapterLayers:
         if not file.is_file():
             raise UserError(f"{adapter} holds no adapter: {NOT_ENDED}")
         self.weights = load_file(file)
-        hollow = _hollow(to_dense(meta_model(recipe.model, base)))
+        hollow = with_real_norms(_hollow(to_dense(meta_model(recipe.model, base))))
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
         if recipe.adapter.method == "adalora":  # the ranks that training left to each layer
@@ -56,7 +58,9 @@ class AdapterLayers:
                 f"{adapter} does not fit the recipe: it has {result.unexpected_keys[0]}, which the recipe has not."
             )
         self.layers = tuner_layers(self.model)
-        odd = [name for name, layer in self.layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+        self.parts = parts_of(self.layers)
+        others = {name: layer for name, layer in self.layers.items() if not isinstance(layer, ModuleLayer)}
+        odd = [name for name, layer in others.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
         if odd:
             raise UserError(
                 f"'{odd[0]}' is no linear, and only adapted linears can be merged: leave it out of the targets."
@@ -88,6 +92,8 @@ class AdapterLayers:
         Raises:
             UserError: when a value is not finite.
         """
+        if name in self.parts:
+            return merged_part(name, self.parts[name], w0, b0)
         layer = self.layers[name]
         b0 = self.weights.get(f"{PEFT_ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
         hollow = layer.base_layer

@@ -72,7 +72,7 @@ def merged_tensors(
     replaced = layers.replaced(name)
     if replaced is not None:  # modules_to_save
         yield name, replaced
-    elif owner in layers.layers:
+    elif owner in layers.layers or owner in layers.parts:
         if kind != "weight":
             return  # the bias is written with its weight
         b0 = stored.get(f"{owner}.bias").to(dtype) if f"{owner}.bias" in stored else None
