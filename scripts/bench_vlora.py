@@ -115,8 +115,8 @@ def released(layer: VLoRALinear) -> Callable[[Tensor], Tensor]:
     """Return the forward pass of vlora 0.1 for a layer that is not its compound's first."""
 
     def forward(x: Tensor) -> Tensor:
-        base, ups, downs = layer.read()
-        return nn.functional.linear(x, base.detach() + ups[0] @ downs[0], layer.bias)
+        parts = layer.read()
+        return nn.functional.linear(x, parts.base.detach() + parts.ups[0] @ parts.downs[0], layer.bias)
 
     return forward
 

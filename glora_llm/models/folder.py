@@ -9,7 +9,6 @@ A trained folder without vlora.json is a plain Hugging Face checkpoint.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -90,7 +89,7 @@ def new_folder(
     sharing = None if vlora is None else vlora_config(vlora)
     parts = {
         "config": config.to_diff_dict(),
-        "vlora": None if sharing is None else dataclasses.asdict(sharing),
+        "vlora": None if sharing is None else sharing.as_json(),
         "seed": seed,
         "identity": identity,
     }
@@ -113,7 +112,7 @@ def vlora_config(section: VLoRASection) -> VLoRAConfig:
 
 def write_sharing(config: VLoRAConfig, folder: Path) -> None:
     """Write vlora.json."""
-    (folder / SHARING).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+    (folder / SHARING).write_text(json.dumps(config.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def read_sharing(folder: Path) -> VLoRAConfig | None:
@@ -126,7 +125,7 @@ def read_sharing(folder: Path) -> VLoRAConfig | None:
     if not file.is_file():
         return None
     try:
-        return VLoRAConfig(**json.loads(file.read_text(encoding="utf-8")))
+        return VLoRAConfig.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} does not say how layers share weights: {error}. Write the folder again.") from error
 

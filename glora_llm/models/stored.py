@@ -14,7 +14,8 @@ from glora_llm.models.fingerprint import read_header, weight_files
 from glora_llm.models.folder import read_sharing
 from glora_llm.models.load import meta_model
 from glora_llm.schema import ModelSection
-from glora_llm.vlora import compose, compositions
+from glora_llm.vlora import compositions
+from glora_llm.vlora.layer import FACTORS
 
 COPIED_AT_ONCE = 2**24  # bytes
 SMALL = 2**20  # bytes
@@ -120,8 +121,7 @@ class ComposedTensors(StoredTensors):
         made = self._made.get(name)
         if made is None:
             return super().get(name)
-        ups, downs = ([self._part(part) for part in half] for half in (made.ups, made.downs))
-        return compose(self._part(made.base), ups, downs, made.scale)
+        return made.compose(self._part)
 
     def _part(self, name: str) -> Tensor:
         return super().get(name).to(self._dtype)
@@ -132,8 +132,8 @@ class ComposedTensors(StoredTensors):
 
 
 def is_increment(name: str) -> bool:
-    """Tell whether a tensor is part of a VLoRA increment, which a dense model has not."""
-    return name.endswith((".increment_a", ".increment_b"))
+    """Tell whether a tensor is part of a VLoRA increment, or a base beside one, which a dense model has not."""
+    return name.rpartition(".")[2] in FACTORS or name.endswith(".compound_base.weight")
 
 
 def stored_tensors(folder: Path, section: ModelSection, dtype: torch.dtype) -> StoredTensors:

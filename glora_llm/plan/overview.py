@@ -199,7 +199,8 @@ def _describe_sharing(model: Any) -> list[str]:
     count = allocated(model)
     if not count.dense:
         return []
+    gains = f", gains {count.gains / 1e6:.3f} M" if count.gains else ""
     return [
         f"vlora      {count.total / 1e6:.3f} M of {count.dense / 1e6:.3f} M in the shared linears "
-        f"({100 * count.share:.1f} %): bases {count.base / 1e6:.3f} M, increments {count.increments / 1e6:.3f} M"
+        f"({100 * count.share:.1f} %): bases {count.base / 1e6:.3f} M, increments {count.increments / 1e6:.3f} M{gains}"
     ]

@@ -11,15 +11,18 @@ from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.convert import Increment, IncrementFit, from_dense, increments, m_steps, to_dense
 from glora_llm.vlora.count import Count, allocated, matrix_count, parameter_count
 from glora_llm.vlora.layer import Composition, VLoRALinear, compositions, vlora_layers
-from glora_llm.vlora.linear import compose
+from glora_llm.vlora.weight import Added, Parts, accumulate, compose
 
 __all__ = [
+    "Added",
     "Composition",
     "Count",
     "Increment",
     "IncrementFit",
+    "Parts",
     "VLoRAConfig",
     "VLoRALinear",
+    "accumulate",
     "allocated",
     "compose",
     "compositions",

@@ -1,19 +1,35 @@
 """Compounds: every k layers of a model share a base.
 
-W_1 = W_base; W_l = W_(l-1) + s B_l A_l for l = 2..k (arXiv 2406.09315). Norms, biases, embeddings and heads stay per
-layer: only the weights of the chosen linears are shared.
+W_1 = W_base; W_l = W_(l-1) + s B_l A_l for l = 2..k (arXiv 2406.09315); with gains as in `weight`. Norms, biases,
+embeddings and heads stay per layer: only the weights of the chosen linears are shared.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.vlora.config import VLoRAConfig, names
-from glora_llm.vlora.layer import VLoRALinear
+from glora_llm.vlora.config import VLoRAConfig, names, one_of
+from glora_llm.vlora.layer import Base, VLoRALinear
 from glora_llm.vlora.partitioned import is_partitioned
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One linear of the layers that share a base.
+
+    Args:
+        name: inside a layer.
+        numbers: of those layers, rising.
+        linears: theirs.
+    """
+
+    name: str
+    numbers: Sequence[int]
+    linears: list[nn.Linear]
 
 
 @dataclass(frozen=True)
@@ -22,20 +38,22 @@ class CompoundLayout:
 
     Args:
         layers: of the whole model, in order.
-        size: k, layers per compound.
+        config: the shape.
         ranks: name of a linear inside a layer -> r.
+        groups: name of a linear inside a layer -> numbers of the layers that share each of its bases.
     """
 
     layers: list[nn.Module]
-    size: int
+    config: VLoRAConfig
     ranks: dict[str, int]
+    groups: dict[str, list[range]]
 
-    def compounds(self) -> Iterator[tuple[str, list[nn.Linear]]]:
-        """Yield (name inside the layer, the k linears that share a base), compound by compound."""
-        for first in range(0, len(self.layers), self.size):
-            for name in self.ranks:
-                members = [layer.get_submodule(name) for layer in self.layers[first : first + self.size]]
-                yield name, [member for member in members if isinstance(member, nn.Linear)]
+    def compounds(self) -> Iterator[Shared]:
+        """Yield every compound of every linear, in the order of their first layers."""
+        found = [(group, name) for name, groups in self.groups.items() for group in groups]
+        for group, name in sorted(found, key=lambda pair: pair[0][0]):  # a stable sort: linears stay in their order
+            members = [self.layers[number].get_submodule(name) for number in group]
+            yield Shared(name, list(group), [member for member in members if isinstance(member, nn.Linear)])
 
 
 def make_compounds(
@@ -59,13 +77,40 @@ def make_compounds(
         UserError: for layers or linears that cannot share; nothing is changed then.
     """
     layout = lay_out_compounds(model, layers, config)
-    for name, linears in layout.compounds():
-        members: list[VLoRALinear] = []
-        for linear in linears[1:]:
-            made = VLoRALinear(linear, linears[0], members, layout.ranks[name], config, generator)
-            members.append(made)
+    for shared in layout.compounds():
+        for linear, made in zip(*share_linears(shared, layout, generator), strict=True):
             put(model, linear, made)
+    if config.norm_spread:
+        _spread_norms(layout.layers, config.norm_spread, generator)
     return model
+
+
+def share_linears(
+    shared: Shared, layout: CompoundLayout, generator: torch.Generator | None = None
+) -> tuple[list[nn.Linear], list[VLoRALinear]]:
+    """Return the linears of a compound that add an increment, and what takes their places, with a start of its own.
+
+    The base keeps the values of the first layer. Nothing in the model is replaced yet.
+    """
+    config, rank = layout.config, layout.ranks[shared.name]
+    first = shared.linears[0]
+    own = config.increments == "all"
+    base, rest = (Base(cast(nn.Parameter, first.weight)), shared.linears) if own else (first, shared.linears[1:])
+    made: list[VLoRALinear] = []
+    for linear in rest:
+        made.append(VLoRALinear(linear, base, made, rank, config, config.gains_of(shared.name), generator))
+    return rest, made
+
+
+@torch.no_grad()
+def _spread_norms(layers: list[nn.Module], spread: float, generator: torch.Generator | None) -> None:
+    """Multiply the vectors named `weight` of the layers, which are those of norms, by random factors around 1."""
+    for layer in layers:
+        for module in layer.modules():
+            gain = module._parameters.get("weight")
+            if gain is not None and gain.dim() == 1 and gain.device.type != "meta":
+                factors = torch.normal(1.0, spread, gain.shape, generator=generator)
+                gain.mul_(factors.to(gain.device, gain.dtype))
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -86,15 +131,17 @@ def lay_out_compounds(model: nn.Module, layers: Sequence[nn.Module], config: VLo
     layers = list(layers)
     if not layers:
         raise UserError("There are no layers; expected the model's list of like layers, e.g. model.model.layers.")
-    size = config.compound_size(len(layers))
     _check_alike(model, layers)
     found = [_linears(layer) for layer in layers]
     chosen = _chosen(found, config.targets)
     for name in chosen:
         _check_linears(name, [linears[name] for linears in found])
-    ranks = {name: _rank(name, config.rank) for name in chosen}
-    _check_ranks(ranks, found[0], config.rank)
-    return CompoundLayout(layers, size, ranks)
+    groups = {name: config.compounds(len(layers), name) for name in chosen}
+    ranks = {name: one_of(config.rank, name, "rank") for name in chosen}
+    for key in ("layers_per_compound", "rank", "gains"):
+        _check_named(key, getattr(config, key), chosen)
+    _check_ranks(ranks, found[0])
+    return CompoundLayout(layers, config, ranks, groups)
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -175,23 +222,15 @@ def _likeness(linear: nn.Linear) -> str:
     return f"{shape} {str(linear.weight.dtype).removeprefix('torch.')} on {linear.weight.device} {bias} bias"
 
 
-def _rank(name: str, rank: int | Mapping[str, int]) -> int:
-    if isinstance(rank, int):
-        return rank
-    found = [value for target, value in rank.items() if names(name, target)]
-    if len(found) != 1:
-        raise UserError(
-            f"rank has {len(found)} entries for the linear '{name}': {', '.join(rank) or 'it is empty'}. "
-            "Expected one for each linear that is shared, or one number for all."
-        )
-    return found[0]
+def _check_named(key: str, given: object, chosen: Sequence[str]) -> None:
+    """Check that a setting by linear names shared linears alone."""
+    for target in given if isinstance(given, Mapping) else ():
+        if not any(names(name, target) for name in chosen):
+            raise UserError(f"{key} names '{target}', which is not shared; shared: {', '.join(chosen)}."
+                            f"{_near(target, chosen)}")  # fmt: skip
 
 
-def _check_ranks(ranks: dict[str, int], linears: dict[str, nn.Linear], given: int | Mapping[str, int]) -> None:
-    for target in () if isinstance(given, int) else given:
-        if not any(names(name, target) for name in ranks):
-            raise UserError(f"rank names '{target}', which is not shared; shared: {', '.join(ranks)}."
-                            f"{_near(target, list(ranks))}")  # fmt: skip
+def _check_ranks(ranks: dict[str, int], linears: dict[str, nn.Linear]) -> None:
     for name, rank in ranks.items():
         smaller = min(linears[name].out_features, linears[name].in_features)
         if rank > smaller:

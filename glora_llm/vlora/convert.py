@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from glora_llm.vlora.compound import lay_out_compounds, put
+from glora_llm.errors import UserError
+from glora_llm.vlora.compound import lay_out_compounds, put, share_linears
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.layer import VLoRALinear, vlora_layers
 from glora_llm.vlora.partitioned import whole
@@ -32,40 +33,61 @@ class IncrementFit:
 
 
 @torch.no_grad()
-def from_dense(model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig) -> list[IncrementFit]:
+def from_dense(
+    model: nn.Module, layers: Sequence[nn.Module], config: VLoRAConfig, base: str = "first"
+) -> list[IncrementFit]:
     """Turn a dense model into VLoRA, in place, with increments by truncated SVD instead of a new start.
 
     s B_l A_l is the best rank-r approximation of D_l = W_l - V, where V is what the increment is added to: in a chain
     the previous layer's weight as it is now, truncated and rounded, so that errors do not add up; in a star the base.
-    With r = min(O, I) the outputs stay the same to rounding. `config.start` plays no part. One SVD a matrix, in
-    float32 (float64 for a float64 model), on the device of the weights.
+    With r = min(O, I) the outputs stay the same to rounding. `config.start` plays no part, and gains stay without
+    effect. One SVD a matrix, in float32 (float64 for a float64 model), on the device of the weights.
+
+    Args:
+        base: `first`: the weight of a compound's first layer; `mean`: the mean of all its layers' weights, which is
+            nearer to each of them where they are alike, and needs increments of all layers.
 
     Returns:
-        The error of the rank, for each linear of each layer that is not a base.
+        The error of the rank, for each linear of each layer that adds an increment.
 
     Raises:
-        UserError: as `make_compounds`; nothing is changed then.
+        UserError: as `make_compounds`, or a mean that no layer could leave; nothing is changed then.
     """
+    if base not in ("first", "mean"):
+        raise UserError(f"base is '{base}'; expected first or mean.")
+    if base == "mean" and config.increments != "all":
+        raise UserError(
+            "base is 'mean', and with increments 'next' the first layer of a compound would be that mean itself. Use "
+            "increments='all'."
+        )
     layout = lay_out_compounds(model, layers, config)
     fits: list[IncrementFit] = []
-    number_of_linears = len(layout.ranks)
-    for index, (name, linears) in enumerate(layout.compounds()):
-        members: list[VLoRALinear] = []
-        for place, linear in enumerate(linears[1:], start=1):
-            made = VLoRALinear(linear, linears[0], members, layout.ranks[name], config)
-            errors = _fit(made, linear.weight)
-            members.append(made)
-            put(model, linear, made)
-            layer = index // number_of_linears * layout.size + place
-            fits.append(IncrementFit(layer, name, made.rank, *errors))
+    for shared in layout.compounds():
+        wanted: list[Tensor] = [linear.weight for linear in shared.linears]
+        if base == "mean":
+            mean = torch.zeros_like(wanted[0], dtype=_exact(wanted[0]))
+            for weight in wanted:
+                mean += weight.to(mean.dtype) / len(wanted)
+            wanted[0] = wanted[0].clone()
+            shared.linears[0].weight.copy_(mean)
+        replaced, made = share_linears(shared, layout)
+        skipped = len(shared.linears) - len(made)
+        for number, weight, old, new in zip(shared.numbers[skipped:], wanted[skipped:], replaced, made, strict=True):
+            errors = _fit(new, weight)
+            put(model, old, new)
+            fits.append(IncrementFit(number, shared.name, new.rank, *errors))
     return sorted(fits, key=lambda fit: fit.layer)
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _fit(made: VLoRALinear, target: Tensor) -> tuple[float, float]:
     """Set a layer's own increment so that its weight is near `target` (O, I); return the errors of `IncrementFit`."""
     made.increment_b.zero_()
     made.increment_a.zero_()  # the weight is now what the increment is added to
-    dtype = torch.promote_types(target.dtype, torch.float32)
+    dtype = _exact(target)
     difference = target.to(dtype) - made.weight.to(dtype)
     u, singular, v = torch.linalg.svd(difference, full_matrices=False)
     root = (singular[: made.rank] / made.scale).sqrt()
@@ -100,7 +122,7 @@ class Increment:
     """The size of one increment: what the M step of the paper adds between two layers.
 
     Args:
-        norm: |s B_l A_l|, Frobenius.
+        norm: |W_l - V|, Frobenius, V what it is added to: |s B_l A_l| where there are no gains.
         share: norm / |W_base|; infinite where the base is zero and the increment is not.
     """
 
@@ -110,19 +132,26 @@ class Increment:
 
 @torch.no_grad()
 def m_steps(layers: Sequence[nn.Module]) -> dict[int, float]:
-    """Return layer -> sqrt of the sum of |s B A|^2 over its linears, for layers that add increments: cheap, for a log.
+    """Return layer -> sqrt of the sum of |W_l - V|^2 over its linears, for layers that add increments: for a log.
 
-    Per linear that is r x r products alone. Under ZeRO 3 the increments are gathered at once, the bases are not, and
-    all processes must call it together.
+    V is what the increment is added to. Without gains that is |s B A|^2, r x r products alone. Under ZeRO 3 the
+    increments are gathered at once, the bases only where there are gains, and all processes must call it together.
     """
-    found = {number: list(vlora_layers(layer).values()) for number, layer in enumerate(layers)}
-    found = {number: linears for number, linears in found.items() if linears}
-    factors = [f for linears in found.values() for linear in linears for f in (linear.increment_b, linear.increment_a)]
-    if not factors:
+    squares: dict[int, list[Tensor]] = {}
+    stacks = [(number, linear) for number, layer in enumerate(layers) for linear in vlora_layers(layer).values()]
+    plain = [(number, linear) for number, linear in stacks if not linear.has_gains]
+    with whole(factor for _, linear in plain for factor in linear.factors()):
+        for number, linear in plain:
+            squares.setdefault(number, []).append(linear.increment_square())
+    for number, linear in stacks:
+        if linear.has_gains:
+            with whole(linear.parts()):
+                squares.setdefault(number, []).append(linear.increment_square())
+    if not squares:
         return {}
-    with whole(factors):
-        squares = [torch.stack([linear.increment_square() for linear in linears]).sum() for linears in found.values()]
-        return dict(zip(found, torch.stack(squares).sqrt().tolist(), strict=True))
+    numbers = sorted(squares)
+    sizes = torch.stack([torch.stack(squares[number]).sum() for number in numbers]).sqrt()
+    return dict(zip(numbers, sizes.tolist(), strict=True))
 
 
 def increments(model: nn.Module) -> dict[str, Increment]:

@@ -17,19 +17,21 @@ class Count:
     Args:
         dense: before: L O I and the biases.
         base: full-rank weights that remain, (L / k) O I.
-        increments: (L - L / k) r (O + I).
+        increments: (L - L / k) r (O + I); L r (O + I) where all layers of a compound add one.
         biases: one of O in every layer, or none.
+        gains: (L - L / k) (or L) times O for rows, I for columns, min(O, I) for a diagonal.
     """
 
     dense: int = 0
     base: int = 0
     increments: int = 0
     biases: int = 0
+    gains: int = 0
 
     @property
     def total(self) -> int:
         """The allocated parameters."""
-        return self.base + self.increments + self.biases
+        return self.base + self.increments + self.biases + self.gains
 
     @property
     def share(self) -> float:
@@ -42,30 +44,54 @@ class Count:
             self.base + other.base,
             self.increments + other.increments,
             self.biases + other.biases,
+            self.gains + other.gains,
         )
 
 
-def matrix_count(out_features: int, in_features: int, layers: int, size: int, rank: int, bias: bool = False) -> Count:
-    """Return (L / k) O I + (L - L / k) r (O + I), and biases: one matrix over L layers in compounds of k = `size`."""
+def matrix_count(
+    out_features: int,
+    in_features: int,
+    layers: int,
+    size: int,
+    rank: int,
+    bias: bool = False,
+    gains: Sequence[str] = (),
+    all_add: bool = False,
+) -> Count:
+    """Return (L / k) O I + (L - L / k) r (O + I), biases, gains: a matrix over L layers, k = `size` a compound.
+
+    Args:
+        gains: of `row`, `column` and `diagonal`, beside each increment.
+        all_add: all layers of a compound add an increment, also the first.
+    """
     compounds = layers // size
     full, biases = out_features * in_features, layers * out_features * bias
-    increments = (layers - compounds) * rank * (out_features + in_features)
-    return Count(layers * full + biases, compounds * full, increments, biases)
+    adding = layers if all_add else layers - compounds
+    lengths = {"row": out_features, "column": in_features, "diagonal": min(out_features, in_features)}
+    return Count(
+        dense=layers * full + biases,
+        base=compounds * full,
+        increments=adding * rank * (out_features + in_features),
+        biases=biases,
+        gains=adding * sum(lengths[gain] for gain in gains),
+    )
 
 
 def allocated(model: nn.Module) -> Count:
     """Return what the shared linears of a model hold, and would hold in the dense model of the same shape."""
     total = Count()
-    bases: dict[int, nn.Linear] = {}
+    bases: dict[int, nn.Module] = {}
     for layer in vlora_layers(model).values():
-        base = layer.parts()[0]
+        base = layer.base_owner
         factors = layer.increment_b.numel() + layer.increment_a.numel()
+        gains = sum(factor.numel() for factor in layer.factors()) - factors
         biases = 0 if layer.bias is None else layer.out_features
         full = layer.out_features * layer.in_features
-        if id(base) not in bases:  # the first layer's own linear
-            bases[id(base)] = layer
-            total += Count(full + biases, full, 0, biases)
-        total += Count(full + biases, 0, factors, biases)
+        if id(base) not in bases:
+            bases[id(base)] = base
+            # The first layer's own linear; where all layers add, the base is beside the layers' linears.
+            total += Count(full + biases, full, 0, biases) if isinstance(base, nn.Linear) else Count(base=full)
+        total += Count(full + biases, 0, factors, biases, gains)
     return total
 
 
@@ -77,9 +103,16 @@ def parameter_count(model: nn.Module, layers: Sequence[nn.Module], config: VLoRA
     """
     layout = lay_out_compounds(model, layers, config)
     counts: dict[str, Count] = {}
-    for name, linears in layout.compounds():
-        shape = linears[0].out_features, linears[0].in_features
+    for shared in layout.compounds():
+        linear, name = shared.linears[0], shared.name
         counts[name] = matrix_count(
-            *shape, len(layout.layers), layout.size, layout.ranks[name], linears[0].bias is not None
+            linear.out_features,
+            linear.in_features,
+            len(layout.layers),
+            len(shared.linears),
+            layout.ranks[name],
+            linear.bias is not None,
+            config.gains_of(name),
+            config.increments == "all",
         )
     return counts

@@ -1,103 +1,168 @@
 """One linear of a layer that shares its compound's base: it owns its increment and bias, and only reads the rest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from glora_llm.errors import UserError
 from glora_llm.vlora.config import VLoRAConfig
-from glora_llm.vlora.linear import compose, vlora_linear
+from glora_llm.vlora.linear import vlora_linear
 from glora_llm.vlora.partitioned import also_reads, whole
+from glora_llm.vlora.weight import Added, Parts, accumulate, compose
+
+FACTORS = ("increment_b", "increment_a", "increment_row", "increment_column", "increment_diagonal")
+
+
+class Base(nn.Module):
+    """A base that is no layer's own weight: its parameter `weight` (O, I). It holds the parameter and is not called."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
 
 
 class VLoRALinear(nn.Linear):
-    """A linear whose weight is its compound's base plus increments: W = W_base + s sum_j B_j A_j.
+    """A linear whose weight is its compound's base plus increments: W = W_base + s sum_j B_j A_j, and gains.
 
     It is an `nn.Linear`, so PEFT's tuners wrap it; `weight` is the composed W, computed when it is read. The base is a
-    parameter of the first layer's linear and is listed there alone: this module holds its neighbours without
-    registering them. Own parameters: `increment_b` (O, r), `increment_a` (r, I), `bias` (O) or None.
+    parameter of the first layer's linear (or, where all layers add increments, of its `compound_base`) and is listed
+    there alone: this module holds its neighbours without registering them. Own parameters: `increment_b` (O, r),
+    `increment_a` (r, I), `bias` (O) or None, and of `increment_row` (O), `increment_column` (I) and
+    `increment_diagonal` (min(O, I)) those that `gains` names.
 
     Args:
         replaced: the linear whose place this takes; its bias is kept, its weight is not.
-        base: the first layer's linear.
-        before: the layers 2..l-1 of this linear's compound.
+        base: the first layer's linear, or what holds the base in its place.
+        before: the layers of this linear's compound that add increments before it.
         rank: r.
         config: scaling, topology, gradient, start and form.
+        gains: of `row`, `column` and `diagonal`.
         generator: a CPU generator that draws the increment; the default one if None.
     """
 
     def __init__(
         self,
         replaced: nn.Linear,
-        base: nn.Linear,
+        base: nn.Linear | Base,
         before: Sequence["VLoRALinear"],
         rank: int,
         config: VLoRAConfig,
+        gains: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.rank = base.in_features, base.out_features, rank
+        self.in_features, self.out_features, self.rank = replaced.in_features, replaced.out_features, rank
         self.scale, self.form = config.scale(rank), config.form
         self.base_gradient = config.base_gradient == "all"
         self.register_parameter("bias", replaced.bias)
         like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         self.increment_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
         self.increment_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        for name, length in zip(FACTORS[2:], self._lengths(), strict=True):
+            wanted = name.removeprefix("increment_") in gains
+            self.register_parameter(name, nn.Parameter(torch.zeros(length, **like)) if wanted else None)
         for factor in (self.increment_a, self.increment_b) if config.start == "kaiming" else (self.increment_a,):
             _draw(factor, generator)
         # In a tuple, because a module or a list of modules would be registered, and its parameters listed twice.
         self._base = (base,)
         self._members: tuple[VLoRALinear, ...] = (*before, self) if config.topology == "chain" else (self,)
+        if isinstance(base, Base) and not before:
+            self.compound_base = base
+        if config.start == "small":
+            self._draw_small(config.start_scale, generator)
         self.train(replaced.training)
 
-    def read(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return W_base (O, I), the B_j (O, r) and the A_j (r, I) that make up this layer's weight, own ones last.
+    def _lengths(self) -> tuple[int, int, int]:
+        """Return the lengths of row gain, column gain and diagonal."""
+        return self.out_features, self.in_features, min(self.out_features, self.in_features)
 
-        Each is read as an attribute of its owner: in a forward pass under ZeRO 3 that gathers a partitioned one.
+    @torch.no_grad()
+    def _draw_small(self, share: float, generator: torch.Generator | None) -> None:
+        """Draw B so that the entries of s B A are `share` of the base's, in the root mean square.
+
+        An entry of A has variance 1 / (3 I) (`_draw`), one of B A therefore r var(B) / (3 I).
         """
-        return (
-            self._base[0].weight,
-            [member.increment_b for member in self._members],
-            [member.increment_a for member in self._members],
-        )
+        base = self._base[0].weight
+        if base.device.type == "meta":
+            return
+        drawn = torch.empty(self.increment_b.shape, dtype=torch.float32).normal_(generator=generator)
+        size = float(base.to(torch.promote_types(base.dtype, torch.float32)).square().mean().sqrt())
+        deviation = share * size * math.sqrt(3 * self.in_features / self.rank) / self.scale
+        self.increment_b.copy_(drawn * deviation)
+
+    def added(self) -> Added:
+        """Return this layer's own increment.
+
+        Each part is read as an attribute: in a forward pass under ZeRO 3 that gathers a partitioned one.
+        """
+        return Added(*(getattr(self, name) for name in FACTORS))
+
+    def read(self) -> Parts:
+        """Return what makes up this layer's weight."""
+        return accumulate(self._base[0].weight, [member.added() for member in self._members])
 
     def parts(self) -> list[nn.Parameter]:
         """Return every parameter that this layer computes with, also those of other layers."""
-        owned = [getattr(member, name) for member in self._members for name in ("increment_b", "increment_a")]
-        return [self._base[0].weight, *owned, *([] if self.bias is None else [self.bias])]
+        owned = [part for member in self._members for part in member.factors()]
+        base = cast(nn.Parameter, self._base[0].weight)
+        return [base, *owned, *([] if self.bias is None else [self.bias])]
+
+    @property
+    def base_owner(self) -> nn.Module:
+        """The module whose `weight` is the base: the first layer's linear, or a `Base`."""
+        return self._base[0]
+
+    def factors(self) -> list[nn.Parameter]:
+        """Return the parameters of this layer's own increment."""
+        found = (self._parameters[name] for name in FACTORS)
+        return [parameter for parameter in found if parameter is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W' + b, (..., O), for x (..., I)."""
-        base, ups, downs = self.read()
-        also_reads(self, (base, *ups, *downs))
-        return vlora_linear(x, base, ups, downs, self.bias, self.scale, self.base_gradient, self.form)
+        parts = self.read()
+        also_reads(self, (parameter for parameter in self.parts() if parameter is not self.bias))
+        return vlora_linear(x, parts, self.bias, self.scale, self.base_gradient, self.form)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The composed W, (O, I), differentiable. It is computed: writing to it raises UserError."""
-        base, ups, downs = self.read()
-        composed = compose(base if self.base_gradient else base.detach(), ups, downs, self.scale)
+        parts = self.read()
+        composed = compose(parts if self.base_gradient else parts._replace(base=parts.base.detach()), self.scale)
         return composed.as_subclass(ComposedWeight)
 
     @torch.no_grad()
     def increment_norms(self) -> tuple[float, float]:
-        """Return the Frobenius norms of s B_l A_l, this layer's own increment, and of W_base.
+        """Return the Frobenius norms of what this layer's own increment adds, and of W_base.
 
-        The first is sqrt(sum((B'B) * (A A'))) s: nothing of size (O, I) is formed.
+        Under ZeRO 3 all processes must call it together.
         """
         base = self._base[0].weight
-        with whole([base, self.increment_b, self.increment_a]):
+        with whole(self.parts() if self.has_gains else [base, *self.factors()]):
             square = self.increment_square()
             size = torch.linalg.vector_norm(base, dtype=torch.promote_types(base.dtype, torch.float32))
             return math.sqrt(float(square)), float(size)
 
+    @property
+    def has_gains(self) -> bool:
+        """Whether the increment is more than low rank."""
+        return any(self._parameters[name] is not None for name in FACTORS[2:])
+
+    @torch.no_grad()
     def increment_square(self) -> Tensor:
-        """Return |s B_l A_l|^2 (Frobenius), a float64 scalar; the factors must be whole."""
-        b, a = self.increment_b.detach().double(), self.increment_a.detach().double()
+        """Return |W_l - V|^2 (Frobenius), V what the increment is added to: a float64 scalar.
+
+        Without gains it is |s B A|^2 = s^2 sum((B'B) * (A A')), for which the factors must be whole: nothing of size
+        (O, I) is formed. With gains all of `parts` must be whole.
+        """
+        if self.has_gains:
+            before, base = self._members[:-1], self._base[0].weight
+            previous = compose(accumulate(base, [m.added() for m in before]), self.scale) if before else base
+            return (self.weight.detach().double() - previous.double()).square().sum()
+        b, a = self.increment_b.double(), self.increment_a.double()
         return ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0) * self.scale**2
 
     @torch.no_grad()
@@ -118,12 +183,26 @@ class VLoRALinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Composition:
-    """The parts of one weight, by names in the model: W = base + scale * sum_j ups_j downs_j."""
+    """The parts of one weight, by names in the model.
+
+    Args:
+        base: of W_base.
+        added: of the `weight.Added` that follow, in turn; None for a gain that there is not.
+        scale: s.
+    """
 
     base: str
-    ups: list[str]
-    downs: list[str]
+    added: list[tuple[str | None, ...]]
     scale: float
+
+    def compose(self, read: Callable[[str], Tensor]) -> Tensor:
+        """Return the weight, (O, I).
+
+        Args:
+            read: returns the tensor of a name.
+        """
+        added = [Added(*(None if name is None else read(name) for name in names)) for names in self.added]  # type: ignore[arg-type]
+        return compose(accumulate(read(self.base), added), self.scale)
 
 
 def compositions(model: nn.Module) -> dict[str, Composition]:
@@ -131,13 +210,11 @@ def compositions(model: nn.Module) -> dict[str, Composition]:
     owners = {module: name for name, module in model.named_modules()}
     found = {}
     for name, layer in vlora_layers(model).items():
-        members = [owners[member] for member in layer._members]
-        found[f"{name}.weight"] = Composition(
-            f"{owners[layer._base[0]]}.weight",
-            [f"{member}.increment_b" for member in members],
-            [f"{member}.increment_a" for member in members],
-            layer.scale,
-        )
+        added = [
+            tuple(None if member._parameters[part] is None else f"{owners[member]}.{part}" for part in FACTORS)
+            for member in layer._members
+        ]
+        found[f"{name}.weight"] = Composition(f"{owners[layer._base[0]]}.weight", added, layer.scale)
     return found
 
 

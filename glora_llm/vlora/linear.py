@@ -1,7 +1,8 @@
-"""The VLoRA linear of a layer that shares its compound's base: y = x W' + b, W = W_base + s sum_j B_j A_j.
+"""The VLoRA linear of a layer that shares its compound's base: y = x W' + b, W of `weight.Parts`.
 
-Source: arXiv 2406.09315; in a chain W_l = W_(l-1) + s B_l A_l is this sum over the layers 2..l, in a star it has one
-term. Letters: T rows of x (tokens), O out_features, I in_features, r rank, R the sum of the ranks (chain: (l - 1) r).
+Source: arXiv 2406.09315; W = W_base + s sum_j B_j A_j, in a chain the sum over the layers 2..l, in a star one term;
+gains and a diagonal as in `weight`. Letters: T rows of x (tokens), O out_features, I in_features, r rank, R the sum of
+the ranks (chain: (l - 1) r).
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from glora_llm.vlora.weight import Parts, compose
 
 
 class CallSettings(NamedTuple):
@@ -26,18 +29,6 @@ class CallSettings(NamedTuple):
     scale: float
     composed: bool
     dtype: torch.dtype
-
-
-def compose(base: Tensor, ups: Sequence[Tensor], downs: Sequence[Tensor], scale: float) -> Tensor:
-    """Return W = W_base + s sum_j B_j A_j, (O, I), in the parameters' dtype: the formula itself. Merging uses this.
-
-    Args:
-        base: W_base, (O, I).
-        ups: the B_j, each (O, r).
-        downs: the A_j, each (r, I).
-        scale: s.
-    """
-    return torch.addmm(base, torch.cat(list(ups), 1), torch.cat(list(downs)), alpha=scale)
 
 
 def is_composed_cheaper(rows: int, out_features: int, in_features: int, increments_alone: bool = False) -> bool:
@@ -66,14 +57,7 @@ def is_full_gradient_cheaper(rows: int, out_features: int, in_features: int, ran
 
 
 def vlora_linear(
-    x: Tensor,
-    base: Tensor,
-    ups: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    bias: Tensor | None,
-    scale: float,
-    base_gradient: bool = True,
-    form: str = "auto",
+    x: Tensor, parts: Parts, bias: Tensor | None, scale: float, base_gradient: bool = True, form: str = "auto"
 ) -> Tensor:
     """Compute y = x W' + b with exact gradients; nothing of size (O, I) but the base itself is kept for backward.
 
@@ -82,33 +66,38 @@ def vlora_linear(
     weight and one gradient a matrix are live at a time, as in a dense linear. In bfloat16 the composed W is rounded
     as a dense weight would be; under autocast it is composed in the parameters' dtype and then cast.
 
+    Gains and diagonal get theirs from dW in both forms, so dW is formed for them where the base wants none too:
+    with P = dW * W_base, dG = P H, dH = P' G, dd = the diagonal of dW; the base gets diag(G) dW diag(H).
+
     Args:
         x: (..., I).
-        base: W_base, (O, I).
-        ups: the B_j, each (O, r).
-        downs: the A_j, each (r, I).
+        parts: of W, as `weight.accumulate` gives them.
         bias: this layer's own, (O), or None.
         scale: s.
         base_gradient: whether the base gets a gradient from this layer.
         form: `composed`, `thin`, or `auto`: what `is_composed_cheaper` says, so thin for few rows (decoding). The
-            increments' gradients come from dW where W is composed and the base wants dW anyway, or where
+            increments' gradients come from dW where W is composed and dW is formed anyway, or where
             `is_full_gradient_cheaper` says so; else they are thin.
 
     Returns:
         (..., O), in x's dtype, or autocast's where it is on.
     """
-    device = x.device.type
+    device, base = x.device.type, parts.base
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     rows = x.reshape(-1, x.shape[-1])
     composed = form == "composed"
     if form == "auto":
-        alone = not (base_gradient and base.requires_grad) and any(factor.requires_grad for factor in (*ups, *downs))
+        learns = any(factor.requires_grad for factor in (*parts.ups, *parts.downs))
+        alone = not (base_gradient and base.requires_grad) and learns
         out_features, in_features = base.shape
         composed = is_composed_cheaper(len(rows), out_features, in_features, alone and torch.is_grad_enabled())
     settings = CallSettings(base, scale, composed, x.dtype if torch.is_autocast_enabled(device) else base.dtype)
+    gains = parts.row, parts.column, parts.diagonal
     with torch.autocast(device, enabled=False):
-        y: Tensor = _Member.apply(settings, rows, base if base_gradient else None, bias, *ups, *downs)
+        y: Tensor = _Member.apply(
+            settings, rows, base if base_gradient else None, bias, *gains, *parts.ups, *parts.downs
+        )
     return y.reshape(*x.shape[:-1], base.shape[0])
 
 
@@ -121,30 +110,30 @@ class _Member(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: CallSettings, x: Tensor, base: Tensor | None, bias: Tensor | None, *factors: Tensor
+        ctx: Any, settings: CallSettings, x: Tensor, base: Tensor | None, bias: Tensor | None, *rest: Tensor | None
     ) -> Tensor:
+        parts = _parts(settings.base, rest)
         own_bias = None if bias is None else bias.to(settings.dtype)
         thin = None
         if settings.composed:
-            y = torch.nn.functional.linear(x, _weight(settings, factors), own_bias)
+            y = torch.nn.functional.linear(x, compose(parts, settings.scale).to(settings.dtype), own_bias)
         else:
-            up, down = _stacked(factors, settings.dtype)
-            thin = x @ down.t()
-            y = torch.nn.functional.linear(x, settings.base.to(settings.dtype), own_bias).addmm_(
-                thin, up.t(), alpha=settings.scale
-            )
-        ctx.save_for_backward(x, settings.base, thin, *factors)
+            y, thin = _thin_forward(settings, x, parts, own_bias)
+        ctx.save_for_backward(x, settings.base, thin, *rest)
         ctx.settings = settings._replace(base=None)  # type: ignore[arg-type] # comes back from the saved tensors, checked
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, base, thin, *factors = ctx.saved_tensors
-        settings = ctx.settings._replace(base=base)
-        _, wants_x, wants_base, wants_bias, *wants_factors = ctx.needs_input_grad
+        x, base, thin, *rest = ctx.saved_tensors
+        settings, parts = ctx.settings._replace(base=base), _parts(base, rest)
+        _, wants_x, wants_base, wants_bias, *wants_rest = ctx.needs_input_grad
+        wants_gains, wants_factors = wants_rest[:GAINS], wants_rest[GAINS:]
+        factors = rest[GAINS:]
         with torch.autocast(x.device.type, enabled=False):
-            through_dw = any(wants_factors) and _through_dw(settings, len(x), factors, wants_base)
+            forms_dw = wants_base or any(wants_gains)
+            through_dw = any(wants_factors) and _through_dw(settings, len(x), factors, forms_dw)
             thin_factors = any(wants_factors) and not through_dw
             up, down = _stacked(factors, settings.dtype)
             dthin = (dy @ up).mul_(settings.scale) if thin_factors or not settings.composed else None
@@ -153,16 +142,73 @@ class _Member(torch.autograd.Function):
                 thin = x @ down.t() if thin is None else thin
                 given = _cut(factors, (dy.t() @ thin).mul_(settings.scale), dthin.t() @ x)
             dx = None
-            if wants_x:
-                dx = dy @ (_weight(settings, factors) if settings.composed else settings.base.to(settings.dtype))
-                if dthin is not None and not settings.composed:
-                    dx.addmm_(dthin, down)
+            if wants_x and settings.composed:
+                dx = dy @ compose(parts, settings.scale).to(settings.dtype)
+            elif wants_x and dthin is not None:
+                dx = _thin_dx(settings, dy, parts).addmm_(dthin, down)
             dbias = dy.sum(0) if wants_bias else None
-            dw = dy.t() @ x if wants_base or through_dw else None
+            dw = dy.t() @ x if forms_dw or through_dw else None
             if through_dw and dw is not None:
                 given = _cut(factors, (dw @ down.t()).mul_(settings.scale), (up.t() @ dw).mul_(settings.scale))
-        dfactors = [d if wanted else None for d, wanted in zip(given, wants_factors, strict=True)]
-        return None, dx, dw if wants_base else None, dbias, *dfactors
+            dgains: Sequence[Tensor | None] = [None] * GAINS
+            if any(wants_gains) and dw is not None:
+                dgains = _gain_gradients(dw, parts)
+            if wants_base and dw is not None:
+                for gain in (None if parts.row is None else parts.row[:, None], parts.column):
+                    dw = dw if gain is None else dw.mul_(gain)
+        drest = [d if wanted else None for d, wanted in zip([*dgains, *given], wants_rest, strict=True)]
+        return None, dx, dw if wants_base else None, dbias, *drest
+
+
+GAINS = 3  # row, column and diagonal, before the factors among the arguments
+
+
+def _parts(base: Tensor, rest: Sequence[Any]) -> Parts:
+    """Return the parts of the base and of row, column, diagonal, B_2, .., A_2, .."""
+    half = (len(rest) - GAINS) // 2 + GAINS
+    return Parts(base, rest[GAINS:half], rest[half:], *rest[:GAINS])
+
+
+def _thin_forward(settings: CallSettings, x: Tensor, parts: Parts, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x W' + b, (T, O), and U, (T, R), without forming W."""
+    up, down = _stacked([*parts.ups, *parts.downs], settings.dtype)
+    thin = x @ down.t()
+    scaled = x if parts.column is None else (x * parts.column).to(settings.dtype)
+    base = parts.base.to(settings.dtype)
+    if parts.row is None:
+        y = torch.nn.functional.linear(scaled, base, bias)
+    else:
+        y = ((scaled @ base.t()) * parts.row).to(settings.dtype)
+        y = y if bias is None else y.add_(bias)
+    y.addmm_(thin, up.t(), alpha=settings.scale)
+    if parts.diagonal is not None:
+        y[:, : len(parts.diagonal)] += x[:, : len(parts.diagonal)] * parts.diagonal
+    return y, thin
+
+
+def _thin_dx(settings: CallSettings, dy: Tensor, parts: Parts) -> Tensor:
+    """Return dy W, (T, I), of W without its low-rank part, without forming W."""
+    scaled = dy if parts.row is None else (dy * parts.row).to(settings.dtype)
+    dx = scaled @ parts.base.to(settings.dtype)
+    if parts.column is not None:
+        dx = (dx * parts.column).to(settings.dtype)
+    if parts.diagonal is not None:
+        dx[:, : len(parts.diagonal)] += dy[:, : len(parts.diagonal)] * parts.diagonal
+    return dx
+
+
+def _gain_gradients(dw: Tensor, parts: Parts) -> list[Tensor | None]:
+    """Return dG, dH and dd from dW (O, I), each None where there is no such gain."""
+    drow = dcolumn = ddiagonal = None
+    if parts.row is not None or parts.column is not None:
+        products = dw * parts.base  # P
+        if parts.row is not None:
+            drow = products.sum(1) if parts.column is None else products @ parts.column.to(products.dtype)
+        if parts.column is not None:
+            dcolumn = products.sum(0) if parts.row is None else parts.row.to(products.dtype) @ products
+    if parts.diagonal is not None:
+        ddiagonal = dw.diagonal().clone()
+    return [drow, dcolumn, ddiagonal]
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -171,15 +217,10 @@ def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Ten
     return torch.cat(list(factors[:half]), 1).to(dtype), torch.cat(list(factors[half:])).to(dtype)
 
 
-def _weight(settings: CallSettings, factors: Sequence[Tensor]) -> Tensor:
-    half = len(factors) // 2
-    return compose(settings.base, factors[:half], factors[half:], settings.scale).to(settings.dtype)
-
-
-def _through_dw(settings: CallSettings, rows: int, factors: Sequence[Tensor], wants_base: bool) -> bool:
+def _through_dw(settings: CallSettings, rows: int, factors: Sequence[Tensor], forms_dw: bool) -> bool:
     rank = sum(up.shape[1] for up in factors[: len(factors) // 2])
     out_features, in_features = settings.base.shape
-    return settings.composed if wants_base else is_full_gradient_cheaper(rows, out_features, in_features, rank)
+    return settings.composed if forms_dw else is_full_gradient_cheaper(rows, out_features, in_features, rank)
 
 
 def _cut(factors: Sequence[Tensor], dup: Tensor, ddown: Tensor) -> list[Tensor]:

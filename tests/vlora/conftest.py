@@ -64,7 +64,12 @@ def twin_weights(model: nn.Module) -> dict[str, Tensor]:
         if not layer.base_gradient:
             weight = weight.detach()
         for member in layer._members:
-            weight = weight + member.scale * (member.increment_b @ member.increment_a)
+            up, down, row, column, diagonal = member.added()
+            weight = weight if row is None else torch.diag(1 + row) @ weight
+            weight = weight if column is None else weight @ torch.diag(1 + column)
+            weight = weight + member.scale * (up @ down)
+            if diagonal is not None:
+                weight = weight + torch.zeros_like(weight).diagonal_scatter(diagonal)
         found[name] = weight
     assert found
     return found

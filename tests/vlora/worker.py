@@ -22,12 +22,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
     "chain-thin": {"form": "thin"},
     "star-first": {"topology": "star", "base_gradient": "first"},
+    "gains": {"gains": ["row", "column", "diagonal"], "increments": "all", "sharing": "cycle"},
+    "gains-thin": {"gains": ["row", "column", "diagonal"], "form": "thin"},
 }
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
 SCENARIOS = {
     "chain": [(0, "none"), (0, "reentrant"), (1, "non-reentrant"), *product((2, 3), CHECKPOINTING)],
     "chain-thin": [(3, "non-reentrant")],
     "star-first": [(2, "reentrant"), (3, "none"), (3, "non-reentrant")],
+    "gains": [(0, "none"), (1, "non-reentrant"), (2, "non-reentrant"), (3, "none"), (3, "non-reentrant")],
+    "gains-thin": [(2, "none"), (3, "non-reentrant")],
 }
 
 
@@ -38,9 +42,9 @@ def batch(step: int, part: int, rank: int) -> Tensor:
 
 
 def model_of(form: str) -> Any:
-    """Return the model of a scenario: all linears of 4 layers in one compound."""
-    model = small_llama()
-    return shared(model, model.model.layers, layers_per_compound=4, **{"form": "composed", **FORMS[form]})
+    """Return the model of a scenario: all linears of 4 layers in one compound, in a cycle in two."""
+    model, size = small_llama(), 2 if "sharing" in FORMS[form] else 4
+    return shared(model, model.model.layers, layers_per_compound=size, **{"form": "composed", **FORMS[form]})
 
 
 def config(stage: int) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def trained(
             worst["gradient"] = max(worst["gradient"], error(got, grads[step][name]))
         engine.step()
     sizes = increments(model)
-    assert len(sizes) == 21 and all(size.norm > 0 for size in sizes.values())
+    assert len(sizes) == (28 if "increments" in FORMS[form] else 21) and all(size.norm > 0 for size in sizes.values())
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         for name, value in model.named_parameters():
             worst["weight"] = max(worst["weight"], error(value.detach(), weights[name]))

@@ -18,7 +18,7 @@ from glora_llm.models.stored import stored_tensors
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import ModelSection
-from glora_llm.vlora import compose, to_dense, vlora_layers
+from glora_llm.vlora import Parts, compose, to_dense, vlora_layers
 from tests.run.whole_model.conftest import SHIPPED, train
 
 TEXT = "First Citizen:\nSpeak, speak."
@@ -73,10 +73,9 @@ def test_a_checkpoint_can_be_merged(run: Path, tmp_path: Path) -> None:
     stored = load_file(run / "checkpoints" / "step-2" / "state.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj"
-    weight = compose(
-        stored["master/model.layers.0.mlp.up_proj.weight"],
-        [stored[f"master/{name}.increment_b"]], [stored[f"master/{name}.increment_a"]], 1.0,
-    )  # fmt: skip
+    base = stored["master/model.layers.0.mlp.up_proj.weight"]
+    factors = [[stored[f"master/{name}.increment_{letter}"]] for letter in "ba"]
+    weight = compose(Parts(base, factors[0], factors[1]), 1.0)
     assert torch.equal(merged[f"{name}.weight"], weight)
     assert not list(run.glob(".merge-*"))
 

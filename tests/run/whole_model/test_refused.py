@@ -15,6 +15,10 @@ Refused = Callable[..., str]
     ("more", "said"),
     [
         (["vlora.layers_per_compound=3"], "layers_per_compound is 3, which does not divide 4 layers. Sizes"),
+        (["vlora.gains={qproj: [row]}"], "gains names 'qproj', which is not shared; shared: self_attn.q_proj"),
+        (["vlora.gains=[rows]"], "vlora.gains"),
+        (["vlora.layers_per_compound={q_proj: 2}"], "layers_per_compound has 0 entries for the linear 'self_attn.k_"),
+        (["vlora.increments=all", "vlora.base_gradient=first"], "base_gradient is 'first', and with increments 'all'"),
         (["vlora.rank=33"], "rank is 33 for 'self_attn.q_proj', whose smaller side is 32"),
         (["vlora.targets=[q_prj]"], "No layer has a linear 'q_prj'"),
         (["vlora.rank={q_proj: 4}"], "rank has 0 entries for the linear"),
