@@ -26,6 +26,7 @@ ROWS_FILE = "test_rows.json"
 # `among_labels`, the right option; of images that is top5_accuracy, equal to the accuracy only where no row differs.
 PARTS: dict[str, tuple[tuple[str, str | None], ...]] = {
     "loss": (("loss", "targets"), ("loss", None)),
+    "bits_per_byte": (("bits", "text_bytes"),),
     "token_accuracy": (("correct", "targets"),),
     "exact_match": (("all_correct", None),),
     "label_accuracy": (("among_labels", None),),
@@ -79,10 +80,11 @@ def row_scores(folder: Path, name: str, score: float | None) -> RowScores | None
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     table = np.array(found["scores"], dtype=np.float64)
-    columns: dict[str, NDArray[np.float64]] = dict(zip(COLUMNS, table.T, strict=True))
+    columns: dict[str, NDArray[np.float64]] = dict(zip(COLUMNS, table.T, strict=False))  # older: fewer
+    columns["bits"] = columns["loss"] / np.log(2)
     columns[CHOSEN] = (columns["predicted"] == columns["reference"]).astype(np.float64)
     for value, weight in PARTS.get(name, ()):
-        weights = np.ones(len(table)) if weight is None else columns[weight]
+        weights = np.ones(len(table)) if weight is None else columns.get(weight, np.zeros(len(table)))
         if weights.sum() and abs(columns[value].sum() / weights.sum() - score) < CLOSE:
             return RowScores(found["rows"], columns[value], weights)
     return None

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+ByteCounts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Sample:
         targets: (T) True where the token is learnt; never at the first token.
         options: of held-out multiple choice, whose sample is a sequence for each option, end to end.
         label: of a classification the word, of a regression the number, else None.
+        text_bytes: (T) UTF-8 bytes of the raw text that each token stands for, of held-out running text; else None.
     """
 
     tokens: Tokens
     targets: Mask
     options: OptionSpans | None = None
     label: str | float | None = None
+    text_bytes: ByteCounts | None = None
 
     @property
     def length(self) -> int:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from glora_llm.data.sample import Mask, Sample, Tokens
 
+TEXT_BYTES = "text_bytes.npy"
+
 
 class Row(NamedTuple):
     """One row: a sample, or several with packing.
@@ -55,6 +57,13 @@ class RowSet:
         finally:
             self._sealed = ""
 
+    def text_bytes(self) -> NDArray[np.int64] | None:
+        """Return the UTF-8 bytes of the raw text that the targets of every row stand for; None: rows are no such text.
+
+        Only held-out rows of running text know them.
+        """
+        return None
+
     def _require_row(self, i: int, count: int) -> None:
         """Check that row `i` of `count` may be read."""
         if self._sealed:
@@ -81,6 +90,7 @@ class TokenSet(RowSet):
         has_options = (folder / "right.npy").is_file()
         self._right = np.load(folder / "right.npy") if has_options else None
         self._option_lengths = np.load(folder / "option_lengths.npy") if has_options else None
+        self._text_bytes = np.load(folder / TEXT_BYTES) if (folder / TEXT_BYTES).is_file() else None
         labels = folder / "labels.npy"
         self._labels = np.load(labels) if labels.is_file() else None
 
@@ -124,6 +134,10 @@ class TokenSet(RowSet):
         lengths: NDArray[np.int64] = np.diff(self._samples[self._rows])
         return lengths
 
+    def text_bytes(self) -> NDArray[np.int64] | None:
+        """Return the UTF-8 bytes of the raw text that the targets of every row stand for, of held-out running text."""
+        return self._text_bytes
+
 
 def write_set(
     folder: Path, samples: Sequence[Sample], rows: Sequence[Sequence[int]], classes: Sequence[str] | None = None
@@ -135,6 +149,7 @@ def write_set(
 
     Of held-out multiple choice S counts the options, and there are two more: right (R), option_lengths (S). Of
     classification and regression there is one more, labels (R): the class number, or the number, of the first sample.
+    Of held-out running text there is text_bytes (R): the UTF-8 bytes that the targets of a row stand for.
 
     Args:
         classes: label words by class number.
@@ -151,11 +166,17 @@ def write_set(
     if options:
         np.save(folder / "right.npy", np.array([spans.right for spans in options], dtype=np.int64))
         np.save(folder / "option_lengths.npy", np.array([*chain(*(spans.lengths for spans in options))]))
+    if samples and samples[0].text_bytes is not None:
+        np.save(folder / TEXT_BYTES, np.array([sum(_target_bytes(samples[n]) for n in row) for row in rows]))
     first = [samples[row[0]].label for row in rows]
     if first and first[0] is not None:
         numbers = {word: number for number, word in enumerate(classes or ())}
         labels = [numbers[label] if isinstance(label, str) else label for label in first]
         np.save(folder / "labels.npy", np.array(labels, dtype=np.float64))
+
+
+def _target_bytes(sample: Sample) -> int:
+    return 0 if sample.text_bytes is None else int(sample.text_bytes[sample.targets].sum())
 
 
 def _lengths(sample: Sample) -> list[int]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from glora_llm.data.formats import Example
 from glora_llm.data.render import Rendered, render
 from glora_llm.data.report import Report
 from glora_llm.data.sample import Mask, Sample, Tokens
+from glora_llm.data.text_bytes import closed, part_of, token_bytes
 from glora_llm.errors import UserError
 from glora_llm.schema import DataSection
 
@@ -122,6 +123,10 @@ def tokenize_each(
             for (number, written), (ids, spots) in zip(rendered.items(), encoded, strict=True):
                 targets, straddling = mark(spots, written)
                 sample = close(ids, targets, ends, written.add_end, chunk[number].label)
+                if settings.format == "text" and report.role != "train":
+                    counts = token_bytes(spots, written.text)
+                    counts = closed(counts, ids, len(sample.tokens), ends.bos, ends.strip)
+                    sample = replace(sample, text_bytes=counts)
                 with found.collecting(chunk[number].origin):
                     _check(sample, written, ends, tokenizer)
                     made[number] = sample
@@ -226,7 +231,7 @@ def _shorten(sample: Sample, settings: DataSection, bos: int | None, report: Rep
         return cut(sample, most, bos)
     if settings.overlong == "truncate" and sample.targets[:most].any():
         report.truncated += 1
-        return [Sample(sample.tokens[:most], sample.targets[:most])]
+        return [Sample(sample.tokens[:most], sample.targets[:most], text_bytes=part_of(sample.text_bytes, 0, most))]
     report.dropped += 1
     return []
 
@@ -243,7 +248,9 @@ def piece(sample: Sample, start: int, most: int, bos: int | None) -> Sample:
     """Return the piece of at most `most` tokens that learns the sample's tokens from `start` (1 or more) on."""
     body = sample.tokens[start : start + most - 1]
     context = sample.tokens[start - 1] if bos is None or start == 1 else bos
-    return Sample(np.insert(body, 0, context), np.insert(sample.targets[start : start + most - 1], 0, False))
+    targets = np.insert(sample.targets[start : start + most - 1], 0, False)
+    counts = part_of(sample.text_bytes, start, start + most - 1, before=0)
+    return Sample(np.insert(body, 0, context), targets, text_bytes=counts)
 
 
 def fill_rows(

@@ -89,7 +89,7 @@ def _fill(table: Tensor, rows: list[int], scores: Any) -> None:
     count = values.shape[1]
     places = torch.where(values[6].isnan(), count, torch.arange(count))
     first = torch.full((len(rows),), count).scatter_reduce_(0, row, places, "amin")
-    table[rows, 5:] = torch.cat([values[5:], values.new_zeros(2, 1)], dim=1)[:, first].T
+    table[rows, 5:7] = torch.cat([values[5:], values.new_zeros(2, 1)], dim=1)[:, first].T
 
 
 def score_chosen(
@@ -112,8 +112,8 @@ def score_chosen(
     Returns:
         the table of `score_rows`, (len(numbers), C).
     """
-    lengths = rows.lengths()
-    return score_rows(
+    lengths, text_bytes = rows.lengths(), rows.text_bytes()
+    table = score_rows(
         [int(lengths[number]) for number in numbers],
         lambda indices: plan.batch(rows, [numbers[index] for index in indices]),
         score,
@@ -123,6 +123,9 @@ def score_chosen(
         world_size,
         title,
     )
+    if text_bytes is not None:
+        table[:, COLUMNS.index("text_bytes")] = torch.from_numpy(text_bytes[list(numbers)]).double()
+    return table
 
 
 def score_split(

@@ -85,7 +85,7 @@ def check_watched_score(recipe: Recipe, task: Task) -> None:
     if not recipe.evaluation.keep_best and recipe.evaluation.patience is None:
         return
     rows = torch.ones(2, len(COLUMNS), dtype=torch.float64)  # two rows of made-up scores, for the names alone
-    rows[0, -2:] = 0
+    rows[0, 5:7] = 0
     known = [name.partition("/")[2] for name in task.means(rows, "validation")]
     wanted = watched_score(recipe.evaluation)
     if wanted not in known:

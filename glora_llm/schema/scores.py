@@ -23,6 +23,9 @@ SCORES: dict[str, Score] = {
         False, "mean cross entropy of the label tokens or classes, nats; of a regression the mean squared error"
     ),
     "perplexity": Score(False, "exp(loss)"),
+    "bits_per_byte": Score(
+        False, "loss of running text in bits for each UTF-8 byte of the raw text: tokenizers compare by it"
+    ),
     "token_accuracy": Score(True, "share of label tokens that are the most likely ones"),
     "exact_match": Score(True, "share of samples whose label tokens are all the most likely ones"),
     "label_accuracy": Score(True, "share of samples whose label word is the most likely of the label words"),

@@ -13,8 +13,9 @@ from glora_llm.training.batch import Batch
 
 # What evaluation fills in for every row (R, C), float64: the summed loss of its targets and their number; how many of
 # them are the most likely ones; whether all are, and whether all are among the label words (images: whether the class
-# is among the first five); what the model chose and what is right (a class, an option or a number).
-COLUMNS = ("loss", "targets", "correct", "all_correct", "among_labels", "predicted", "reference")
+# is among the first five); what the model chose and what is right (a class, an option or a number); the UTF-8 bytes of
+# the raw text that the targets stand for.
+COLUMNS = ("loss", "targets", "correct", "all_correct", "among_labels", "predicted", "reference", "text_bytes")
 
 
 class Rows(Protocol):
@@ -31,6 +32,9 @@ class Rows(Protocol):
 
     def lengths(self) -> NDArray[np.int64]:
         """Return what each row costs; rows of like length are scored together."""
+
+    def text_bytes(self) -> NDArray[np.int64] | None:
+        """Return the UTF-8 bytes of raw text that the targets of every row stand for; None: rows are no such text."""
 
     def digest(self) -> str:
         """Return a SHA-256 over all that is learnt from: a resumed run must find it again."""

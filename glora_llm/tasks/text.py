@@ -22,7 +22,7 @@ from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
 from glora_llm.tasks.metrics import CLASS_METRICS, scores_of, wanted_metrics
 from glora_llm.tasks.new_text import new_text_model
-from glora_llm.tasks.task import OnPreparedData
+from glora_llm.tasks.task import COLUMNS, OnPreparedData
 from glora_llm.training.batch import Batch
 from glora_llm.training.objectives import CausalLMObjective
 
@@ -69,6 +69,11 @@ class TextTask(OnPreparedData[TokenSet, Report]):
         """True where the samples are answers, so that exact match means something."""
         return self.recipe.data.format in ANSWER_FORMATS
 
+    @property
+    def is_running_text(self) -> bool:
+        """True where every token of the raw text is learnt."""
+        return self.recipe.data.format == "text"
+
     def batch(self, rows: TokenSet, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
         return collate([rows.row(index) for index in indices], pad_id(self.tokenizer), self.label_trie)
@@ -87,8 +92,13 @@ class TextTask(OnPreparedData[TokenSet, Report]):
         return CausalLMObjective(model, partial(packed_arguments, config._attn_implementation))
 
     def means(self, table: Tensor, split: str) -> dict[str, float]:
-        """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy."""
+        """Return loss, perplexity and token accuracy; of answers exact match, of label words their accuracy.
+
+        Of running text the bits of a byte, by which tokenizers compare.
+        """
         found = means(table, split, self.has_answers, self.data.label_sequences is not None)
+        if self.is_running_text:
+            found |= bits_per_byte(table, split)
         if self.data.label_sequences is None:
             return found
         own = scores_of(table, [name for name in self.metrics if name != "accuracy"], self.first_classes)
@@ -143,6 +153,7 @@ def with_metrics(task: TextTask) -> TextTask:
     """
     labels = task.data.label_sequences is not None
     has = ["loss", "perplexity", "token_accuracy", *(["exact_match"] if task.has_answers else [])]
+    has += ["bits_per_byte"] if task.is_running_text else []
     has += ["label_accuracy", *CLASS_METRICS] if labels else []
     has += ["accuracy", "accuracy_norm"] if task.recipe.data.format == "multiple_choice" else []
     has += ["number_match"] if task.recipe.evaluation.generate else []
@@ -176,3 +187,13 @@ def means(table: Tensor, prefix: str, answers: bool, labels: bool) -> dict[str, 
     if labels:
         scores["label_accuracy"] = float(table[:, 4].mean())
     return {f"{prefix}/{name}": value for name, value in scores.items()}
+
+
+def bits_per_byte(table: Tensor, prefix: str) -> dict[str, float]:
+    """Return the loss of all rows in bits, over the UTF-8 bytes of the raw text that their targets stand for.
+
+    It is the length of the text under the model, -log2 p of the tokens and of the end token of each document, so it
+    compares models of different tokenizers. Nothing where no bytes are known.
+    """
+    size = float(table[:, COLUMNS.index("text_bytes")].sum())
+    return {f"{prefix}/bits_per_byte": float(table[:, 0].sum()) / math.log(2) / size} if size else {}
