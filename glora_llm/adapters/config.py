@@ -10,6 +10,7 @@ from torch import nn
 import glora_llm.adapters.own  # noqa: F401 - registers its methods
 from glora_llm.adapters.methods import METHODS, check_method
 from glora_llm.adapters.peft_arguments import check_arguments, no_effect_is_an_error
+from glora_llm.adapters.prompt_arguments import PROMPT_METHODS, check_prompt
 from glora_llm.adapters.stateful import STATEFUL_METHODS
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig
@@ -131,6 +132,10 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         wanted["use_rslora"] = True
     given = section.peft or {}
     check_arguments(config_class, given)
+    if section.method in PROMPT_METHODS:
+        check_prompt(section)
+        if shared["task_type"] is None:  # PEFT names the task of every prompt, and trains the head itself
+            shared = {"task_type": "SEQ_CLS", "modules_to_save": section.modules_to_save}
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | given
     with no_effect_is_an_error(given):
         return config_class(**values)

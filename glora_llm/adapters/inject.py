@@ -1,5 +1,6 @@
 """Inject the adapter of a recipe into a base model."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.adapters.peft_arguments import no_effect_is_an_error
+from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
+from glora_llm.adapters.prompts import accept_prompt, install_prompt
 from glora_llm.adapters.targets import name_linears, require_names
 from glora_llm.adapters.tuner import ModuleLayer
 from glora_llm.errors import UserError
@@ -40,8 +43,12 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     try:
         is_language_model = hasattr(base, "prepare_inputs_for_generation")
         config = adapter_config(section, seed, steps, None if is_language_model else base, genome)
-        with no_effect_is_an_error(section.peft or {}):
+        is_prompt = section.method in PROMPT_METHODS
+        accepting = accept_prompt(base, section.method) if is_prompt else contextlib.nullcontext()
+        with no_effect_is_an_error(section.peft or {}), accepting:
             model = get_peft_model(base, config)
+        if is_prompt:
+            install_prompt(model)
     except UserError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:

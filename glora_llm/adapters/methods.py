@@ -23,6 +23,7 @@ class Method:
         places: it knows where in a block it goes, which adapter.targets `all-linear` leaves to it.
         tuner: the PEFT type of which it is a preset, by `arguments`; empty: it has one of its own name.
         quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
+        kinds: of models that it trains, as `models.families` names them.
     """
 
     source: str
@@ -31,7 +32,15 @@ class Method:
     places: bool = False
     tuner: str = ""
     quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
+    kinds: tuple[str, ...] = ("text", "classification", "images")
 
+
+KINDS = {
+    "text": "language models",
+    "classification": "language models with a head (task: classification, regression)",
+    "images": "image classifiers",
+}
+OF_TEXT = ("text", "classification")
 
 NONLINEAR = (
     "its nonlinearity is no part of a plain model. RUN/adapter is a PEFT folder, which PeftModel.from_pretrained loads "
@@ -48,6 +57,21 @@ FOUR_BITS, NONE = (
     ("nf4", "fp4"),
     (),
 )  # PEFT's layer reads the weight as a matrix of numbers, which int8 or 4 bits are not
+PROMPT_STAYS = (
+    "its prompt stands before every sample, and no weight of a plain model holds that. PEFT loads the folder "
+    "RUN/adapter on the base as it is"
+)
+VISUAL_PROMPT_STAYS = (
+    "its prompts are further tokens of its layers' input, and no weight of a plain model holds these. PEFT loads the "
+    "folder RUN/adapter where glora_llm.adapters.own is imported"
+)
+
+
+def _prompt(source: str, tuner: str = "", **arguments: Any) -> Method:
+    """Return a prompt of PEFT; see `prompts`."""
+    return Method(source, PROMPT_STAYS, arguments, tuner=tuner, kinds=OF_TEXT)
+
+
 METHODS: dict[str, Method] = {
     "glora": Method("2306.07967"),
     "full": Method("the whole model is trained", quantised=NONE),
@@ -73,6 +97,10 @@ METHODS: dict[str, Method] = {
     "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
     "osf": Method("2504.07097", quantised=NONE),
     "peanut": Method("2410.01870", quantised=NONE),
+    "p_tuning": _prompt("2103.10385", num_virtual_tokens=20),
+    "p_tuning_v2": _prompt("2110.07602", "prefix_tuning", num_virtual_tokens=20, prefix_projection=False),
+    "prefix_tuning": _prompt("2101.00190", num_virtual_tokens=10, prefix_projection=True, encoder_hidden_size=512),
+    "prompt_tuning": _prompt("2104.08691", num_virtual_tokens=20),
     "psoft": Method("openreview.net, FSHrinMArK", quantised=NONE),
     "pvera": Method("2512.07703", arguments={"save_projection": False}),
     "randlora": Method("2502.00987"),
@@ -80,6 +108,7 @@ METHODS: dict[str, Method] = {
     "road": Method("2409.00119"),
     "ssf": Method("2210.08823", places=True),
     "supertuning": Method("2607.09287", quantised=NONE),
+    "vpt": Method("2203.12119", VISUAL_PROMPT_STAYS, places=True, kinds=("images",)),
     "vera": Method("2310.11454", arguments={"save_projection": False}),
     "waveft": Method("2505.12532"),
     "houlsby": _bottleneck("1902.00751", places="both", activation="gelu_new"),
@@ -89,15 +118,14 @@ METHODS: dict[str, Method] = {
     "compacter": _bottleneck("2106.04647", places="both", activation="gelu_new", kronecker=4),
 }
 
-_PROMPT = "it learns a prompt, and only methods that adapt modules train here"
 _BASE_VALUES = "it chooses what to train by the values of the base, which a plan without weights does not have"
 # methods of PEFT that do not train here -> why
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ["cartridge", "cpt", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning"], _PROMPT
-    ),
     **dict.fromkeys(["adamss", "frod", "shira"], _BASE_VALUES),
     "adaption_prompt": "it puts prompts into attention layers of its own, which packed samples do not go through",
+    "cartridge": "its prefix is distilled from a long text that the model has read, and a run here learns from samples",
+    "cpt": "its prompt is the tokens of chosen examples with a loss of its own, which PEFT's forward pass alone has",
+    "multitask_prompt_tuning": "it needs the number of a task with every record, and a run here has one task",
     "poly": "it needs the number of a task with every record, and a run here has one task",
     "shadow": "it replaces the model's own forward pass, and the loss here is computed from hidden states",
     "tinylora": "its trained vectors are shared between layers, and PEFT does not save them by their own names",
@@ -161,6 +189,20 @@ def check_method(section: AdapterSection) -> None:
             f"adapter.method '{name}' is unknown.{nearest(name, METHODS)} There is: {', '.join(sorted(METHODS))}."
         )
     check_start(section)
+
+
+def check_kind(section: AdapterSection, kind: str) -> None:
+    """Check that a method trains models of this kind.
+
+    Raises:
+        UserError: naming the kinds that it trains.
+    """
+    known = METHODS[section.method].kinds
+    if kind not in known:
+        raise UserError(
+            f"adapter.method {section.method} trains {' and '.join(KINDS[name] for name in known)}, and this recipe "
+            f"has one of the {KINDS[kind]}. `glora-llm methods` lists those for each."
+        )
 
 
 def check_quantised(section: AdapterSection, quantization: str) -> None:

@@ -2,4 +2,5 @@
 
 import glora_llm.adapters.bottleneck
 import glora_llm.adapters.repadapter
-import glora_llm.adapters.ssf  # noqa: F401
+import glora_llm.adapters.ssf
+import glora_llm.adapters.vpt  # noqa: F401

@@ -1,13 +1,17 @@
 """List, load and save the trained weights of an adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
+from glora_llm.adapters.prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
 from glora_llm.errors import UserError
 from glora_llm.glora.learning_rates import lr_factors
@@ -66,9 +70,11 @@ def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
         raise UserError(f"adapter.weights: {folder} is damaged: {problem}.")
     require_same_function(model.peft_config["default"], folder)
     names = _saved_names(model, items)
+    given_by_encoder = {SAVED} if _has_prompt(model) and SAVED not in names.values() else set()
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = set(file.keys()) - given_by_encoder
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in stored}
     except SafetensorError as error:
         raise UserError(f"adapter.weights: {folder / ADAPTER_WEIGHTS} is no safetensors file: {error}.") from None
     patterns = _pruned(folder)
@@ -96,9 +102,11 @@ def _saved_names(model: Any, items: list[Trainable]) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     state = {item.name: item.parameter for item in items}
-    saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    with _prompt_given(model, torch.empty(0)):
+        saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     name_of = {id(parameter): name for name, parameter in saved.items()}
-    return {item.name: name_of.get(id(item.parameter), item.name) for item in items}
+    names = {item.name: name_of.get(id(item.parameter), item.name) for item in items}
+    return names | saved_prompt_names(list(state)) if _has_prompt(model) else names
 
 
 def adapter_fault(folder: Path) -> str | None:
@@ -111,5 +119,27 @@ def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    prompt = saved_prompt(model, weights) if _has_prompt(model) else {}
+    with _prompt_given(model, prompt.get(SAVED)):
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    if len(prompt) > 1:
+        file = folder / ADAPTER_WEIGHTS
+        save_file({name: t.contiguous() for name, t in (load_file(file) | prompt).items()}, file, {"format": "pt"})
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _has_prompt(model: Any) -> bool:
+    return learns_prompt(model.peft_config["default"])
+
+
+@contextmanager
+def _prompt_given(model: Any, prompt: Tensor | None) -> Iterator[None]:
+    """Let PEFT save this prompt, and not compute one from weights that other processes hold parts of."""
+    if prompt is None or not _has_prompt(model):
+        yield
+        return
+    model.get_prompt_embedding_to_save = lambda adapter_name: prompt
+    try:
+        yield
+    finally:
+        del model.get_prompt_embedding_to_save

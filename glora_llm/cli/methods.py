@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from glora_llm.adapters.methods import METHODS, REFUSED
+from glora_llm.adapters.methods import KINDS, METHODS, REFUSED
 
 METHODS_HELP = """\
 List the values of adapter.method: on which bases each trains, whether it merges into a plain
@@ -36,6 +36,9 @@ def methods(arguments: argparse.Namespace) -> int:
         "\nEach trains language models, language models with a head (task: classification, regression) and image\n"
         "classifiers, under ZeRO 0 to 3. int8 bases do not go with ZeRO 3."
     )
+    for name, method in METHODS.items():
+        if set(method.kinds) != set(KINDS):
+            print(f"\n{name} trains {' and '.join(KINDS[kind] for kind in method.kinds)} alone.", end="")
     for name, method in METHODS.items():
         if method.unmerged:
             print(f"\n{name} does not merge: {method.unmerged}.", end="")

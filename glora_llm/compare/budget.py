@@ -10,6 +10,7 @@ from glora_llm.errors import UserError
 from glora_llm.models.load import meta_model
 from glora_llm.plan.checks import check_ranks
 from glora_llm.plan.plan import Plan
+from glora_llm.plan.prompt_checks import check_room
 from glora_llm.plan.step_memory import without_start
 from glora_llm.plan.trained_counts import trained_counts
 from glora_llm.schema import AdapterSection
@@ -39,7 +40,9 @@ def parameters_of(plan: Plan, section: AdapterSection) -> int:
         UserError: where the method, or this value of its knob, does not fit the model.
     """
     bare = meta_model(plan.recipe.model, plan.base.folder)
-    check_ranks(plan.recipe.model_copy(update={"adapter": section}), bare, None)
+    recipe = plan.recipe.model_copy(update={"adapter": section})
+    check_ranks(recipe, bare, None)
+    check_room(recipe, bare.config)
     return trained_counts(inject(bare, without_start(section), plan.recipe.training.seed, plan.steps, None)).total
 
 

@@ -11,7 +11,12 @@ from glora_llm.schema.slots import Preset
 
 PRESETS = tuple(f"glora:{name}" for name in get_args(Preset))
 # methods whose number of parameters another argument of PEFT sets than the rank
-KNOBS = {"fourierft": "n_frequency", "waveft": "n_frequency", "c3a": "block_size", "boft": "boft_block_size"}
+KNOBS = {
+    **dict.fromkeys(["fourierft", "waveft"], "n_frequency"),
+    **{"c3a": "block_size", "boft": "boft_block_size", "vpt": "num_tokens"},
+    **dict.fromkeys(["prompt_tuning", "p_tuning_v2"], "num_virtual_tokens"),
+    **dict.fromkeys(["p_tuning", "prefix_tuning"], "encoder_hidden_size"),  # of the MLP that gives the prompt
+}
 WITHOUT_KNOB = ("full", "ia3", "ln_tuning", "beft", "road", "osf", "ssf", "glora:bitfit", "glora:ssf", "glora:ia3_like")
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)  # of adapters
 FULL_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of a model that is trained as a whole

@@ -17,7 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import glora_llm.glora  # noqa: F401 - registers the tuner
-from glora_llm.adapters.start import ADAPTER_WEIGHTS
+from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
+from glora_llm.adapters.prompts import accept_prompt, install_prompt
+from glora_llm.adapters.start import ADAPTER_WEIGHTS, saved_config
 from glora_llm.errors import UserError
 from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.glora.dense_model import dense_linear
@@ -74,7 +76,11 @@ def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    adapted = PeftModel.from_pretrained(model, str(adapter), torch_device=str(device))
+    method = (saved_config(adapter) or {}).get("peft_type", "").lower()
+    with accept_prompt(model, method) if method in PROMPT_METHODS else contextlib.nullcontext():
+        adapted = PeftModel.from_pretrained(model, str(adapter), torch_device=str(device))
+    if method in PROMPT_METHODS:
+        install_prompt(adapted)
     expected = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if ".slot_" in name}
     if expected:
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as opened:

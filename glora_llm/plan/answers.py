@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from glora_llm.adapters.prompt_arguments import prompt_length
 from glora_llm.data.row_prompt import prompt_and_answer
 from glora_llm.errors import UserError
 from glora_llm.models.config_file import load_config
@@ -57,7 +58,8 @@ def check_answers(recipe: Recipe, task: Task, folder: Path, trains: bool) -> Non
     for name, rows in task.tests.items():
         pairs = [prompt_and_answer(rows.row(index)) for index in range(len(rows))]
         if room is not None:
-            _require_room(name, max(len(prompt) for prompt, _ in pairs), room, section)
+            longest = max(len(prompt) for prompt, _ in pairs) + prompt_length(recipe.adapter)
+            _require_room(name, longest, room, section)
         if section.score == "number":
             require_answers(name, [decode(task, answer) for _, answer in pairs])
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from glora_llm.adapters.methods import METHODS, check_quantised
+from glora_llm.adapters.methods import METHODS, check_kind, check_quantised
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
 from glora_llm.plan.answers import check_generate
@@ -174,6 +174,8 @@ def _check_origin(recipe: Recipe) -> None:
         )
     if recipe.adapter.method in METHODS:  # else another check names it
         check_quantised(recipe.adapter, model.quantization)
+        images = recipe.data.format == "images"
+        check_kind(recipe.adapter, "classification" if recipe.head else "images" if images else "text")
 
 
 def check_search(recipe: Recipe) -> None:

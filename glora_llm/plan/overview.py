@@ -21,6 +21,7 @@ from glora_llm.plan.checks import check_float16, check_masters, check_ranks
 from glora_llm.plan.lossless import find_losses, refuse_losses
 from glora_llm.plan.mergeable import merge_obstacle
 from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.prompt_checks import check_room
 from glora_llm.plan.step_memory import without_start
 from glora_llm.schema import Recipe
 from glora_llm.search.space import space_of
@@ -127,6 +128,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         if base.fingerprint and bare.config.model_type in SAME_NAMES and not is_ours(base.folder):
             require_stored(bare, base.folder)
         check_ranks(recipe, bare, genome)
+        check_room(recipe, bare.config)
         names = set(load.linear_names(bare))
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.adapter.weights is not None:

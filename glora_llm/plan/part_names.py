@@ -3,10 +3,9 @@
 import re
 
 SLOT = re.compile(r"\.slot_([A-E])\.|\.(lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd])(?:\.|$)")
-PARTS = (
-    r"slot_[A-E]|lora_\w+|ia3_l|vera_\w+|bottleneck_\w+|fusion_\w+|ssf_\w+|repadapter_\w+|modules_to_save|base_layer"
-)
+PARTS = r"slot_[A-E]|ia3_l|(?:lora|vera|bottleneck|fusion|ssf|repadapter|vpt)_\w+|modules_to_save|base_layer"
 ADAPTER_PART = re.compile(rf"\.({PARTS})(\.|$)")
+PROMPT = "prompt_encoder"  # of a prompt method: one part of the model, whatever modules it is made of
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -24,13 +23,15 @@ def kind_of_module(name: str) -> str:
 
 def owner_of(name: str) -> str:
     """Return the module that a tensor is trained in, such as `model.layers.0.self_attn.q_proj`."""
+    if name.startswith(f"{PROMPT}."):
+        return PROMPT
     part = ADAPTER_PART.search(name)
     return name[: part.start()] if part else name.rpartition(".")[0]
 
 
 def layer_of(name: str) -> str:
     """Return the number of the layer, or `other`."""
-    layer = LAYER.search(f".{name}")
+    layer = None if name.startswith(f"{PROMPT}.") else LAYER.search(f".{name}")
     return layer[1] if layer else "other"
 
 

@@ -20,6 +20,7 @@ from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.answers import check_answers
 from glora_llm.plan.checks import check_combination, check_watched_score
+from glora_llm.plan.prompt_checks import check_packing
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.schema import Recipe
 from glora_llm.tasks.heads import head_task
@@ -114,6 +115,8 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     with found.collected():
         deepspeed = resolve_deepspeed_config(recipe.training, dtype, world_size)
         check_combination(recipe, deepspeed.stage)
+        if world_size is not None:
+            check_packing(recipe)
     with found.collected():
         genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     with found.collected():

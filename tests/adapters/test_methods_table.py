@@ -20,6 +20,7 @@ from tests.first_hour.test_methods import NEEDED
 
 IDS = torch.arange(24).reshape(2, 12)
 CPU = torch.device("cpu")
+OF_TEXT = [name for name, method in METHODS.items() if "text" in method.kinds]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +54,7 @@ def base_folder() -> Any:
     return embedded_folder("tiny-llama")
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "nf4" in method.quantised])
+@pytest.mark.parametrize("name", [name for name in OF_TEXT if "nf4" in METHODS[name].quantised])
 def test_four_bits(name: str) -> None:
     logits, gradients = trained(name, "nf4", unpacked=False)
     wanted, wanted_gradients = trained(name, "nf4", unpacked=True)
@@ -62,7 +63,7 @@ def test_four_bits(name: str) -> None:
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "int8" in method.quantised])
+@pytest.mark.parametrize("name", [name for name in OF_TEXT if "int8" in METHODS[name].quantised])
 def test_int8(name: str) -> None:
     """Its linears round their inputs to 8 bits: logits and gradients differ by that."""
     logits, gradients = trained(name, "int8", unpacked=False)
@@ -87,11 +88,15 @@ def test_classifiers_train(name: str) -> None:
     torch.manual_seed(0)
     vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
     llama = LlamaForSequenceClassification(LlamaConfig(vocab_size=32, num_labels=3, pad_token_id=0, **sizes))
-    inputs: dict[Any, dict[str, Tensor]] = {
-        vit: {"pixel_values": torch.randn(2, 3, 16, 16)},
-        llama: {"input_ids": IDS},
+    inputs: dict[str, tuple[Any, dict[str, Tensor]]] = {
+        "images": (vit, {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        "classification": (llama, {"input_ids": IDS}),
     }
-    for base, given in inputs.items():
+    for kind, (base, given) in inputs.items():
+        if kind not in METHODS[name].kinds:
+            with pytest.raises(UserError, match=f"adapter.method {name} puts"):
+                inject(base, section(name), seed=0, steps=10)
+            continue
         model = inject(base, section(name), seed=0, steps=10)
         model(**given, labels=torch.tensor([0, 1])).loss.backward()
         without = [

@@ -12,6 +12,7 @@ from tests.bad_input.link_cases import LINKS
 from tests.bad_input.model_cases import CONFIGS
 from tests.bad_input.number_cases import NUMBERS
 from tests.bad_input.peft_cases import PEFT_ARGUMENTS
+from tests.bad_input.prompt_cases import PROMPTS
 from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.score_cases import SCORES
@@ -37,6 +38,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "model folder, tokenizer; model section": TOKENIZERS,
     "adapter": ADAPTERS,
     "arguments of PEFT's methods": PEFT_ARGUMENTS,
+    "prompts": PROMPTS,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "run folder; merge, evaluate, search": FOLDERS,

@@ -1,0 +1,33 @@
+"""The arguments of methods that learn a prompt (see `adapters.prompts`), as a recipe gives them."""
+
+from glora_llm.adapters.methods import METHODS
+from glora_llm.errors import UserError
+from glora_llm.schema import AdapterSection
+
+PROMPT_METHODS = ("p_tuning", "p_tuning_v2", "prefix_tuning", "prompt_tuning")
+
+
+def prompt_length(section: AdapterSection) -> int:
+    """Return the tokens of a method's prompt, which take room in the model's context; 0: it has none."""
+    if section.method not in PROMPT_METHODS:
+        return 0
+    length = (dict(METHODS[section.method].arguments) | (section.peft or {}))["num_virtual_tokens"]
+    return length if isinstance(length, int) else 0
+
+
+def check_prompt(section: AdapterSection) -> None:
+    """Check the length of a prompt, and that its keys and values are given as the method's name says.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    given = section.peft or {}
+    if prompt_length(section) < 1:
+        raise UserError(
+            f"adapter.peft.num_virtual_tokens is {given['num_virtual_tokens']}; a prompt has 1 token or more."
+        )
+    if section.method == "p_tuning_v2" and given.get("prefix_projection"):
+        raise UserError(
+            "adapter.method p_tuning_v2 learns keys and values themselves, and adapter.peft.prefix_projection gives "
+            "them by an MLP: that is adapter.method=prefix_tuning."
+        )
