@@ -12,7 +12,7 @@ from glora_llm.adapters.methods import METHODS, check_method
 from glora_llm.adapters.peft_arguments import check_arguments, no_effect_is_an_error
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS, check_prompt
 from glora_llm.adapters.stateful import STATEFUL_METHODS
-from glora_llm.errors import UserError
+from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
 from glora_llm.models.families import head_names
@@ -137,8 +137,11 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
         if shared["task_type"] is None:  # PEFT names the task of every prompt, and trains the head itself
             shared = {"task_type": "SEQ_CLS", "modules_to_save": section.modules_to_save}
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | given
-    with no_effect_is_an_error(given):
-        return config_class(**values)
+    try:
+        with no_effect_is_an_error(given):
+            return config_class(**values)
+    except AdapterError as error:  # of a configuration of our own
+        raise UserError(f"adapter.method {section.method}: {error}") from None
 
 
 def _body_linears(classifier: nn.Module) -> list[str]:

@@ -68,7 +68,7 @@ class SSFLayer(ModuleLayer):
         if not is_place(base_layer):
             kind = type(base_layer).__name__
             raise UserError(
-                f"SSF scales the output of linears, convolutions and norms with a weight; this is a {kind}."
+                f"SSF scales the output of linears, convolutions and norms with a weight; this is of class {kind}."
             )
         self.out_features = _width(base_layer)
         self.ssf_scale, self.ssf_shift = nn.ParameterDict(), nn.ParameterDict()

@@ -123,5 +123,5 @@ def test_init_std_zero_changes_nothing() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(AdapterError, match=r"init_std is -1; expected a standard deviation"):
         SSFConfig(init_std=-1)
-    with pytest.raises(AdapterError, match=r"wte: SSF scales the output of linears, .* this is a Embedding"):
+    with pytest.raises(AdapterError, match=r"wte: SSF scales the output of linears, .* this is of class Embedding"):
         get_peft_model(tiny_model("gpt2"), SSFConfig(target_modules=["wte"]))

@@ -24,6 +24,26 @@ PEFT_ARGUMENTS: dict[str, Case] = {
     )
 }
 PEFT_ARGUMENTS |= {
+    f"peft, {method}: {words}": bad(says, f"adapter.method={method}", words)
+    for method, words, says in (
+        ("ssf", "adapter.peft={init_std: 2}", "init_std is 2; expected a standard deviation from 0 to below 1."),
+        ("ssf", "adapter.peft={init_std: x}", "adapter.peft.init_std: got 'x' (str); SSFConfig takes float."),
+        ("ssf", "adapter.peft={shift: false}", "SSFConfig has no such argument."),
+        ("ssf", "adapter.targets=[embed_tokens]", "SSF scales the output of linears, convolutions and norms with a"),
+        ("repadapter", "adapter.rank=7", "groups is 2 and the rank is 7: the groups must divide it"),
+        ("repadapter", "adapter.rank=66", "A rank of 66 is above the smaller side of every linear of this model"),
+        (
+            "repadapter",
+            "adapter.peft={groups: 3, r: 9}",
+            "3 groups do not divide the 64 inputs: set adapter.peft.groups",
+        ),
+        ("repadapter", "adapter.peft={places: [mlp]}", "expected one or both of attention, feed_forward."),
+        ("repadapter", "adapter.peft={places: []}", "places is []; expected one or both of attention, feed_forward."),
+        ("repadapter", "adapter.peft={scale: 0}", "scale is 0, and nothing would be trained"),
+        ("repadapter", "adapter.targets=[norm]", "RepAdapter goes before attention and feed-forward modules, and"),
+    )
+}
+PEFT_ARGUMENTS |= {
     "peft, lora: a whole number for a float": bad("", "adapter.method=lora", "adapter.peft={lora_dropout: 0}"),
     "peft, lora: a float for alpha": bad("", "adapter.method=lora", "adapter.peft={lora_alpha: 8.5}"),
 }

@@ -16,8 +16,8 @@ from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.schema import AdapterSection
 
 BUDGET = 30_000
-METHODS = ["lora", "rslora", "dora", "loha", "lokr", "hra", "oft", "vera", "miss", "fourierft", "c3a", "ia3"]
-METHODS += ["glora", "glora:lora", "glora:hira", "glora:repadapter", "glora:ssf"]
+METHODS = ["lora", "rslora", "dora", "loha", "lokr", "hra", "oft", "vera", "miss", "fourierft", "c3a", "ia3", "ssf"]
+METHODS += ["repadapter", "glora", "glora:lora", "glora:hira", "glora:repadapter", "glora:ssf"]
 
 
 @pytest.fixture(scope="module")
