@@ -31,6 +31,8 @@ def reads_base(section: AdapterSection) -> bool:
     """
     if section.method in METHODS and METHODS[section.method].places:  # methods of our own go by names and shapes
         return False
+    if section.method in PROMPT_METHODS:
+        return (section.peft or {}).get("prompt_tuning_init", "RANDOM") != "RANDOM"
     return section.method not in ("full", "glora", "lora", "rslora") or bool(section.peft)
 
 

@@ -31,14 +31,6 @@ from glora_llm.models.families import body, built_as, looks_both_ways
 
 PREFIXES = ("prefix_tuning", "p_tuning_v2")
 PACKED = ("segment_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-SAVED = "prompt_embeddings"  # PEFT's name of what a prompt's encoder gives, which is all that it saves
-ENCODER = "encoder_weights."  # our names of the encoder's own weights, which PEFT passes over
-OF_ENCODER = "prompt_encoder.default."
-
-
-def learns_prompt(config: Any) -> bool:
-    """Tell whether a configuration of PEFT is of a prompt method."""
-    return bool(config.is_prompt_learning)
 
 
 @contextmanager
@@ -219,7 +211,13 @@ class _PrefixLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return the keys and values (B, K, P + T, D) of a batch of keys and values (B, K, T, D)."""
         self.is_read = True
-        rows = key_states.shape[0]
+        rows, heads, _, size = key_states.shape
+        _, made, _, made_size = self.keys.shape
+        if (heads, size) != (made, made_size):
+            raise UserError(
+                f"The attention has {heads} key-value heads of size {size}, and PEFT makes a prefix for {made} of size "
+                f"{made_size}: set adapter.peft.num_attention_heads={heads} and adapter.peft.token_dim={heads * size}."
+            )
         keys, values = (part.to(key_states.dtype).expand(rows, -1, -1, -1) for part in (self.keys, self.values))
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
@@ -231,6 +229,22 @@ def _require_read(cache: Any, model_type: str) -> None:
             f"A {model_type} model has layers that read no keys and values before those of its tokens, so no prefix "
             "can be put there. Take adapter.method=prompt_tuning."
         )
+
+
+def check_prefix(model: Any) -> None:
+    """Check that a prefix fits the attention of a model without weights, on two tokens without values.
+
+    Raises:
+        UserError: for layers that read no prefix, or one for other heads.
+    """
+    if model.active_peft_config.peft_type != "PREFIX_TUNING":
+        return
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            body(model.get_base_model())(input_ids=tokens, use_cache=False)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # a family that computes nothing like this
+        return
 
 
 def _lengths(position_ids: Tensor) -> list[int]:
@@ -251,32 +265,3 @@ def _places(lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     apart = starts + torch.minimum(columns, sizes - 1)
     back = torch.arange(len(lengths) * longest).view(len(lengths), longest)[columns < sizes]
     return apart, back
-
-
-def saved_prompt(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what an adapter folder holds of a prompt's encoder: the prompt, and the weights that gave it.
-
-    PEFT saves the prompt alone, of which the weights of an MLP or LSTM cannot be told: training could not go on.
-
-    Args:
-        model: PEFT's model; its parameters may be shared out over processes, and are not read.
-        weights: of the model's trained parameters, by name, whole.
-    """
-    own = {name.removeprefix(OF_ENCODER): value for name, value in weights.items() if name.startswith(OF_ENCODER)}
-    if own.keys() == {"embedding.weight"}:
-        return {SAVED: own["embedding.weight"]}
-    config = model.peft_config["default"]
-    with torch.device("meta"):  # draws no random numbers
-        encoder = type(model.prompt_encoder["default"])(config)
-    encoder.to_empty(device="cpu").load_state_dict(own)
-    with torch.no_grad():
-        prompt = encoder.eval()(torch.arange(config.num_virtual_tokens)[None])[0]
-    return {SAVED: prompt} | {ENCODER + name: value for name, value in own.items()}
-
-
-def saved_prompt_names(names: Sequence[str]) -> dict[str, str]:
-    """Return by the name of each trained parameter of a prompt's encoder the one under which it is saved."""
-    own = [name for name in names if name.startswith(OF_ENCODER)]
-    if own == [f"{OF_ENCODER}embedding.weight"]:
-        return {own[0]: SAVED}
-    return {name: ENCODER + name.removeprefix(OF_ENCODER) for name in own}

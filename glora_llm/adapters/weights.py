@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
-from glora_llm.adapters.prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
+from glora_llm.adapters.saved_prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
 from glora_llm.errors import UserError
 from glora_llm.glora.learning_rates import lr_factors

@@ -1,9 +1,12 @@
 """`glora-llm methods`: list the adapter methods."""
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from glora_llm.adapters.methods import KINDS, METHODS, REFUSED
+
+Value = TypeVar("Value")
 
 METHODS_HELP = """\
 List the values of adapter.method: on which bases each trains, whether it merges into a plain
@@ -27,22 +30,27 @@ def add_command(commands: Any, style: Any) -> None:
 
 def methods(arguments: argparse.Namespace) -> int:
     """Run `glora-llm methods`."""
-    print(f"{'method':<13} {'base':<22} {'merges':<8} source (a number: arXiv)")
+    width = max(map(len, METHODS))
+    print(f"{'method':<{width}} {'base':<22} {'merges':<8} source (a number: arXiv)")
     for name, method in METHODS.items():
         base = ", ".join(("dense", *method.quantised))
         merges = "no" if method.unmerged else "yes"
-        print(f"{name:<13} {base:<22} {merges:<8} {method.source}")
+        print(f"{name:<{width}} {base:<22} {merges:<8} {method.source}")
     print(
         "\nEach trains language models, language models with a head (task: classification, regression) and image\n"
-        "classifiers, under ZeRO 0 to 3. int8 bases do not go with ZeRO 3."
+        "classifiers, where nothing else is said below, under ZeRO 0 to 3. int8 bases do not go with ZeRO 3."
     )
-    for name, method in METHODS.items():
-        if set(method.kinds) != set(KINDS):
-            print(f"\n{name} trains {' and '.join(KINDS[kind] for kind in method.kinds)} alone.", end="")
-    for name, method in METHODS.items():
-        if method.unmerged:
-            print(f"\n{name} does not merge: {method.unmerged}.", end="")
+    of_some = {name: m.kinds for name, m in METHODS.items() if set(m.kinds) != set(KINDS)}
+    for kinds, names in _by_value(of_some).items():
+        print(f"\ntrain {' and '.join(KINDS[kind] for kind in kinds)} alone: {', '.join(names)}.", end="")
+    for reason, names in _by_value({name: m.unmerged for name, m in METHODS.items() if m.unmerged}).items():
+        print(f"\nno merge of {', '.join(names)}: {reason}.", end="")
     print("\n\ndo not train here:")
     for name, reason in REFUSED.items():
         print(f"  {name:<24} {reason}")
     return 0
+
+
+def _by_value(values: Mapping[str, Value]) -> dict[Value, list[str]]:
+    """Return the names of each value."""
+    return {value: [name for name in values if values[name] == value] for value in values.values()}

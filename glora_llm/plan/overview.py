@@ -7,6 +7,7 @@ from typing import Any
 
 from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
+from glora_llm.adapters.prompts import PREFIXES, check_prefix
 from glora_llm.adapters.start import require_same_base
 from glora_llm.adapters.weights import check_weights, trainables
 from glora_llm.errors import Problems, UserError
@@ -131,6 +132,8 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         check_room(recipe, bare.config)
         names = set(load.linear_names(bare))
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
+        if recipe.adapter.method in PREFIXES:
+            check_prefix(model)
         if recipe.adapter.weights is not None:
             check_weights(model, trainables(model, recipe.adapter, 1.0), Path(recipe.adapter.weights))
             require_same_base(Path(recipe.adapter.weights), base.fingerprint)

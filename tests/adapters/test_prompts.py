@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,6 +25,7 @@ from transformers import (
 from glora_llm.adapters.config import adapter_config
 from glora_llm.adapters.inject import inject, without_adapter
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
+from glora_llm.adapters.prompts import check_prefix
 from glora_llm.adapters.weights import check_weights, load_start, save_adapter, trainables
 from glora_llm.data.batch import collate, join
 from glora_llm.data.store import Row
@@ -207,6 +210,20 @@ def test_a_head_reads_behind_the_prompt(name: str, tmp_path: Path) -> None:
         expected = torch.cat([theirs(input_ids=ids[:1, :4]).logits, theirs(input_ids=ids[1:]).logits])
         found = _with_adapter(make(), tmp_path, torch.device("cpu"))(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_prefix_for_other_heads_is_refused_without_weights() -> None:
+    """Falcon's queries share one key-value head, which its configuration does not say as PEFT reads it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": WORDS}
+    with torch.device("meta"):
+        falcon = FalconForCausalLM(FalconConfig(**sizes)).requires_grad_(False)
+    model = inject(falcon, section("p_tuning_v2"), seed=0, steps=1)
+    with pytest.raises(
+        UserError, match="has 1 key-value heads of size 8, and PEFT makes a prefix for 4 of size 8: set"
+    ):
+        check_prefix(model)
+    with torch.device("meta"):
+        check_prefix(inject(llama(), section("p_tuning_v2"), seed=0, steps=1))
 
 
 def test_a_head_of_an_encoder_is_refused() -> None:

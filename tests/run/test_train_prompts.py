@@ -61,5 +61,5 @@ def test_prompts_of_a_vit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert train_in_process("vit_cifar10_vlora_tiny", *IMAGES, f"output.dir={base}") == 0
     section = "adapter={method: vpt, peft: {num_tokens: 5, dropout: 0.1}}"
     more = [f"model.name_or_path={base / 'model'}", "model.config=null", "data.source=embedded:colours", section]
-    arguments = [*IMAGES, *more, "output.save_every=2", "training.deepspeed=zero2"]
+    arguments = [*IMAGES, *more, "output.save_every=2", "training.deepspeed=zero2", "model.quantization=nf4"]
     train_in_halves("vit_cifar10_vlora_tiny", arguments, tmp_path, capsys)
