@@ -16,6 +16,7 @@ from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
 from glora_llm.models.families import head_names
+from glora_llm.models.matrices import is_linear
 from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
 from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 
@@ -155,10 +156,10 @@ def _body_linears(classifier: nn.Module) -> list[str]:
     suffixes = linear_suffixes(inside)
     if not set(suffixes) & {part for name in heads for part in linear_suffixes(classifier.get_submodule(name))}:
         return suffixes
-    linears = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in classifier.named_modules() if is_linear(module)]
     return [name for name in linears if name.partition(".")[0] not in heads]
 
 
 def linear_suffixes(model: nn.Module) -> list[str]:
     """Return the last parts of the names of all linears."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)})

@@ -126,5 +126,5 @@ def adapted_with_bias(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in adapted_layers(model).items()
-        if any(path.touches_bias() for path in layer.path.values())
+        if layer.merges_into_bias and any(path.touches_bias() for path in layer.path.values())
     ]

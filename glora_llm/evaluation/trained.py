@@ -30,6 +30,7 @@ from glora_llm.models.families import auto_class
 from glora_llm.models.fingerprint import fingerprint, stored_bytes
 from glora_llm.models.folder import WEIGHTS, read_sharing, write_trained_config
 from glora_llm.models.load import compute_dtype, linear_names, load_base, meta_model
+from glora_llm.models.matrices import is_transposed
 from glora_llm.models.quantised import quantised_linear
 from glora_llm.models.stored import copy_tensors
 from glora_llm.plan.plan import Plan
@@ -142,6 +143,8 @@ def stream_adapted(
     hollow = hollow_model(folder, dtype, where)
     if hollow is None:
         return None
+    if section.quantization != "none" and any(is_transposed(linear) for linear in hollow.linears):
+        return None  # the files hold the transpose of what is quantised
     model = hollow.model
     if not plan.recipe.adapter.is_full:
         model = _with_adapter(model, adapter, where)

@@ -1,4 +1,7 @@
-"""One frozen linear with GLoRA slots, as a layer of PEFT. Each slot is a ModuleDict keyed by adapter name."""
+"""One frozen linear with GLoRA slots, as a layer of PEFT. Each slot is a ModuleDict keyed by adapter name.
+
+Layers of other kinds are subclasses: `conv`, `embedding`, `experts`.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,13 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from glora_llm.errors import AdapterError
-from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight, frozen_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
 from glora_llm.glora.modes import make_slot, slot_values
 from glora_llm.glora.path import LayerPath, slots_with
 from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
+from glora_llm.models.matrices import dense_twin, matrix_shape
 from glora_llm.schema.slots import SLOTS
 
 
@@ -23,13 +26,15 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     """A frozen linear with GLoRA slots.
 
     Args:
-        base_layer: `nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`, with or without bias.
+        base_layer: `nn.Linear`, with or without bias, transformers' `Conv1D` (a linear whose weight is stored as its
+            transpose, (I, O)), or bitsandbytes' `Linear4bit` or `Linear8bitLt`.
         input_dtype: of the inputs to come. It counts where an int8 base is merged, which computes in its input's dtype
             and has none of its own; None: torch's default.
     """
 
     adapter_layer_names = tuple(f"slot_{slot}" for slot in SLOTS)
     other_param_names = ("composition", "path", "dropout", "choices")
+    merges_into_bias = True  # C and E are a bias of the merged layer
 
     # Typed here because PEFT's mixin comes after nn.Module, whose attributes may be anything.
     get_base_layer: Callable[[], Any]
@@ -41,8 +46,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self._input_dtype = input_dtype or torch.get_default_dtype()
-        base: Any = base_layer
-        self.in_features, self.out_features = int(base.in_features), int(base.out_features)
+        self.out_features, self.in_features = matrix_shape(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.composition: dict[str, str] = {}
@@ -74,17 +78,22 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             )
         self.composition[adapter_name], self.path[adapter_name] = config.composition, path
         self.dropout[adapter_name] = config.dropout
-        shape = (config.composition, self.out_features, self.in_features, generator)
         if choices:
             self.choices[adapter_name] = choices
             for slot in slots_with(self.b0 is not None):
+                shape = (config.composition, *self._slot_shape(slot), generator)
                 getattr(self, f"slot_{slot}")[adapter_name] = make_choices(slot, choices[slot], *shape)
         for slot, spec in () if choices else path.active():
+            shape = (config.composition, *self._slot_shape(slot), generator)
             getattr(self, f"slot_{slot}")[adapter_name] = make_slot(slot, spec, *shape)
         if not config.init_weights:
             self._draw(adapter_name, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _slot_shape(self, slot: str) -> tuple[int, int]:
+        """Return (O, I) by which a slot's parameters are sized."""
+        return self.out_features, self.in_features
 
     def _draw(self, adapter_name: str, generator: torch.Generator | None) -> None:
         """Give every parameter of an adapter a small random value, as PEFT's `init_weights=False` does."""
@@ -134,23 +143,33 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             x = x.to(compute_dtype(self.base_layer) or given)
         dropout = self.dropout[adapter_name]
         dropped = nn.functional.dropout(x, dropout) if dropout and self.training else None
-        dtype, read = x.dtype, None
+        read = None
         if adapter_name in self.choices:
             parameters = self._parameters_of(adapter_name)
             if torch.is_grad_enabled():
                 x, read = gate(x, parameters)
         with torch.autocast(device, enabled=False):
-            y = glora_linear(
-                x,
-                lambda: dense_weight(self.base_layer, dtype),
-                self.out_features,
-                self.b0,
-                self.slots(adapter_name, read),
-                self.composition[adapter_name],
-                dropped,
-                frozen_weight(self.base_layer, dtype) if self.path[adapter_name]["A"].mode == "block" else None,
-            )
+            y = self._compute(x, dropped, adapter_name, read)
         return y if torch.is_autocast_enabled(device) else y.to(given)
+
+    def _compute(self, x: Tensor, dropped: Tensor | None, adapter_name: str, read: Any) -> Tensor:
+        """Return f(x) of one adapter in x's dtype; `dropped` is x after dropout, None: x itself."""
+        dtype = x.dtype
+        return glora_linear(
+            x,
+            lambda: dense_weight(self.base_layer, dtype),
+            self.out_features,
+            self.b0,
+            self.slots(adapter_name, read),
+            self.composition[adapter_name],
+            dropped,
+            frozen_weight(self.base_layer, dtype) if self.path[adapter_name]["A"].mode == "block" else None,
+        )
+
+    def output_gradients(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss's gradients by the weight, (O, I), and bias, (O), from dy at the output, in dy's dtype."""
+        dy = dy.reshape(-1, self.out_features)
+        return dy.t() @ x.reshape(-1, self.in_features).to(dy.dtype), dy.sum(0)
 
     def _parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """Return all modes' parameters, each read as an attribute: under ZeRO 3 that gathers a partitioned one.
@@ -209,7 +228,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         return weight, bias
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base by a dense linear with the adapters in it; the original is kept for an exact `unmerge`.
+        """Replace the base by a dense layer with the adapters in it; the original is kept for an exact `unmerge`.
 
         Raises:
             ValueError: with `safe_merge`, when a merged value is not finite; nothing is changed then.
@@ -221,8 +240,8 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         weight, bias = self.merged_weight(merged)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        linear = dense_model.dense_linear(weight, bias, self._merged_dtype())
-        self._unmerged, self.base_layer, self.merged_adapters = [self._original()], linear, merged
+        twin = dense_twin(self._original(), weight, bias, self._merged_dtype())
+        self._unmerged, self.base_layer, self.merged_adapters = [self._original()], twin, merged
 
     def unmerge(self) -> None:
         """Put the original base layer back, bit for bit."""

@@ -20,7 +20,10 @@ from torch import nn
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
+from glora_llm.glora.conv import GLoRAConv
+from glora_llm.glora.embedding import GLoRAEmbedding
 from glora_llm.glora.layer import GLoRALinear
+from glora_llm.models.matrices import CONVOLUTIONS, is_linear
 
 
 class GLoRAModel(BaseTuner):
@@ -124,14 +127,37 @@ def _encoder(model: Any) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
+# Bases that are wrapped as they are: a subclass with a forward pass of its own computes something else of its weight.
+KINDS: dict[type[nn.Module], type[GLoRALinear]] = {
+    **dict.fromkeys(CONVOLUTIONS, GLoRAConv),
+    nn.Embedding: GLoRAEmbedding,
+}
+
+
 def _wrap(target: nn.Module, name: str, input_dtype: torch.dtype | None) -> GLoRALinear:
-    if not isinstance(target, nn.Linear):
-        kind = str(target).partition("\n")[0]
-        raise AdapterError(
-            f"Target module {kind} is not supported. '{name}' is a {type(target).__name__}; GLoRA adapts nn.Linear and "
-            "bitsandbytes' Linear4bit and Linear8bitLt. Choose other adapter.targets."
-        )
-    return GLoRALinear(target, input_dtype)
+    if is_linear(target):
+        return GLoRALinear(target, input_dtype)
+    why = ""
+    for base, layer in KINDS.items():
+        if isinstance(target, base):
+            why = _other_function(target, base)
+            if not why:
+                return layer(target, input_dtype)
+    kind = str(target).partition("\n")[0]
+    raise AdapterError(
+        f"Target module {kind} is not supported. '{name}' is a {type(target).__name__}{why}; GLoRA adapts nn.Linear, "
+        "transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+        "nn.Embedding. Choose other adapter.targets."
+    )
+
+
+def _other_function(target: Any, base: Any) -> str:
+    """Return what a layer computes beside the function of its kind, in words; empty: nothing."""
+    if type(target).forward is not base.forward or "forward" in vars(target):
+        return f", whose forward pass is not that of {base.__name__}"
+    if isinstance(target, nn.Embedding) and target.max_norm is not None:
+        return " with max_norm, which rewrites its weight in every forward pass"
+    return ""
 
 
 register_peft_method(name="glora_llm", config_cls=GLoRAConfig, model_cls=GLoRAModel, prefix="slot_")

@@ -54,8 +54,7 @@ def slopes(layers: Mapping[str, GLoRALinear], loss: Callable[[], Tensor]) -> Ten
 @torch.no_grad()
 def _layer_slopes(layer: GLoRALinear, x: Tensor, dy: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    dy = dy.reshape(-1, layer.out_features).to(dtype)
-    gradient, total = dy.t() @ x.reshape(-1, layer.in_features).to(dtype), dy.sum(0)
+    gradient, total = layer.output_gradients(x, dy.to(dtype))
     w0 = dense_weight(layer.get_base_layer(), compute_dtype(layer.get_base_layer()) or x.dtype).to(dtype)
     b0 = None if layer.b0 is None else layer.b0.to(dtype)
     composition, values = layer.composition["default"], list[Tensor]()

@@ -13,12 +13,13 @@ from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.adapters.tuner import ModuleLayer
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import NOT_ENDED, fits
-from glora_llm.glora.dense_model import dense_linear
+from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.launch.device import choose_device
 from glora_llm.merge.frozen import trained_weight
 from glora_llm.merge.module_layers import merged_part, parts_of, with_real_norms
 from glora_llm.models.load import linear_names, meta_model
+from glora_llm.models.matrices import MATRICES, as_matrix, dense_twin, in_layout
 from glora_llm.models.stored import StoredTensors
 from glora_llm.schema import Recipe
 from glora_llm.vlora import to_dense
@@ -48,6 +49,7 @@ class AdapterLayers:
         self.weights = load_file(file)
         hollow = with_real_norms(_hollow(to_dense(meta_model(recipe.model, base))))
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
+        self.originals = {name: module for name, module in hollow.named_modules() if isinstance(module, MATRICES)}
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
         if recipe.adapter.method == "adalora":  # the ranks that training left to each layer
             saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -60,10 +62,11 @@ class AdapterLayers:
         self.layers = tuner_layers(self.model)
         self.parts = parts_of(self.layers)
         others = {name: layer for name, layer in self.layers.items() if not isinstance(layer, ModuleLayer)}
-        odd = [name for name, layer in others.items() if not isinstance(layer.get_base_layer(), nn.Linear)]
+        odd = [name for name, layer in others.items() if not isinstance(layer.get_base_layer(), MATRICES)]
         if odd:
             raise UserError(
-                f"'{odd[0]}' is no linear, and only adapted linears can be merged: leave it out of the targets."
+                f"'{odd[0]}' is no linear, convolution or embedding, and only these can be merged from a run's files: "
+                "leave it out of the targets."
             )
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         lacking = sorted(trained & set(result.missing_keys))
@@ -71,15 +74,34 @@ class AdapterLayers:
             raise UserError(f"{adapter} does not fit the recipe: it lacks {lacking[0]}.")
 
     def trained_weight(self, name: str, stored: StoredTensors, dtype: torch.dtype) -> Tensor:
-        """Return what the linear `name` computed with in training, float32 (the output head is never quantised).
+        """Return what the layer `name` computed with in training, (O, I) in float32; only linears are ever quantised.
 
         It lies on the GPU where there is one with room for the arithmetic, else on the CPU.
         """
         weight = stored.get(f"{name}.weight")
+        if name in self.originals:
+            weight = as_matrix(self.originals[name], weight).contiguous()
         where = merge_device(weight.numel())
         if name in self.decoder:
             return trained_weight(weight, self.section, dtype, where)
         return weight.to(where, dtype).float()
+
+    def in_layout(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight (O, I) of the layer `name` as the model's files hold it: a Conv1D's is transposed."""
+        return in_layout(self.originals[name], weight) if name in self.originals else weight
+
+    def stored_names(self) -> list[str]:
+        """Return the names of the modules whose weights the adapter changes."""
+        return [name for name, layer in self.layers.items() if not isinstance(layer, ModuleLayer)] + list(self.parts)
+
+    def embedding(self) -> str:
+        """Return the name of the module that looks tokens up; empty: there is none."""
+        base = self.model.get_base_model()
+        try:
+            wanted = base.get_input_embeddings()
+        except NotImplementedError:
+            return ""
+        return next((name for name, module in base.named_modules() if module is wanted), "")
 
     def replaced(self, name: str) -> Tensor | None:
         """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
@@ -87,7 +109,7 @@ class AdapterLayers:
 
     @torch.no_grad()
     def merged(self, name: str, w0: Tensor, b0: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return weight (O, I) and bias (O) of the linear `name` with the adapter in it, in float32, on w0's device.
+        """Return weight (O, I) and bias (O) of the layer `name` with the adapter in it, in float32, on w0's device.
 
         Raises:
             UserError: when a value is not finite.
@@ -97,14 +119,15 @@ class AdapterLayers:
         layer = self.layers[name]
         b0 = self.weights.get(f"{PEFT_ROOT}{name}.base_layer.bias", b0)  # trained too with LoRA's `bias` argument
         hollow = layer.base_layer
-        layer.base_layer = dense_linear(w0, None if b0 is None else b0.to(w0.device, w0.dtype), torch.float32)
+        layer.base_layer = dense_twin(hollow, w0, None if b0 is None else b0.to(w0.device, w0.dtype), torch.float32)
         layer.to(w0.device)  # the adapter's own tensors
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise UserError(f"{name}: a merged value is not finite. {error}") from error
-        linear: nn.Linear = layer.get_base_layer()
-        weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
+        made: Any = layer.get_base_layer()
+        bias = getattr(made, "bias", None)
+        weight, bias = dense_weight(made), None if bias is None else bias.data
         layer.base_layer, layer.merged_adapters = hollow, []
         if hasattr(layer, "_unmerged"):
             layer._unmerged = []
@@ -119,14 +142,15 @@ def merge_device(numbers: int) -> torch.device:
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """Give every linear of a model on meta a weight of its shape that takes no memory, so that adapters are real.
+    """Give every layer of a model on meta a weight of its shape that takes no memory, so that adapters are real.
 
     Its bias is real too: a head that is trained in full is copied with it.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            zeros = torch.zeros(1).expand(module.out_features, module.in_features)
+        if isinstance(module, MATRICES):
+            zeros = torch.zeros(1).expand(module.weight.shape)
             module.weight = nn.Parameter(zeros, requires_grad=False)
-            if module.bias is not None:
-                module.bias = nn.Parameter(torch.zeros(module.out_features), requires_grad=False)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                module.bias = nn.Parameter(torch.zeros(bias.shape), requires_grad=False)
     return model

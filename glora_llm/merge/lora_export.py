@@ -20,6 +20,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.path import PEFT_ROOT, LayerPath
 from glora_llm.merge.layers import AdapterLayers
+from glora_llm.models.matrices import is_linear, is_transposed
 from glora_llm.models.stored import stored_tensors
 from glora_llm.plan.plan import Plan
 
@@ -50,9 +51,9 @@ def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) ->
     tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
     with whole_folder(out) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
-        _write_config(
-            folder, ranks, with_bias, json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        )
+        transposed = any(is_transposed(layer.get_base_layer()) for layer in layers.layers.values())
+        saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        _write_config(folder, ranks, with_bias, transposed, saved)
 
 
 @torch.no_grad()
@@ -89,7 +90,12 @@ def _paths(layers: dict[str, GLoRALinear]) -> dict[str, LayerPath]:
 
 
 def _require_lora_form(layers: dict[str, GLoRALinear]) -> None:
-    wrong = []
+    wrong = [name for name, layer in layers.items() if not is_linear(layer.get_base_layer())]
+    if wrong:
+        raise UserError(
+            f"--to lora writes linears alone, and '{wrong[0]}' is none ({len(wrong)} such layers). Merge them instead: "
+            "glora-llm merge RUN --out DIR."
+        )
     for name, layer in layers.items():
         path = layer.path["default"]
         hadamard = layer.composition["default"] == "hadamard" and path["A"].mode == "lora"
@@ -102,8 +108,10 @@ def _require_lora_form(layers: dict[str, GLoRALinear]) -> None:
         )
 
 
-def _write_config(folder: Path, ranks: dict[str, int], with_bias: bool, glora: dict[str, object]) -> None:
-    """Scaling is 1 in every layer: alpha = rank."""
+def _write_config(
+    folder: Path, ranks: dict[str, int], with_bias: bool, transposed: bool, glora: dict[str, object]
+) -> None:
+    """Scaling is 1 in every layer: alpha = rank. A base of Conv1D layers holds its weights transposed."""
     from peft import LoraConfig
 
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -114,6 +122,7 @@ def _write_config(folder: Path, ranks: dict[str, int], with_bias: bool, glora: d
         rank_pattern=other,
         alpha_pattern=other,
         lora_bias=with_bias,
+        fan_in_fan_out=transposed,
         target_modules=sorted(ranks),
         modules_to_save=glora.get("modules_to_save"),
         task_type="CAUSAL_LM",

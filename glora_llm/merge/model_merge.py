@@ -14,6 +14,7 @@ from glora_llm.evaluation.progress import progress
 from glora_llm.merge.folder_writer import FolderWriter, folder_writer
 from glora_llm.merge.layers import AdapterLayers
 from glora_llm.models.bias import bias_switch, suffixes_with_bias
+from glora_llm.models.matrices import matrix_shape
 from glora_llm.models.stored import StoredTensors, stored_tensors
 from glora_llm.plan.mergeable import merge_obstacle
 from glora_llm.plan.plan import Plan
@@ -51,6 +52,7 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
     layers = mergeable_layers(plan, adapter)
     config = layers.model.get_base_model().config
     stored = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype)
+    require_stored_layers(layers, stored)
     size = stored.numbers() * getattr(torch, dtype).itemsize
     with folder_writer(out, getattr(torch, dtype), plan.recipe.merge.max_shard_gb, size) as writer:
         biased: set[str] = set()
@@ -62,6 +64,22 @@ def write_merged(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype, 
         zero_biases(config, layers, layers.decoder, biased, writer)
         add_untied_head(config, layers, stored, writer)
         write_settings(plan, config, writer.folder, dtype)
+
+
+def require_stored_layers(layers: AdapterLayers, stored: StoredTensors) -> None:
+    """Check that the base's files name the weight of every adapted layer as the model's modules do.
+
+    Raises:
+        UserError: naming the first that they do not.
+    """
+    absent = [name for name in layers.stored_names() if f"{name}.weight" not in stored]
+    if absent:
+        raise UserError(
+            f"The files of the base hold no {absent[0]}.weight, which is adapted: they name tensors in another way "
+            "than the modules of transformers do, or it is shared with another layer. Load the base by transformers, "
+            "save it (save_pretrained) and train on that folder; or leave a layer that is tied to another out of the "
+            "targets."
+        )
 
 
 def merged_tensors(
@@ -77,11 +95,11 @@ def merged_tensors(
             return  # the bias is written with its weight
         b0 = stored.get(f"{owner}.bias").to(dtype) if f"{owner}.bias" in stored else None
         weight, bias = layers.merged(owner, layers.trained_weight(owner, stored, dtype), b0)
-        yield name, weight
+        yield name, layers.in_layout(owner, weight)
         if bias is not None:
             yield f"{owner}.bias", bias
     elif owner in layers.decoder and kind == "weight":
-        yield name, layers.trained_weight(owner, stored, dtype)
+        yield name, layers.in_layout(owner, layers.trained_weight(owner, stored, dtype))
     else:
         yield name, stored.get(name)
 
@@ -95,16 +113,18 @@ def zero_biases(config: Any, layers: AdapterLayers, linears: set[str], biased: s
     expected = suffixes_with_bias(config)
     for name in sorted(linears - biased):
         if name.rpartition(".")[2] in expected:
-            module = layers.model.get_base_model().get_submodule(name)
-            writer.add(f"{name}.bias", torch.zeros(module.out_features))
+            writer.add(f"{name}.bias", torch.zeros(matrix_shape(layers.originals[name])[0]))
 
 
 def add_untied_head(config: Any, layers: AdapterLayers, stored: StoredTensors, writer: FolderWriter) -> None:
-    """Write the output head where it was the embedding, and one of both was trained in full: no longer the same."""
-    head, embedding = layers.replaced("lm_head.weight"), layers.replaced("model.embed_tokens.weight")
-    if head is None and embedding is not None:
-        head = stored.get("model.embed_tokens.weight")  # the unmerged head stays the frozen embedding
-    if head is not None and "lm_head.weight" not in stored:
+    """Write the output head where it was the embedding, and one of both was trained: no longer the same."""
+    if "lm_head.weight" in stored:
+        return
+    head, embedding = layers.replaced("lm_head.weight"), layers.embedding()
+    changed = embedding in layers.layers or layers.replaced(f"{embedding}.weight") is not None
+    if head is None and changed and hasattr(layers.model.get_base_model(), "lm_head"):
+        head = stored.get(f"{embedding}.weight")  # the unmerged head stays the frozen embedding
+    if head is not None:
         config.tie_word_embeddings = False
         writer.add("lm_head.weight", head)
 

@@ -1,4 +1,4 @@
-"""The linears of a transformers family that can carry a bias: found by building one layer, not by a list."""
+"""The linears and convolutions of a family that can carry a bias: found by building one layer, not by a list."""
 
 import copy
 from typing import TYPE_CHECKING, Literal
@@ -57,7 +57,8 @@ def _switches(config: "PretrainedConfig") -> list[str]:
 def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
     """Build one layer on the meta device with the switches in `on`, all others off: last part of the name -> bias."""
     import torch
-    from torch import nn
+
+    from glora_llm.models.matrices import CONVOLUTIONS, LINEARS
 
     twin = copy.deepcopy(config)
     text = twin.get_text_config(decoder=True)
@@ -70,7 +71,7 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
         layer = body(auto_class(twin).from_config(twin))
     found: dict[str, bool] = {}
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LINEARS + CONVOLUTIONS):
             last = name.rpartition(".")[2]
             found[last] = found.get(last, True) and module.bias is not None
     return found
@@ -79,11 +80,13 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
 def linears_with_bias(kind: type["PreTrainedModel"], config: "PretrainedConfig") -> set[str]:
     """Return the full names of the linears that have a bias in a model of class `kind` with this configuration."""
     import torch
-    from torch import nn
+
+    from glora_llm.models.matrices import CONVOLUTIONS, LINEARS
 
     with torch.device("meta"):
         model = kind._from_config(copy.deepcopy(config))
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None}
+    kinds = LINEARS + CONVOLUTIONS
+    return {name for name, module in model.named_modules() if isinstance(module, kinds) and module.bias is not None}
 
 
 def switch_biases_on(kind: type["PreTrainedModel"], config: "PretrainedConfig", wanted: set[str]) -> set[str]:

@@ -180,14 +180,14 @@ def quantization_config(
 
 def linear_names(model: "PreTrainedModel") -> list[str]:
     """Return the full names of all linears of the body (dense, 4-bit or 8-bit), without the output head."""
-    from torch import nn
+    from glora_llm.models.matrices import is_linear
 
     decoder = {id(module) for module in body(model).modules()}
     output = head(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in decoder and module is not output
+        if is_linear(module) and id(module) in decoder and module is not output
     ]
 
 

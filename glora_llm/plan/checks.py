@@ -6,6 +6,7 @@ from torch import nn
 from glora_llm.adapters.methods import METHODS, check_kind, check_quantised
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
+from glora_llm.models.matrices import is_linear, matrix_shape
 from glora_llm.plan.answers import check_generate
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.tasks.task import COLUMNS, Task
@@ -201,7 +202,7 @@ def check_ranks(recipe: Recipe, model: nn.Module, genome: Genome | None) -> None
     Raises:
         UserError: naming the rank and the largest one that a layer can use.
     """
-    sides = [min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    sides = [min(matrix_shape(module)) for module in model.modules() if is_linear(module)]
     wanted, most = _largest_rank(recipe.adapter, genome), max(sides, default=0)
     if sides and wanted > most:
         raise UserError(

@@ -14,6 +14,7 @@ from glora_llm.errors import UserError
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.environment import planned_world_size
 from glora_llm.models.load import compute_dtype, linear_names, meta_model
+from glora_llm.models.matrices import matrix_shape
 from glora_llm.plan.batches import largest_micro_batch
 from glora_llm.plan.cpu_phases import cpu_phases
 from glora_llm.plan.duration import Duration, duration
@@ -238,7 +239,7 @@ def require_rank(recipe: Recipe, model: Any) -> None:
     if adapter.is_full or adapter.is_supernet or adapter.genome is not None:
         return
     linears = [model.get_submodule(name) for name in linear_names(model)]
-    largest_side = max((min(linear.in_features, linear.out_features) for linear in linears), default=adapter.rank)
+    largest_side = max((min(matrix_shape(linear)) for linear in linears), default=adapter.rank)
     if adapter.rank > largest_side:
         raise UserError(
             f"adapter.rank is {adapter.rank:,}, and no linear of the model has more than {largest_side:,} rows and "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from glora_llm.models.matrices import is_transposed
 from glora_llm.schema import Recipe
 from glora_llm.schema.slots import BLOCK
 
@@ -27,6 +28,9 @@ def find_losses(recipe: Recipe, layers: Mapping[str, Any]) -> str | None:
         return f"the base was trained in model.quantization {section.quantization}, so there are no nf4 codes to keep"
     if recipe.adapter.method != "glora":
         return f"adapter.method {recipe.adapter.method} adds a matrix to W0, which changes codes"
+    transposed = [name for name, layer in layers.items() if is_transposed(layer.get_base_layer())]
+    if transposed:
+        return f"{transposed[0]} is a Conv1D, whose files hold the transpose of what is quantised"
     found = {}
     for name, layer in layers.items():
         path = layer.path["default"]

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_llm.models.matrices import matrix_shape
+
 BLOCK = 64  # values of a 4-bit weight with one scale
 SCALE_BLOCK = 256  # scales with one scale of their own (double quantisation)
 CODES, SCALE_CODES = 16, 256  # values that 4 bits, and the 8 bits of a quantised scale, stand for
@@ -26,8 +28,8 @@ class QuantizedShape:
         double: the scales of 4-bit blocks are quantised too.
     """
 
-    def __init__(self, linear: nn.Linear, quantization: str, dtype: torch.dtype, double: bool):
-        self.shape = torch.Size((linear.out_features, linear.in_features))
+    def __init__(self, linear: nn.Module, quantization: str, dtype: torch.dtype, double: bool):
+        self.shape = torch.Size(matrix_shape(linear))
         self.int8, self.dtype, self.double = quantization == "int8", dtype, double
 
     @property

@@ -96,12 +96,13 @@ def count_cost(model: nn.Module, config: object, peak: float, causal: bool = Tru
         if module is head or isinstance(module, nn.Embedding):
             continue
         own = sum(element_count(p) for p in module.parameters(recurse=False) if p.requires_grad)
-        if not isinstance(module, nn.Linear):
+        sides = _sides(module)
+        if sides is None:
             trained += own
         elif own:
-            trained += module.in_features * module.out_features
+            trained += sides
         else:
-            frozen += module.in_features * module.out_features
+            frozen += sides
     layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
     size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
     learns = any(p.requires_grad for p in head.parameters())
@@ -109,6 +110,13 @@ def count_cost(model: nn.Module, config: object, peak: float, causal: bool = Tru
         head.in_features * head.out_features if hasattr(head, "in_features") else 0
     )  # else: of linears, above
     return ModelCost(frozen, trained, size_of_head, layers, heads * size, peak, learns, causal)
+
+
+def _sides(module: Any) -> int | None:
+    """Return O x I of a linear (nf and nx of transformers' Conv1D), None of other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return module.nf * module.nx if type(module).__name__ == "Conv1D" else None
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -39,9 +39,21 @@ ADAPTERS: dict[str, Case] = {
     "targets: an empty list": bad("adapter.method glora: No `target_modules` passed but also no", "adapter.targets=[]"),
     "targets: a number": bad("adapter.targets: got 5 (integer), expected text or a list.", "adapter.targets=5"),
     "targets: a norm": bad("Target module LlamaRMSNorm((64,), eps=1e-06) is not supported.", "adapter.targets=[norm]"),
-    "targets: the embedding": bad(
-        "Target module Embedding(260, 64, padding_idx=0) is not supported.", "adapter.targets=[embed_tokens]"
+    "targets: the embedding, with slot C": bad(
+        "model.embed_tokens: Slot C adds a constant to a layer's input, and the input of an embedding is the number",
+        "adapter.targets=[embed_tokens]",
     ),
+    "targets: the embedding, with slot D": bad(
+        "model.embed_tokens: Slot D scales the frozen bias, and an embedding has none.",
+        "adapter.targets=[embed_tokens]",
+        "adapter.slots={B: lora, D: vector}",
+    ),
+    "targets: the embedding, in a supernet": bad(
+        "model.embed_tokens: A supernet is of linears and convolutions",
+        "adapter.targets=[embed_tokens, q_proj]",
+        "adapter.paths=sample",
+    ),
+    "targets: the embedding": bad("", "adapter.targets=[embed_tokens]", "adapter.slots={A: lora, B: lora, E: vector}"),
     "targets: an empty name in a list": bad(
         "'' matches no module. Linears of this model: down_proj, gate_proj,", "adapter.targets=['', q_proj]"
     ),
