@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -33,6 +34,12 @@ class BlockLayer(ModuleLayer):
         self.width = 0
         self.first: RemovableHandle | None = None
         self.kept: Tensor | None = None
+
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        """Add one adapter; on a model without weights it takes no memory either."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        with torch.device("meta") if device is not None and device.type == "meta" else contextlib.nullcontext():
+            super().update_layer(adapter_name, config)
 
     def change(self, adapter_name: str, hidden: Tensor) -> Tensor:
         """Return A(h), (..., O), of h (..., I)."""

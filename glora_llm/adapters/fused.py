@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from glora_llm.errors import UserError
+
 FROZEN = ("down_weight", "down_bias", "up_weight", "up_bias")
 DEVIATION = 0.02  # of the numbers that query and key begin with
 
@@ -33,12 +35,27 @@ class FrozenAdapters(nn.Module):
         for name in FROZEN:
             self.register_buffer(name, torch.zeros(count, *shapes[name]))
 
-    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor], scale: float) -> Tensor:
-        """Return scale (U_n f(D_n x + d_n) + u_n) of each adapter, (..., N, D), for x (..., D)."""
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take the adapters' tensors, in float32 whatever the base computes in; on a model without weights, check them.
+
+        Raises:
+            UserError: when one has another shape.
+        """
+        for name in FROZEN:
+            here: Tensor = getattr(self, name)
+            if tensors[name].shape != here.shape:
+                raise UserError(
+                    f"the adapters' {name} are {tuple(tensors[name].shape)}, and {tuple(here.shape)} fits this model: "
+                    "they were trained on another base."
+                )
+            setattr(self, name, tensors[name].to(here.device))
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return U_n f(D_n x + d_n) + u_n of each adapter, (..., N, D), for x (..., D)."""
         down_weight, down_bias, up_weight, up_bias = (getattr(self, name).to(x.dtype) for name in FROZEN)
         narrow = activation(linear(x, down_weight.flatten(0, 1), down_bias.flatten()))
         narrow = narrow.unflatten(-1, down_bias.shape)
-        return scale * (torch.einsum("...nr,ndr->...nd", narrow, up_weight) + up_bias)
+        return torch.einsum("...nr,ndr->...nd", narrow, up_weight) + up_bias
 
 
 class FusionAttention(nn.Module):
@@ -69,6 +86,6 @@ class FusionAttention(nn.Module):
         dtype = hidden.dtype
         query = linear(hidden, self.query.to(dtype), self.query_bias.to(dtype))
         products = (outputs @ (query @ self.key.to(dtype)).unsqueeze(-1)).squeeze(-1)  # (K' Q h)' z_n
-        shares = products.float().softmax(-1).to(dtype)
+        shares = products.softmax(-1, torch.promote_types(dtype, torch.float32)).to(dtype)
         mixed = (shares.unsqueeze(-2) @ outputs).squeeze(-2)
         return linear(mixed, self.value.to(dtype))

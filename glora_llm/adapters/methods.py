@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {
     "adaptformer": _bottleneck("2205.13535", parallel=True, activation="relu", scale=0.1),
     "parallel_adapter": _bottleneck("2110.04366", parallel=True, activation="relu", scale=4.0),
     "compacter": _bottleneck("2106.04647", places="both", activation="gelu_new", kronecker=4),
+    "adapter_fusion": Method("2005.00247", NONLINEAR, places=True),
 }
 
 _BASE_VALUES = "it chooses what to train by the values of the base, which a plan without weights does not have"

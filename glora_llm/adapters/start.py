@@ -14,7 +14,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # by themselves, and the rest is about how it is trained, made or saved.
 OF_NO_FUNCTION = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-    *("runtime_config", "task_type"),
+    *("runtime_config", "task_type", "adapters"),
     *("exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
     *("target_modules", "rank_pattern", "supernet", "d_without_bias"),
     *("corda_config", "eva_config", "init_ia3_weights", "init_lora_weights", "init_weights", "lora_ga_config", "seed"),
@@ -30,8 +30,11 @@ RECIPE_KEYS = {
 OF_SLOTS = ("slots", "paths", "genome", "rank", "alpha", "rank_stabilized")
 
 
-def require_weights(folder: Path) -> None:
+def require_weights(folder: Path, key: str = "adapter.weights") -> None:
     """Check that a folder holds the weights of an adapter, trained on a base that is not rewritten.
+
+    Args:
+        key: of the recipe that names the folder.
 
     Raises:
         UserError: saying what is there in their place.
@@ -42,22 +45,23 @@ def require_weights(folder: Path) -> None:
         if (folder / "adapter_model.bin").is_file():
             hint = " adapter_model.bin is a pickle, which is not read: load it by PEFT and save it again."
         what = "is no folder" if not folder.is_dir() else f"holds no {ADAPTER_WEIGHTS}"
-        raise UserError(f"adapter.weights: {folder} {what}.{hint}")
+        raise UserError(f"{key}: {folder} {what}.{hint}")
     start = (saved_config(folder) or {}).get("init_lora_weights")
     reason = refused_start(start)
     if reason and start not in ("eva", "mica"):  # of eva, all of it is saved; of mica, the missing factor is named
         raise UserError(
-            f"adapter.weights: {folder} began with init_lora_weights {start}: {reason}. Save it by PEFT's "
+            f"{key}: {folder} began with init_lora_weights {start}: {reason}. Save it by PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...), as a difference to the original base."
         )
 
 
-def require_same_base(folder: Path, fingerprint: str) -> None:
+def require_same_base(folder: Path, fingerprint: str, key: str = "adapter.weights") -> None:
     """Check that an adapter folder inside of a run was trained on the base of this run.
 
     Args:
         folder: RUN/adapter or RUN/checkpoints/step-N/adapter; of others it is not known which base they are of.
         fingerprint: of this run's base; empty where its weights are not on this machine yet.
+        key: of the recipe that names the folder.
 
     Raises:
         UserError: naming the base that the weights belong to.
@@ -67,13 +71,16 @@ def require_same_base(folder: Path, fingerprint: str) -> None:
     base = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
     if fingerprint and base.get("fingerprint", fingerprint) != fingerprint:
         raise UserError(
-            f"adapter.weights: {folder} was trained on {base.get('name')}, and this recipe has another base: they "
+            f"{key}: {folder} was trained on {base.get('name')}, and this recipe has another base: they "
             "would be another function. Set model.name_or_path to that base (its weights may have changed since)."
         )
 
 
-def saved_config(folder: Path) -> dict[str, Any] | None:
+def saved_config(folder: Path, key: str = "adapter.weights") -> dict[str, Any] | None:
     """Return the PEFT configuration beside the weights, or None where there is none.
+
+    Args:
+        key: of the recipe that names the folder.
 
     Raises:
         UserError: when it is no JSON object.
@@ -84,9 +91,9 @@ def saved_config(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"adapter.weights: {file} is not valid JSON: {error}.") from None
+        raise UserError(f"{key}: {file} is not valid JSON: {error}.") from None
     if not isinstance(found, dict):
-        raise UserError(f"adapter.weights: {file} holds no JSON object.")
+        raise UserError(f"{key}: {file} holds no JSON object.")
     return found
 
 

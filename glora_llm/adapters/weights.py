@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
+from glora_llm.adapters.fused import FrozenAdapters
 from glora_llm.adapters.saved_prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
 from glora_llm.errors import UserError
@@ -86,6 +87,9 @@ def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
         if got != expected:
             what = "is missing" if got is None else f"has shape {got}"
             raise UserError(f"adapter.weights: {name} {what} in {folder}; expected {expected}.")
+    for name, tensor in frozen_tensors(model, saved=True).items():
+        if shapes.pop(name, None) != tuple(tensor.shape):
+            raise UserError(f"adapter.weights: {name} is missing in {folder}, or of another shape.")
     if shapes:
         raise UserError(f"adapter.weights: {folder} has {next(iter(shapes))}, which this adapter has not.")
 
@@ -109,6 +113,39 @@ def _saved_names(model: Any, items: list[Trainable]) -> dict[str, str]:
     return names | saved_prompt_names(list(state)) if _has_prompt(model) else names
 
 
+def frozen_tensors(model: Any, saved: bool = False) -> dict[str, Tensor]:
+    """Return what an adapter holds beside its trained parameters and is saved with it: the adapters of a fusion.
+
+    Args:
+        saved: by the names that PEFT saves them under; else by those in the model.
+    """
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, FrozenAdapters)}
+    found = {f"{name}.{key}": buffer for name, module in owners.items() for key, buffer in module.named_buffers()}
+    if not saved or not found:
+        return found
+    from peft import get_peft_model_state_dict
+
+    renamed: dict[str, Tensor] = get_peft_model_state_dict(model, state_dict=found, save_embedding_layers=False)
+    return renamed
+
+
+def require_same_frozen(model: Any, folder: Path) -> None:
+    """Check that a fusion goes on with the adapters that it began with.
+
+    Args:
+        folder: the adapter of a checkpoint.
+
+    Raises:
+        UserError: when the weights in adapter.peft.adapters are others.
+    """
+    digests = getattr(getattr(model, "peft_config", {}).get("default"), "digests", None)
+    if digests is not None and digests != (saved_config(folder) or {}).get("digests"):
+        raise UserError(
+            f"adapter.peft.adapters: these are not the adapters that {folder} was trained with. Put those back, or "
+            "choose another output.dir."
+        )
+
+
 def adapter_fault(folder: Path) -> str | None:
     """Return what is wrong with the files of an adapter folder; None: nothing, or no manifest of them was written."""
     return checkpoint.fault(folder, {ADAPTER_WEIGHTS}) if (folder / checkpoint.MANIFEST).is_file() else None
@@ -117,6 +154,7 @@ def adapter_fault(folder: Path) -> str | None:
 def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name: str) -> None:
     """Write a PEFT adapter folder from float32 master weights (`master/NAME` -> tensor)."""
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
+    weights |= {name: tensor.float().cpu() for name, tensor in frozen_tensors(model).items()}
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     prompt = saved_prompt(model, weights) if _has_prompt(model) else {}

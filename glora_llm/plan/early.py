@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from glora_llm.adapters.fusion_sources import check_sources
 from glora_llm.adapters.methods import check_method
 from glora_llm.adapters.start import require_weights
 from glora_llm.adapters.targets import require_names
@@ -47,6 +48,8 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
             score_of(name)
     with found.collected():
         check_method(recipe.adapter)
+    with found.collected():
+        check_sources(recipe.adapter)
     with found.collected():
         if isinstance(recipe.evaluation.keep_best, str):
             score_of(recipe.evaluation.keep_best)

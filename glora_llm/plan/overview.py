@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glora_llm.adapters.fusion_sources import check_sources
 from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
 from glora_llm.adapters.prompts import PREFIXES, check_prefix
@@ -131,6 +132,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         check_ranks(recipe, bare, genome)
         check_room(recipe, bare.config)
         names = set(load.linear_names(bare))
+        check_sources(recipe.adapter, base.fingerprint)
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.adapter.method in PREFIXES:
             check_prefix(model)

@@ -12,7 +12,7 @@ from torch import nn
 from glora_llm.adapters.config import reads_base
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.stateful import load_state, stateful_method
-from glora_llm.adapters.weights import load_start, trainables
+from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
 from glora_llm.glora.path_sampler import Supernet
 from glora_llm.launch import ranks
@@ -157,6 +157,7 @@ def _read_checkpoint(
 def _set_weights(model: nn.Module, items: Sequence[Trainable], resumed: Resumed | None, adapter: str | None) -> None:
     """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start."""
     if resumed is not None:
+        require_same_frozen(model, resumed.folder / "adapter")
         for item in items:
             set_whole(item.parameter, resumed.tensors[f"master/{item.name}"])
     elif adapter is not None:
