@@ -88,7 +88,7 @@ def read_sources(folders: Sequence[str | Path]) -> Sources:
                 raise _differ(places[0], folder, name, configs[0][name], config[name])
         if shape != shapes[0]:
             odd = sorted(shape.items() ^ shapes[0].items())[0][0]
-            raise _differ(places[0], folder, odd, shapes[0].get(odd, "missing"), shape.get(odd, "missing"))
+            raise _differ(places[0], folder, odd, shapes[0].get(odd, "nothing there"), shape.get(odd, "nothing there"))
     first = configs[0]
     return Sources(
         places,
@@ -148,6 +148,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _differ(first: Path, other: Path, name: str, there: Any, here: Any) -> UserError:
     return UserError(
-        f"{KEY}: {first} has {name} {there}, and {other} has {here}: a fusion weighs adapters of one shape at the same "
+        f"{KEY}: {first} has {name}: {there}, and {other} has: {here}. A fusion weighs adapters of one shape at the same "
         "places. Train them alike."
     )

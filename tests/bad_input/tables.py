@@ -2,6 +2,7 @@
 
 from tests.bad_input.adapter_cases import ADAPTERS, DEEPSPEED, GENOMES
 from tests.bad_input.answer_cases import CHATS, LABELS
+from tests.bad_input.bottleneck_cases import BOTTLENECKS
 from tests.bad_input.case import Case
 from tests.bad_input.code_cases import CODE
 from tests.bad_input.compare_cases import COMPARISONS
@@ -39,6 +40,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "adapter": ADAPTERS,
     "arguments of PEFT's methods": PEFT_ARGUMENTS,
     "prompts": PROMPTS,
+    "bottleneck adapters, fusion": BOTTLENECKS,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "run folder; merge, evaluate, search": FOLDERS,
