@@ -148,6 +148,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _differ(first: Path, other: Path, name: str, there: Any, here: Any) -> UserError:
     return UserError(
-        f"{KEY}: {first} has {name}: {there}, and {other} has: {here}. A fusion weighs adapters of one shape at the same "
-        "places. Train them alike."
+        f"{KEY}: {first} has {name}: {there}, and {other} has: {here}. A fusion weighs adapters of one shape at the "
+        "same places. Train them alike."
     )
