@@ -94,10 +94,10 @@ BOTTLENECKS: dict[str, Case] = {
         "other is of PEFT type LORA; a fusion weighs", "first", "other", change=adapter("other", peft_type="LORA")
     ),
     "fusion: another rank": fusion(
-        "first has rank 4, and other has 2", "first", "other", change=adapter("other", rank=2)
+        "first has rank: 4, and other has: 2. A fusion", "first", "other", change=adapter("other", rank=2)
     ),
     "fusion: other places": fusion(
-        "missing, and other has", "first", "other", change=adapter("other", place="self_attn")
+        "and other has: nothing there. A fusion", "first", "other", change=adapter("other", place="self_attn")
     ),
     "fusion: another base, by its fingerprint": fusion(
         "there/adapter was trained on another, and this recipe has",
