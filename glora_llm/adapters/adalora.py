@@ -29,9 +29,10 @@ class AdaLoRA:
     """
 
     name: ClassVar[str] = "adalora"
+    trained: WholeState
 
     def __init__(self, model: Any) -> None:
-        self.tuner = model.base_model
+        self.model, self.tuner = model, model.base_model
         self.config = model.peft_config[self.tuner.trainable_adapter_name]
         self.steps_done = 0
 
@@ -56,7 +57,12 @@ class AdaLoRA:
         found = {a: partial(_away_from_orthogonal_rows, weight) for named in downs for a in named.values()}
         return found | {b: partial(_away_from_orthogonal_columns, weight) for named in ups for b in named.values()}
 
-    def step(self, trained: WholeState, skipped: bool) -> None:
+    def attach(self, trained: WholeState) -> None:
+        """Take the parameters, and have the gradients of each step kept."""
+        self.trained = trained
+        trained.keep_gradients()
+
+    def step(self, skipped: bool) -> None:
         """Give the ranks to the layers that use them; nothing after a step that was skipped.
 
         The same as PEFT's `update_and_allocate`, which reads each parameter's own values and gradient: here they are
@@ -66,7 +72,7 @@ class AdaLoRA:
         if skipped:
             return
         allocator, last = self.tuner.rankallocator, self.config.total_step - self.config.tfinal
-        whole = _Whole.of(trained, with_gradients=self.steps_done < last)
+        whole = _Whole.of(self.trained, with_gradients=self.steps_done < last)
         if self.steps_done < last:
             _, pattern = allocator.update_and_allocate(whole, self.steps_done)
             self.config.rank_pattern = pattern or self.config.rank_pattern
@@ -75,7 +81,7 @@ class AdaLoRA:
             allocator.reset_ipt()
         elif self.config.rank_pattern:
             allocator.mask_using_rank_pattern(whole, self.config.rank_pattern)
-        trained.set_masters(whole.pruned())
+        self.trained.set_masters(whole.pruned())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the allocator's tensors as `KIND/PARAMETER`, the steps done and the ranks of each layer."""

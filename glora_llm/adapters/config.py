@@ -20,6 +20,7 @@ from glora_llm.models.matrices import is_linear
 from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
 from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 
+FACTOR_METHODS = ("lora_dropout", "lors", "periodic_lora")  # of our own, on PEFT's LoRA layers
 # Methods that are LoRA with one switch.
 LORA_VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
@@ -34,6 +35,8 @@ def reads_base(section: AdapterSection) -> bool:
         return False
     if section.method in PROMPT_METHODS:
         return (section.peft or {}).get("prompt_tuning_init", "RANDOM") != "RANDOM"
+    if section.method in FACTOR_METHODS:
+        return False
     return section.method not in ("full", "glora", "lora", "rslora") or bool(section.peft)
 
 
@@ -81,6 +84,8 @@ def adapter_config(
             seed=seed,
             **shared,
         )
+    if section.method == "periodic_lora":
+        shared["seed"] = seed
     return _peft_config(section, shared, steps)
 
 

@@ -21,6 +21,7 @@ class Method:
         unmerged: why its adapter cannot become part of a plain model; empty where it can.
         arguments: of the method's PEFT configuration, where PEFT's own defaults do not fit; adapter.peft wins.
         places: it knows where in a block it goes, which adapter.targets `all-linear` leaves to it.
+        up: its factors that end in the layer's outputs, by their names in a layer: those of the larger rate of LoRA+.
         tuner: the PEFT type of which it is a preset, by `arguments`; empty: it has one of its own name.
         quantised: bases that are not dense on which it computes the same function as on a dense one with their values.
         kinds: of models that it trains, as `models.families` names them.
@@ -31,6 +32,7 @@ class Method:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     places: bool = False
     tuner: str = ""
+    up: tuple[str, ...] = ()
     quantised: tuple[str, ...] = ("nf4", "fp4", "int8")
     kinds: tuple[str, ...] = ("text", "classification", "images")
 
@@ -75,24 +77,26 @@ def _prompt(source: str, tuner: str = "", **arguments: Any) -> Method:
 METHODS: dict[str, Method] = {
     "glora": Method("2306.07967"),
     "full": Method("the whole model is trained", quantised=NONE),
-    "lora": Method("2106.09685"),
-    "rslora": Method("2312.03732"),
-    "dora": Method("2402.09353"),
-    "adalora": Method("2303.10512"),
+    "lora": Method("2106.09685", up=("lora_B",)),
+    "rslora": Method("2312.03732", up=("lora_B",)),
+    "dora": Method("2402.09353", up=("lora_B",)),
+    "adalora": Method("2303.10512", up=("lora_B",)),
     "beft": Method("2509.15974", "it gives a bias to every layer, and a LLaMA's linears have none"),
     "boft": Method("2311.06243"),
     "c3a": Method("2407.19342", quantised=FOUR_BITS),
     "deft": Method("PEFT's documentation", quantised=NONE),
-    "delora": Method("2503.18225", quantised=NONE),
+    "delora": Method("2503.18225", quantised=NONE, up=("delora_B",)),
     "fourierft": Method("2405.03003"),
-    "gralora": Method("2505.20355", quantised=FOUR_BITS),
-    "hira": Method("openreview.net, TwJrTz9cRS"),
+    "gralora": Method("2505.20355", quantised=FOUR_BITS, up=("gralora_B",)),
+    "hira": Method("openreview.net, TwJrTz9cRS", up=("hira_B",)),
     "hra": Method("2405.17484", quantised=NONE),
     "ia3": Method("2205.05638"),
-    "lily": Method("2407.09946", "PEFT has no merge for it"),
+    "lily": Method("2407.09946", "PEFT has no merge for it", up=("lily_B",)),
     "ln_tuning": Method("2312.11420", quantised=NONE),
-    "loha": Method("2108.06098", quantised=("int8",)),
-    "lokr": Method("2309.14859", quantised=("int8",)),
+    "loha": Method("2108.06098", quantised=("int8",), up=("hada_w1_a", "hada_w2_a")),
+    "lokr": Method("2309.14859", quantised=("int8",), up=("lokr_w1_a", "lokr_w2_a")),
+    "lora_dropout": Method("2404.09610", up=("lora_B",)),
+    "lors": Method("2403.04303", up=("lora_B", "lora_shared.default.up")),
     "miss": Method("2409.15371"),
     "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
     "osf": Method("2504.07097", quantised=NONE),
@@ -101,13 +105,14 @@ METHODS: dict[str, Method] = {
     "p_tuning_v2": _prompt("2110.07602", "prefix_tuning", num_virtual_tokens=20, prefix_projection=False),
     "prefix_tuning": _prompt("2101.00190", num_virtual_tokens=10, prefix_projection=True, encoder_hidden_size=512),
     "prompt_tuning": _prompt("2104.08691", num_virtual_tokens=20),
+    "periodic_lora": Method("2402.16141", up=("lora_B",)),
     "psoft": Method("openreview.net, FSHrinMArK", quantised=NONE),
     "pvera": Method("2512.07703", arguments={"save_projection": False}),
     "randlora": Method("2502.00987"),
     "repadapter": Method("2302.08106", places=True),
     "road": Method("2409.00119"),
     "ssf": Method("2210.08823", places=True),
-    "supertuning": Method("2607.09287", quantised=NONE),
+    "supertuning": Method("2607.09287", quantised=NONE, up=("supertuning_lora_B",)),
     "vpt": Method("2203.12119", VISUAL_PROMPT_STAYS, places=True, kinds=("images",)),
     "vera": Method("2310.11454", arguments={"save_projection": False}),
     "waveft": Method("2505.12532"),
@@ -223,7 +228,28 @@ def check_quantised(section: AdapterSection, quantization: str) -> None:
     )
 
 
+def check_loraplus(section: AdapterSection, ratio: float) -> None:
+    """Check that a ratio of learning rates is given to a method of two factors (LoRA+).
+
+    Raises:
+        UserError: naming those that have them.
+    """
+    if ratio == 1 or section.method == "glora" or section.method not in METHODS or METHODS[section.method].up:
+        return
+    known = ["glora", *(name for name, method in METHODS.items() if method.up)]
+    raise UserError(
+        f"training.loraplus_ratio is {ratio:g}: LoRA+ has a second learning rate for the second of two factors, and "
+        f"adapter.method {section.method} has none. Set training.loraplus_ratio=1, or take one of {', '.join(known)}."
+    )
+
+
 def unmerged(section: AdapterSection) -> str | None:
     """Return why no adapter of this method can be merged, or None where it can."""
+    masks = (section.peft or {}).get("ensemble") if section.method == "lora_dropout" else None
+    if masks:
+        return (
+            f"An ensemble of {masks} masks cannot be merged: the mean of its outputs is no single weight. Merge plain "
+            "A and B, which the masks have for their mean: set adapter.peft.ensemble=0."
+        )
     reason = METHODS[section.method].unmerged
     return f"An adapter of method {section.method} cannot be merged: {reason}." if reason else None

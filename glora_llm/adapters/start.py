@@ -17,6 +17,7 @@ OF_NO_FUNCTION = {
     *("runtime_config", "task_type", "adapters"),
     *("exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
     *("target_modules", "rank_pattern", "supernet", "d_without_bias"),
+    *("ensemble", "ensemble_seed", "momentum", "p", "period"),
     *("corda_config", "eva_config", "init_ia3_weights", "init_lora_weights", "init_weights", "lora_ga_config", "seed"),
     *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),  # AdaLoRA's schedule
 }

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import AdaLoRA
+from glora_llm.adapters.frozen import load_frozen
+from glora_llm.adapters.periodic_lora import PeriodicLora
 from glora_llm.schema import AdapterSection
 from glora_llm.training.penalty import GradientOf
 from glora_llm.training.whole_state import WholeState
@@ -21,9 +23,11 @@ class StatefulMethod(Protocol):
 
     Attributes:
         name: of the method in a recipe, and of its files in a checkpoint.
+        model: whose adapter this is.
     """
 
     name: ClassVar[str]
+    model: Any
 
     def __init__(self, model: Any) -> None:
         """Take the model whose adapter this is."""
@@ -35,7 +39,10 @@ class StatefulMethod(Protocol):
     def penalty_gradients(self) -> dict[nn.Parameter, GradientOf]:
         """Return the gradient of what is added to the loss of every optimizer step, by parameter."""
 
-    def step(self, trained: WholeState, skipped: bool) -> None:
+    def attach(self, trained: WholeState) -> None:
+        """Take the trained parameters of the engine, before the first step and before `load_state_dict`."""
+
+    def step(self, skipped: bool) -> None:
         """Update the state; all processes call it after each optimizer step, applied or skipped."""
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,7 +52,7 @@ class StatefulMethod(Protocol):
         """Set the state to what `state_dict` returned."""
 
 
-STATEFUL_METHODS: dict[str, type[StatefulMethod]] = {method.name: method for method in (AdaLoRA,)}
+STATEFUL_METHODS: dict[str, type[StatefulMethod]] = {method.name: method for method in (AdaLoRA, PeriodicLora)}
 
 
 def stateful_method(model: Any, section: AdapterSection) -> StatefulMethod | None:
@@ -65,3 +72,4 @@ def load_state(method: StatefulMethod, folder: Path) -> None:
     """Set a method's state to the one that `save_state` wrote into an adapter folder."""
     values = json.loads((folder / f"{method.name}.json").read_text(encoding="utf-8"))
     method.load_state_dict(load_file(folder / f"{method.name}.safetensors"), values)
+    load_frozen(method.model, folder)

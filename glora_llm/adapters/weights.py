@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
+from glora_llm.adapters.frozen import is_frozen, load_frozen
 from glora_llm.adapters.fused import FrozenAdapters
+from glora_llm.adapters.methods import METHODS, check_loraplus
+from glora_llm.adapters.periodic_lora import PeriodicLora, past_factors
 from glora_llm.adapters.saved_prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
 from glora_llm.errors import UserError
@@ -23,20 +26,36 @@ from glora_llm.training.sharding import set_whole, whole_shape
 
 
 def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float) -> list[Trainable]:
-    """Return the trained parameters by name, with the factor on the learning rate of each."""
-    factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio)) | _loraplus(model, loraplus_ratio)
+    """Return the trained parameters by name, with the factor on the learning rate of each.
+
+    Args:
+        loraplus_ratio: of the learning rate of the up factors, those that end in the layer's outputs, to that of the
+            others (LoRA+, arXiv 2402.12354).
+
+    Raises:
+        UserError: for a ratio where no parameter is such a factor.
+    """
+    factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio))
+    up_names = METHODS[section.method].up if section.method in METHODS else ()
+    found = [name for name, p in model.named_parameters() if p.requires_grad]
+    ups = {name for name in found if any(f".{up}." in f"{name}." for up in up_names)}
+    if loraplus_ratio != 1 and section.method != "glora" and not ups:
+        check_loraplus(section, loraplus_ratio)
+        raise UserError(
+            f"training.loraplus_ratio is {loraplus_ratio:g}, and no layer of this model has a second factor with "
+            f"adapter.method {section.method} and adapter.rank {section.rank}: set training.loraplus_ratio=1."
+        )
+    group = section.method if section.method == PeriodicLora.name else ""  # Adam's count of A and B begins anew
     return [
-        Trainable(name, parameter, factors.get(id(parameter), 1.0))
+        Trainable(
+            name,
+            parameter,
+            loraplus_ratio if name in ups else factors.get(id(parameter), 1.0),
+            group if ".lora_" in name else "",
+        )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-
-
-def _loraplus(model: nn.Module, ratio: float) -> dict[int, float]:
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return {id(p): ratio for layer in layers for p in layer.lora_B.parameters()}
 
 
 def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
@@ -56,6 +75,7 @@ def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
         name, pruned = names[item.name], _pruned(folder).get(names[item.name])
         whole = weights[name] if pruned is None else spread(weights[name], pruned, item.parameter.detach(), name)
         set_whole(item.parameter, whole)
+    load_frozen(model, folder)
 
 
 def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
@@ -90,8 +110,9 @@ def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
     for name, tensor in frozen_tensors(model, saved=True).items():
         if shapes.pop(name, None) != tuple(tensor.shape):
             raise UserError(f"adapter.weights: {name} is missing in {folder}, or of another shape.")
-    if shapes:
-        raise UserError(f"adapter.weights: {folder} has {next(iter(shapes))}, which this adapter has not.")
+    left = [name for name in shapes if not is_frozen(name)]
+    if left:
+        raise UserError(f"adapter.weights: {folder} has {left[0]}, which this adapter has not.")
 
 
 def _pruned(folder: Path) -> dict[str, list[bool]]:
@@ -155,6 +176,7 @@ def save_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base_name
     """Write a PEFT adapter folder from float32 master weights (`master/NAME` -> tensor)."""
     weights = {name.removeprefix("master/"): t for name, t in tensors.items() if name.startswith("master/")}
     weights |= {name: tensor.float().cpu() for name, tensor in frozen_tensors(model).items()}
+    weights |= past_factors(model)
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     prompt = saved_prompt(model, weights) if _has_prompt(model) else {}

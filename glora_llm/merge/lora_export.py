@@ -7,11 +7,14 @@ vector or scalar scales the rows of W0, and has its rank: no such form.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glora_llm.adapters.config import FACTOR_METHODS
+from glora_llm.adapters.methods import unmerged
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.atomic import require_new, whole_folder
 from glora_llm.errors import UserError
@@ -26,34 +29,54 @@ from glora_llm.plan.plan import Plan
 
 
 def write_lora(plan: Plan, adapter: Path, out: Path, base_dtype: torch.dtype) -> None:
-    """Write a GLoRA adapter as a LoRA adapter of PEFT, in float32.
+    """Write an adapter of GLoRA, or one that is a sum of products, as a LoRA adapter of PEFT, in float32.
 
     Raises:
-        UserError: when the adapter is no GLoRA, or a layer's path has no LoRA form (layers are named).
+        UserError: when the adapter is another, or a layer's path has no LoRA form (layers are named).
     """
-    if plan.recipe.adapter.method != "glora":
+    method, obstacle = plan.recipe.adapter.method, unmerged(plan.recipe.adapter)
+    if method not in ("glora", *FACTOR_METHODS):
         raise UserError(
-            f"--to lora exports GLoRA adapters; this one is {plan.recipe.adapter.method} and is in {adapter}."
+            f"--to lora exports adapters of glora, {', '.join(FACTOR_METHODS)}; this one is {method} and is in "
+            f"{adapter}."
         )
+    if obstacle:
+        raise UserError(obstacle)
     require_new(out)
     layers = AdapterLayers(plan.recipe, plan.base.folder, adapter, plan.steps)
-    _require_lora_form(layers.layers)
+    paths = _paths(layers.layers) if method == "glora" else {}
+    if paths:
+        _require_lora_form(layers.layers)
     stored, tensors, ranks = stored_tensors(plan.base.folder, plan.recipe.model, base_dtype), {}, {}
-    with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in _paths(layers.layers).values())
+    with_bias = any(path.touches_bias() or path["D"].mode != "none" for path in paths.values())
     for name, layer in progress(list(layers.layers.items()), "export", "layer"):
-        w0 = layers.trained_weight(name, stored, base_dtype).cpu()
-        b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
-        up, down, bias = as_lora(w0, b0, layer.slots("default"))
+        bias: Tensor | None = None
+        if name in paths:
+            w0 = layers.trained_weight(name, stored, base_dtype).cpu()
+            b0 = stored.get(f"{name}.bias").float() if f"{name}.bias" in stored else None
+            up, down, bias = as_lora(w0, b0, layer.slots("default"))
+        else:
+            up, down = summed(layer)
         tensors[f"{PEFT_ROOT}{name}.lora_A.weight"], tensors[f"{PEFT_ROOT}{name}.lora_B.weight"] = up, down
         if with_bias:
-            tensors[f"{PEFT_ROOT}{name}.lora_B.bias"] = torch.zeros(len(w0)) if bias is None else bias
+            tensors[f"{PEFT_ROOT}{name}.lora_B.bias"] = torch.zeros(len(down)) if bias is None else bias
         ranks[name] = len(up)
-    tensors |= {name: tensor for name, tensor in layers.weights.items() if ".slot_" not in name}  # modules_to_save
+    tensors |= {
+        name: tensor for name, tensor in layers.weights.items() if not any(own in name for own in (".slot_", ".lora_"))
+    }  # modules_to_save
     with whole_folder(out) as folder:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
         transposed = any(is_transposed(layer.get_base_layer()) for layer in layers.layers.values())
         saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         _write_config(folder, ranks, with_bias, transposed, saved)
+
+
+@torch.no_grad()
+def summed(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return A (r, I) and B (O, r), of scaling 1, whose product is the increment of a layer of `adapters.factors`."""
+    pairs = list(layer.lora_variant["default"].factors(layer, "default"))
+    down = torch.cat([b.float() for _, b in pairs], 1) * layer.scaling["default"]
+    return torch.cat([a.float() for a, _ in pairs]).clone(), down
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from glora_llm.adapters.methods import METHODS, check_kind, check_quantised
+from glora_llm.adapters.methods import METHODS, check_kind, check_loraplus, check_quantised
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
 from glora_llm.models.matrices import is_linear, matrix_shape
@@ -20,6 +20,9 @@ RANKED_METHODS = (
     "dora",
     "adalora",
     "hira",
+    "lora_dropout",
+    "lors",
+    "periodic_lora",
     "repadapter",
 )  # adapter.rank is r of a product of two factors
 COMPILED_METHODS = ("glora", "lora", "rslora", "full")  # their layers trace without a graph break
@@ -35,6 +38,7 @@ def check_combination(recipe: Recipe, stage: int) -> None:
         UserError: naming both, and what to change.
     """
     _check_origin(recipe)
+    check_loraplus(recipe.adapter, recipe.training.loraplus_ratio)
     check_task(recipe)
     check_generate(recipe)
     if stage == 3 and recipe.model.quantization == "int8":

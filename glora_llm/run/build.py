@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.optim import Trainable
 from glora_llm.training.sharding import element_count, set_whole, undivided
-from glora_llm.training.whole_state import WholeState
 from glora_llm.vlora import vlora_layers
 
 
@@ -96,7 +94,8 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
         load.compile_layers(bare)
     engine = Engine(plan.task.objective(bare), items, recipe.training, plan.deepspeed, device, penalty)
     if method is not None:
-        engine.after_step = partial(method.step, WholeState(engine.adam, items))
+        method.attach(engine.whole)
+        engine.after_step = method.step
     start, changes, clock, best = 0, [], Clock(began), Best.of(recipe.evaluation)
     if resumed is not None:
         now = layout(recipe, engine.stage, engine.world_size)

@@ -40,7 +40,9 @@ class TrainingSection(Section):
         False, "the same bits every time on the same machine: deterministic kernels; what has none is refused"
     )
     loraplus_ratio: Annotated[float, Field(gt=0)] = key(
-        1.0, "LoRA+: the zero-initialised factor learns this much faster", "x training.lr"
+        1.0,
+        "LoRA+: of two factors, the one that ends in a layer's outputs (B) learns this much faster",
+        "x training.lr",
     )
     seed: Annotated[int, Field(ge=0)] = key(0, "of the adapter's start, the sample order and dropout")
     log_every: PositiveInt = key(1, "steps between two lines of metrics", "steps")

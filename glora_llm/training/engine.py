@@ -21,6 +21,7 @@ from glora_llm.training.loss_scale import LossScale
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 from glora_llm.training.penalty import GradientOf, Penalty
 from glora_llm.training.sharding import Held, forget_models, held, is_divided, prepare_rest
+from glora_llm.training.whole_state import WholeState
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Engine:
         self.adam = AdamState(self.ds, self.stage, device)
         self.loss_scale = LossScale(self.ds.optimizer)
         self.penalty = Penalty(penalty or {}, lambda: float(getattr(self.ds.optimizer, "loss_scale", 1.0)))
+        self.whole = WholeState(self.adam, self.trainables)
         self.after_step: Callable[[bool], None] = lambda _skipped: None  # of an adapter method with a state
         self.end_vote = EndVote()
         self.applied = 0  # optimizer steps that were applied: Adam's own count

@@ -15,11 +15,16 @@ from glora_llm.schema import TrainingSection
 
 @dataclass(frozen=True)
 class Trainable:
-    """One trained parameter: its name in checkpoints, and what multiplies training.lr for it."""
+    """One trained parameter: its name in checkpoints, and what multiplies training.lr for it.
+
+    Args:
+        group: parameters of other groups are never in one partition with it, which has one step count of Adam.
+    """
 
     name: str
     parameter: nn.Parameter
     lr_factor: float = 1.0
+    group: str = ""
 
 
 def lr_at(step: int, total: int, settings: TrainingSection) -> float:
@@ -44,12 +49,12 @@ def parameter_groups(trainables: Sequence[Trainable], weight_decay: float) -> li
     Returns:
         optimizer groups with `params`, `lr_factor`, `weight_decay`, `names`, in a fixed order.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, str], dict[str, Any]] = {}
     for item in trainables:
         matrix = len(getattr(item.parameter, "ds_shape", item.parameter.shape)) > 1
         decay = weight_decay if matrix else 0.0
         group = groups.setdefault(
-            (item.lr_factor, decay),
+            (item.lr_factor, decay, item.group),
             {"params": [], "names": [], "lr_factor": item.lr_factor, "weight_decay": decay, "lr": 0.0},
         )
         group["params"].append(item.parameter)

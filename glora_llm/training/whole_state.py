@@ -27,7 +27,10 @@ class WholeState:
         self.names = {id(item.parameter): item.name for item in trainables}
         self.parameters = {item.name: item.parameter for item in trainables}
         self.gradient_parts: dict[int, Tensor] = {}
-        adam.optimizer.register_step_post_hook(lambda *_: self._note_gradients())
+
+    def keep_gradients(self) -> None:
+        """From now on, keep the gradients of each step for `gradients`."""
+        self.adam.optimizer.register_step_post_hook(lambda *_: self._note_gradients())
 
     def _note_gradients(self) -> None:
         """Keep what the optimizer stepped by; DeepSpeed steps group after group, and lets go of each group's at once.

@@ -10,9 +10,10 @@ import torch
 
 from glora_llm.adapters.inject import inject
 from glora_llm.adapters.stateful import STATEFUL_METHODS, StatefulMethod, load_state, save_state, stateful_method
+from glora_llm.adapters.weights import save_adapter, trainables
 from glora_llm.schema import AdapterSection
 from glora_llm.training.adam_state import AdamState
-from glora_llm.training.optim import Trainable
+from glora_llm.training.optim import parameter_groups, set_lr
 from glora_llm.training.penalty import Penalty
 from glora_llm.training.whole_state import WholeState
 from tests.adapters.test_inject import llama
@@ -27,15 +28,17 @@ def section(method: str) -> AdapterSection:
 class Training:
     """An adapter of a method, trained as the engine does, on one process without DeepSpeed."""
 
-    def __init__(self, name: str) -> None:
-        self.model: Any = inject(llama(), section(name), seed=0, steps=STEPS)
-        method = stateful_method(self.model, section(name))
+    def __init__(self, name: str, **peft: Any) -> None:
+        given = section(name).model_copy(update={"peft": peft or None})
+        self.model: Any = inject(llama(), given, seed=0, steps=STEPS)
+        method = stateful_method(self.model, given)
         assert method is not None
         self.method: StatefulMethod = method
-        self.items = [Trainable(key, p) for key, p in self.model.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([item.parameter for item in self.items], lr=0.01, weight_decay=0.0)
+        self.items = trainables(self.model, section(name), loraplus_ratio=1.0)
+        optimizer = torch.optim.AdamW(parameter_groups(self.items, 0.0))
+        set_lr(optimizer, 0.01)
         self.adam = AdamState(SimpleNamespace(optimizer=optimizer), 0, torch.device("cpu"))
-        self.state = WholeState(self.adam, self.items)
+        method.attach(WholeState(self.adam, self.items))
         self.penalty = Penalty(method.penalty_gradients())
         self.penalty.is_due = True
 
@@ -47,24 +50,25 @@ class Training:
             if step not in skipped:
                 self.adam.optimizer.step()
             self.model.zero_grad(set_to_none=True)
-            self.method.step(self.state, step in skipped)
+            self.method.step(step in skipped)
 
 
 @pytest.mark.parametrize("name", STATEFUL_METHODS)
 def test_it_goes_on_from_what_it_saved(name: str, tmp_path: Path) -> None:
     whole, resumed = Training(name), Training(name)
     whole.train(range(5))
+    saved = dict(whole.adam.gather(whole.items))
+    save_adapter(whole.model, saved, tmp_path, "base")
     save_state(whole.method, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.safetensors", f"{name}.json"}
-    resumed.model.load_state_dict(whole.model.state_dict())
-    resumed.adam.restore(resumed.items, dict(whole.adam.gather(whole.items)), 5)
+    assert {f"{name}.safetensors", f"{name}.json"} <= {path.name for path in tmp_path.iterdir()}
+    resumed.adam.restore(resumed.items, saved, 5)
     load_state(resumed.method, tmp_path)
     whole.train(range(5, 12))
     resumed.train(range(5, 12))
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     (tensors, values), (other_tensors, other_values) = whole.method.state_dict(), resumed.method.state_dict()
-    assert values == other_values and tensors.keys() == other_tensors.keys() and tensors
+    assert values == other_values and tensors.keys() == other_tensors.keys() and values["step"] == 12
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
 
 

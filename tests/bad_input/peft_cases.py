@@ -44,6 +44,35 @@ PEFT_ARGUMENTS |= {
     )
 }
 PEFT_ARGUMENTS |= {
+    "lora_dropout: p 1": bad(
+        "p is 1.0; expected a probability from 0 to below 1.", "adapter.method=lora_dropout", "adapter.peft={p: 1.0}"
+    ),
+    "lora_dropout: an ensemble that is to be merged": bad(
+        "An ensemble of 4 masks cannot be merged: the mean of its outputs is no single",
+        "adapter.method=lora_dropout",
+        "adapter.peft={ensemble: 4}",
+        "merge.after_training=true",
+    ),
+    "periodic_lora: period 0": bad(
+        "period is 0; expected the steps between two unloadings, at least 1.",
+        "adapter.method=periodic_lora",
+        "adapter.peft={period: 0}",
+    ),
+    "lors: a shared rank below 0": bad(
+        "shared_rank is -1; expected a rank, or 0: the private one.",
+        "adapter.method=lors",
+        "adapter.peft={shared_rank: -1}",
+    ),
+    "lors: another LoRA method": bad(
+        "use_dora makes LoRA another method, and lors is one already: leave it out.",
+        "adapter.method=lors",
+        "adapter.peft={use_dora: true}",
+    ),
+    "LoRA+ without two factors": bad(
+        "training.loraplus_ratio is 4: LoRA+ has a second learning rate for the second",
+        "adapter.method=ia3",
+        "training.loraplus_ratio=4",
+    ),
     "peft, lora: a whole number for a float": bad("", "adapter.method=lora", "adapter.peft={lora_dropout: 0}"),
     "peft, lora: a float for alpha": bad("", "adapter.method=lora", "adapter.peft={lora_alpha: 8.5}"),
 }

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glora_llm.adapters.config import FACTOR_METHODS
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRAConfig, GLoRALinear
 from glora_llm.glora.linear import effective
@@ -145,9 +146,18 @@ def test_a_module_saved_in_full_goes_along(train: Train, tmp_path: Path) -> None
     torch.testing.assert_close(found, trained.logits(), rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("method", FACTOR_METHODS)
+def test_sums_of_products_are_written_too(train: Train, tmp_path: Path, method: str) -> None:
+    trained = train(method=method)
+    found = through_peft(trained, export(trained, tmp_path / "lora"))
+    torch.testing.assert_close(found, trained.logits(), rtol=1e-4, atol=2e-4)
+    config = LoraConfig.from_pretrained(str(tmp_path / "lora"))
+    assert config.r == {"lors": 4}.get(method, 2) and config.peft_type == "LORA"
+
+
 def test_another_method_is_refused(train: Train, tmp_path: Path) -> None:
     trained = train(method="lora")
-    with pytest.raises(UserError, match="exports GLoRA adapters; this one is lora"):
+    with pytest.raises(UserError, match=r"exports adapters of glora.*; this one is lora "):
         export(trained, tmp_path / "lora")
 
 

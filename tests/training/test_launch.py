@@ -48,6 +48,15 @@ def test_adalora_prunes_alike_under_every_stage(trained: Path, name: str) -> Non
         torch.testing.assert_close(middle[1][tensor], importance, rtol=1e-3, atol=1e-10)
 
 
+def test_periodic_lora_unloads_between_two_checkpoints(trained: Path) -> None:
+    """The unloading is behind step 3, as the checkpoint is, which the resumed run goes on from."""
+    ranks = []
+    for folder in ("checkpoints/step-3/adapter", "adapter"):
+        saved = load_file(trained / "periodic_lora" / folder / "adapter_model.safetensors")
+        ranks += [{len(tensor) for name, tensor in saved.items() if name.endswith("lora_past.down")}]
+    assert ranks == [{4}, {4}]
+
+
 def test_dropout_is_on_in_these_runs(trained: Path) -> None:
     assert metrics(trained / "no_dropout", "train/loss")[6] != pytest.approx(
         metrics(trained / "zero1", "train/loss")[6], abs=1e-4

@@ -37,6 +37,7 @@ COMMON = [
 FLOAT16 = Path(__file__).with_name("float16.json")  # ZeRO 3, and a loss scale that begins too high and rises soon
 DIVIDED = Path(__file__).with_name("divided.json")  # ZeRO 3 that keeps no parameter whole, however small
 ADALORA = ["adapter.method=adalora", "adapter.slots=null", "adapter.peft={tinit: 1, tfinal: 1, deltaT: 1}"]
+PERIODIC = ["adapter.method=periodic_lora", "adapter.slots=null", "adapter.peft={period: 3}"]
 SCENARIOS: dict[str, list[str]] = {
     "zero0": ["training.deepspeed=zero0"],
     "zero1": ["training.deepspeed=zero1"],
@@ -51,12 +52,14 @@ SCENARIOS: dict[str, list[str]] = {
     "adalora": [*ADALORA, "training.deepspeed=zero0"],
     "adalora_zero2": [*ADALORA, "training.deepspeed=zero2"],
     "adalora_zero3": [*ADALORA, f"training.deepspeed={DIVIDED}"],
+    "periodic_lora": [*PERIODIC, f"training.deepspeed={DIVIDED}"],
     "bfloat16": ["model.dtype=bfloat16", "training.deepspeed=zero2"],
     "float16": ["model.dtype=float16", f"training.deepspeed={FLOAT16}", "training.max_bad_steps=1"],
     "broken": ["training.lr=1000", "adapter.alpha=1e18", "training.max_grad_norm=0", "training.max_bad_steps=2"],
 }
 LOGITS_AT_ONCE = output_head.LOGITS_AT_ONCE
-RESUMED = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora_zero3", "bfloat16", "float16")
+RESUMED: tuple[str, ...] = ("zero0", "zero1", "zero3", "zero2_offload", "adamw_8bit", "adalora_zero3", "periodic_lora")
+RESUMED += ("bfloat16", "float16")
 
 
 COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "gather")
