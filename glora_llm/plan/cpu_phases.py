@@ -101,10 +101,10 @@ def _weights(subject: Subject) -> tuple[dict[str, int], dict[str, int], int]:
     """Return the parts of the base behind loading and once all of it was read, and what is read beside it meanwhile."""
     sizes, width = subject.sizes, subject.dtype.itemsize
     packed = sizes.packed * width
-    state = {"quantisation": sizes.state_bytes}
+    state = {"quantisation": sizes.state_bytes + sizes.teacher}
     copied = sum(sizes.frozen) * width
     if subject.recipe.adapter.is_full or is_ours(subject.folder):
-        return {"base": copied}, {"base": copied}, 0
+        return {"base": copied + sizes.teacher}, {"base": copied + sizes.teacher}, 0
     stored, dtypes = _stored(subject)
     if dtypes == {subject.dtype}:  # what is not quantised stays mapped, and the files with it
         kept = (sum(sizes.frozen) - sizes.packed) * width

@@ -38,6 +38,9 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
     with found.collected():
         look_at_model(recipe.model)
     with found.collected():
+        if recipe.training.distill is not None:
+            look_at_model(recipe.training.distill.as_model())
+    with found.collected():
         if data:
             first_look(recipe.data)
     with found.collected():

@@ -15,6 +15,7 @@ import torch
 from glora_llm.adapters.inject import inject
 from glora_llm.models.load import meta_model
 from glora_llm.plan.step_memory import StepShape, quantized_shapes, step_peak, without_start
+from glora_llm.plan.teacher import teacher_bytes
 from glora_llm.schema import ModelSection, Recipe
 from glora_llm.training.deepspeed_config import offloads, read_deepspeed_config, zero_stage
 from glora_llm.vlora import allocated, to_dense
@@ -32,7 +33,7 @@ class Memory:
     """Bytes on one GPU.
 
     Args:
-        base: frozen weights.
+        base: frozen weights, those of a teacher too.
         adapter: trained weights as the model computes with them.
         gradients: of the trained weights, kept over the micro batches of a step.
         optimizer: float32 masters and moments.
@@ -139,6 +140,7 @@ class ModelSizes:
         packed: of the packed values of quantised weights, which are among `frozen`.
         dense: of the model that it is merged into.
         vocabulary: tokens, or 0.
+        teacher: bytes of the weights of a teacher, which every process holds whole.
     """
 
     frozen: list[int]
@@ -148,6 +150,7 @@ class ModelSizes:
     packed: int = 0
     dense: int = 0
     vocabulary: int = 0
+    teacher: int = 0
 
 
 def compute_memory(recipe: Recipe, folder: Path, world_size: int, dtype: torch.dtype) -> Memory:
@@ -165,7 +168,7 @@ def at_rest(recipe: Recipe, sizes: ModelSizes, world_size: int, dtype: torch.dty
     """Return the memory of one of `world_size` GPUs, of which a step needs `step` bytes beside all that stays."""
     sharding = Sharding.of(recipe.training.deepspeed, world_size)
     trained, width = sum(sizes.trained), adapter_dtype(recipe, dtype).itemsize
-    base = sharding.held(sizes.frozen) * dtype.itemsize + sizes.state_bytes
+    base = sharding.held(sizes.frozen) * dtype.itemsize + sizes.state_bytes + sizes.teacher
     return Memory(
         base=base,
         adapter=sharding.held(sizes.trained) * width,
@@ -199,6 +202,7 @@ def model_sizes(recipe: Recipe, folder: Path, dtype: torch.dtype) -> ModelSizes:
         sum(shape.stored for shape in quantized.values()),
         dense,
         vocabulary,
+        teacher_bytes(recipe, dtype),
     )
 
 

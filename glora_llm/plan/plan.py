@@ -22,6 +22,7 @@ from glora_llm.plan.answers import check_answers
 from glora_llm.plan.checks import check_combination, check_watched_score
 from glora_llm.plan.prompt_checks import check_packing
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.teacher import find_teacher
 from glora_llm.schema import Recipe
 from glora_llm.tasks.heads import head_task
 from glora_llm.tasks.images import image_task
@@ -51,6 +52,7 @@ class Plan:
         steps: optimizer steps of the run.
         genome: the content of adapter.genome, if there is one.
         resident: bytes of this process before all of that was read.
+        teacher: the model that is learnt from, with training.distill.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Plan:
     steps: int
     genome: Genome | None = None
     resident: int = 0
+    teacher: ResolvedModel | None = None
 
     def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
@@ -121,6 +124,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
         genome = None if recipe.adapter.genome is None else read_genome(Path(recipe.adapter.genome))
     with found.collected():
         base, task = (head_task if recipe.head else TASKS.get(recipe.data.format, text_task))(recipe, weights)
+        teacher = find_teacher(recipe, base, task, weights) if world_size is not None else None
         if world_size is not None:
             check_watched_score(recipe, task)
     found.raise_all()
@@ -129,7 +133,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident)
+    return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident, teacher)
 
 
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:

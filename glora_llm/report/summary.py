@@ -72,6 +72,9 @@ def _peak(summary: dict[str, Any]) -> str:
 def score_columns(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return title -> scores by name, of the validations and tests that summary.json holds."""
     titles = {
+        "teacher": "teacher",
+        "dense": "dense",
+        "at_start": "at the start",
         "validation": "validation",
         "test_before": "test before",
         "test": "test after",

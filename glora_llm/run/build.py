@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from glora_llm.adapters.config import reads_base
@@ -26,6 +27,7 @@ from glora_llm.run.saving import Clock, Saver
 from glora_llm.schema import AdapterSection
 from glora_llm.training import checkpoint
 from glora_llm.training.best import Best
+from glora_llm.training.distill import DistilledObjective
 from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
@@ -92,7 +94,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     penalty = method.penalty_gradients() if method else None
     if recipe.model.compile:
         load.compile_layers(bare)
-    engine = Engine(plan.task.objective(bare), items, recipe.training, plan.deepspeed, device, penalty)
+    engine = Engine(objective_of(plan, bare, device), items, recipe.training, plan.deepspeed, device, penalty)
     if method is not None:
         method.attach(engine.whole)
         engine.after_step = method.step
@@ -126,6 +128,26 @@ def describe_parts(parts: TrainingParts, adapter: AdapterSection, world_size: in
     if parts.engine.stage == 3 and (warning := undivided(held, world_size)):
         lines.append(f"warning: {warning}")
     return lines
+
+
+def objective_of(plan: Plan, model: Any, device: torch.device) -> Any:
+    """Return the task's objective for a model, with a teacher on the same device where the recipe has one."""
+    objective, settings = plan.task.objective(model), plan.recipe.training.distill
+    if settings is None or plan.teacher is None:
+        return objective
+    teacher = load.load_base(settings.as_model(), plan.teacher.folder, device)
+    return DistilledObjective(objective, plan.task.objective(teacher), settings)
+
+
+def reference_objective(plan: Plan, objective: Any, device: torch.device) -> tuple[str, Any] | None:
+    """Return the model that this one is measured by, as (`teacher` or `dense`, its objective); None: there is none.
+
+    Args:
+        objective: of the model that is trained.
+    """
+    if isinstance(objective, DistilledObjective):
+        return "teacher", objective.teacher
+    return None
 
 
 def _shards(plan: Plan) -> Shards | None:

@@ -36,6 +36,7 @@ from glora_llm.run.build import TrainingParts, build, describe_parts
 from glora_llm.run.forgetting import text_before, text_without_and_with
 from glora_llm.run.generation import answer
 from glora_llm.run.launches import note_launch
+from glora_llm.run.observe import observed, scores_at_start
 from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
 from glora_llm.schema import Recipe
@@ -45,7 +46,6 @@ from glora_llm.training.diagnosis import first_bad_module
 from glora_llm.training.hyperparameters import compared_settings
 from glora_llm.training.loop import Hooks, Schedule, ValidationLeft, fit, peak_memory_gb
 from glora_llm.training.metric_log import MetricLog
-from glora_llm.vlora import m_steps
 
 
 def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None) -> None:
@@ -179,6 +179,8 @@ class Run:
             self._record({"test_before": self._test("before")})
         if before := text_before(self.plan, parts, self.processes):
             self._record(before)
+        if first := scores_at_start(self.plan, parts, self._score):
+            self._record(first)
         schedule = Schedule.of(recipe, parts.start, self.plan.steps)
         hooks = Hooks(
             batches=lambda step: self.plan.process_batches(
@@ -188,7 +190,7 @@ class Run:
             save=partial(parts.saver.save_checkpoint, parts.engine),
             diagnose=partial(first_bad_module, parts.model, parts.engine.score),
             before_micro_step=parts.supernet.draw,
-            observe=self._observe,
+            observe=lambda _: observed(parts),
             stop=self.stop,
             best=parts.best,
         )
@@ -210,11 +212,6 @@ class Run:
             self.log.say("\n".join([resumed, *self.parts.changes]))
         self.log.text("recipe", recipes.dump(self.plan.recipe))
         self.log.begin(compared_settings(self.plan.recipe, self.parts.trained))
-
-    def _observe(self, step: int) -> dict[str, float]:
-        """Return the size of each layer's increment: the M step of the VLoRA paper."""
-        sizes = m_steps(self.parts.vlora_stack)
-        return {f"vlora/increment/layer_{number:02d}": size for number, size in sizes.items()}
 
     def _score(self, split: str, limit: int | None, score: Callable[[Batch], Any] | None = None) -> dict[str, float]:
         """Return the scores of a split, on at most `limit` rows; nothing where the recipe has no such rows.

@@ -7,6 +7,7 @@ from typing import Literal
 
 from glora_llm.schema.adapter import AdapterSection, Slots, SlotSetting, SupernetSection
 from glora_llm.schema.data import DataSection
+from glora_llm.schema.distill import DistillSection
 from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.model import ModelSection
 from glora_llm.schema.output import MergeSection, OutputSection
@@ -17,6 +18,7 @@ from glora_llm.schema.vlora import VLoRASection
 __all__ = [
     "AdapterSection",
     "DataSection",
+    "DistillSection",
     "EvaluationSection",
     "GenerateSection",
     "ImagesSection",

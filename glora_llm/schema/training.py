@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from glora_llm.schema.distill import DistillSection
 from glora_llm.schema.section import LocalPath, PositiveInt, Section, key
 
 LARGEST_LR = 1000
@@ -44,6 +45,7 @@ class TrainingSection(Section):
         "LoRA+: of two factors, the one that ends in a layer's outputs (B) learns this much faster",
         "x training.lr",
     )
+    distill: DistillSection | None = key(None, "learn from the logits of a teacher too; none: from the tokens alone")
     seed: Annotated[int, Field(ge=0)] = key(0, "of the adapter's start, the sample order and dropout")
     log_every: PositiveInt = key(1, "steps between two lines of metrics", "steps")
     max_bad_steps: PositiveInt = key(5, "stop after so many steps in a row with a non-finite loss or gradient", "steps")

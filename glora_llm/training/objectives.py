@@ -82,14 +82,19 @@ class CausalLMObjective(nn.Module):
             segment_lengths: their lengths.
             label_choices: (N, C), the tokens of label words that each target is among, for its scores.
         """
-        segments = self.packed(segment_offsets, segment_lengths) if self.packed else {}
-        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        states = decoder(**inputs, **segments).last_hidden_state
-        hidden = states.flatten(0, 1).index_select(0, target_index)
+        hidden = self.decode(input_ids, position_ids, segment_offsets, segment_lengths).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, target_index)
         if score:
             return self._score(hidden, targets, target_index // input_ids.shape[1], label_choices)
         return self.head.loss(hidden, targets)
+
+    def decode(
+        self, input_ids: Tensor, position_ids: Tensor, offsets: Tensor, lengths: tuple[int, ...], **more: Any
+    ) -> Any:
+        """Return the decoder's output for the tokens of a batch; `more` goes to its forward pass."""
+        segments = self.packed(offsets, lengths) if self.packed else {}
+        decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **segments, **more)
 
     def targets(self, batch: Batch) -> int:
         """Return the number of target tokens."""
