@@ -48,8 +48,10 @@ def merged(trained: Trained, out: Path) -> Any:
         pytest.param({"slots": SLOTS, "model": {"quantization": "nf4"}}, marks=pytest.mark.slow),
         {"slots": {"A": "lora", "B": "lora"}, "composition": "hadamard", "targets": ["c_attn", "wte", "wpe"]},
         pytest.param({"method": "lora"}, marks=pytest.mark.slow),
+        pytest.param({"method": "ssf", "model": {"quantization": "nf4"}}, marks=pytest.mark.slow),
+        pytest.param({"method": "repadapter"}, marks=pytest.mark.slow),
     ],
-    ids=["all slots", "nf4", "hadamard, with embeddings", "lora"],
+    ids=["all slots", "nf4", "hadamard, with embeddings", "lora", "ssf on nf4", "repadapter"],
 )
 def test_it_merges_into_what_plain_transformers_loads(keys: Any, gpt2: Path, train: Train, tmp_path: Path) -> None:
     trained = train(**keys | {"model": {"name_or_path": str(gpt2), "dtype": "float32", **keys.get("model", {})}})
