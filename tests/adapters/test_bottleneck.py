@@ -131,19 +131,39 @@ def tiny_copy(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_it_begins_as_the_base_and_learns(method: str) -> None:
-    model = adapted("llama", method, moved=False)
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_it_begins_as_the_base_and_learns(family: str, method: str) -> None:
+    model = adapted(family, method, moved=False)
     torch.manual_seed(0)
-    assert torch.equal(logits(model, "llama"), logits(tiny("llama").double().eval(), "llama"))
+    assert torch.equal(logits(model, family), logits(tiny(family).double().eval(), family))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
+    losses, given = [], inputs_of(family)
     for _ in range(8):
-        loss = model(**inputs_of("llama"), labels=inputs_of("llama")["input_ids"]).loss
+        loss = model(**given, labels=given.get("input_ids", torch.tensor([0, 1]))).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
+    def gradients(again: bool) -> list[Tensor]:
+        model = adapted(family, "adaptformer").train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if again:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        given = inputs_of(family)
+        labels = given["input_ids"] if family in ("llama", "gpt2") else torch.tensor([0, 1])
+        model(**given, labels=labels).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) >= 8
+    torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [True, False])
