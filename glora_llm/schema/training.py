@@ -42,7 +42,7 @@ class TrainingSection(Section):
     )
     loraplus_ratio: Annotated[float, Field(gt=0)] = key(
         1.0,
-        "LoRA+: of two factors, the one that ends in a layer's outputs (B) learns this much faster",
+        "LoRA+: of two factors, the one on the side of the outputs (B) learns this much faster",
         "x training.lr",
     )
     distill: DistillSection | None = key(None, "learn from the logits of a teacher too; none: from the tokens alone")
