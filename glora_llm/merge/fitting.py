@@ -88,9 +88,8 @@ def fitted(
             raise UserError(_refusal(chosen.target, plan, config, layers, dropped, measured))
         left_out = dropped
     if not left_out:
-        print(
-            f"{chosen.target} serves all {'slots ' if layers else ''}of this adapter{': nothing is left out' if asked else ''}."
-        )
+        what = "all slots of this adapter" if layers else "all of this adapter"
+        print(f"{chosen.target} serves {what}{': nothing is left out' if asked else ''}.")
         yield Fitted(plan, trained)
         return
     with smaller_adapter(plan, layers, trained, left_out) as (smaller, place):
