@@ -20,10 +20,15 @@ def check_generate(recipe: Recipe) -> None:
     """Check that answers can be generated for these data.
 
     Raises:
-        UserError: for a format without prompts and free answers.
+        UserError: for a format without prompts and free answers, and for an adapter that cannot write text.
     """
     if recipe.evaluation.generate is None:
         return
+    if recipe.adapter.method == "lora_dropout" and (recipe.adapter.peft or {}).get("ensemble"):
+        raise UserError(
+            "evaluation.generate writes text, and adapter.peft.ensemble takes the mean of several models, each of "
+            "which would need keys and values of its own. Set adapter.peft.ensemble=0, or evaluation.generate=null."
+        )
     name, take = recipe.data.format, "or take evaluation.generate away (evaluation.generate=null)."
     if name not in PROMPTED:
         why = {

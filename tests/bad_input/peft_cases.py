@@ -53,6 +53,12 @@ PEFT_ARGUMENTS |= {
         "adapter.peft={ensemble: 4}",
         "merge.after_training=true",
     ),
+    "lora_dropout: an ensemble that is to write text": bad(
+        "evaluation.generate writes text, and adapter.peft.ensemble takes the mean of several models",
+        "adapter.method=lora_dropout",
+        "adapter.peft={ensemble: 4}",
+        "evaluation.generate={}",
+    ),
     "periodic_lora: period 0": bad(
         "period is 0; expected the steps between two unloadings, at least 1.",
         "adapter.method=periodic_lora",
