@@ -2,11 +2,13 @@
 
 A(h) = s U f(D h + d) + u, with D (r, I) and U (O, r). Where they sit, and what h is:
 
-- `houlsby` (arXiv 1902.00751, section 2.1): behind attention and behind the feed-forward network, before each residual
+- `houlsby` (arXiv 1902.00751): behind attention and behind the feed-forward network, before each residual
   sum: y + A(y), f = GELU. (The authors train the norms too: adapter.modules_to_save.)
-- `pfeiffer` (2005.00247, 2007.07779): behind the feed-forward network alone, f = ReLU.
-- `parallel_adapter` (2110.04366, section 3.3): beside the feed-forward network: FFN(x) + A(x), with s = 4 and f = ReLU.
-- `adaptformer` (2205.13535, equations 2 and 3): the same for vision transformers, with s = 0.1.
+- `pfeiffer` (2005.00247, 2007.07779): behind the feed-forward network alone, f = ReLU: y + A(y) in every family. (Its
+  authors' library gives A what the norm behind a sublayer of BERT gives, or the residual sum where there is none.)
+- `parallel_adapter` (2110.04366): beside the feed-forward network: FFN(x) + A(x), with s = 4 and f = ReLU.
+- `adaptformer` (2205.13535): the same for vision transformers, with s = 0.1, on LN(x) as in the paper's equations. (The
+  authors' code gives A the x before the norm, and drops hidden units by 0.1: adapter.dropout.)
 - `compacter` (2106.04647): places of `houlsby`; D and U are sums of Kronecker products (`projections`).
 
 In BERT and its like the adapter comes before the dropout of the sublayer, not after it; that differs in training only.

@@ -52,8 +52,8 @@ class KroneckerRule(nn.Module):
 class KroneckerProjection(nn.Module):
     """y = x H + b with H = sum over i of A_i (x) (s_i t_i), a parametrised hypercomplex multiplication.
 
-    A_i is (n, n); s_i (I / n, k) and t_i (k, O / n) are the factors of a matrix of rank k (arXiv 2106.04647, section
-    4.2). H is never built: x is cut into n parts, each goes through the factors, and the A_i mix the parts.
+    A_i is (n, n); s_i (I / n, k) and t_i (k, O / n) are the factors of a matrix of rank k (arXiv 2106.04647). H is
+    never built: x is cut into n parts, each goes through the factors, and the A_i mix the parts.
 
     Args:
         inputs, outputs: I and O, multiples of n.

@@ -16,14 +16,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import glora_llm.glora  # noqa: F401 - registers the tuner
+import glora_llm.adapters.own  # noqa: F401 - registers its methods
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
 from glora_llm.adapters.prompts import accept_prompt, install_prompt
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, saved_config
+from glora_llm.adapters.tuner import ModuleTuner
 from glora_llm.errors import UserError
 from glora_llm.evaluation.streamed import WeightStream, hollow_model
 from glora_llm.glora.dense_model import dense_linear
 from glora_llm.glora.frozen_weight import dense_weight
+from glora_llm.glora.model import GLoRAModel
 from glora_llm.launch.device import choose_device
 from glora_llm.models.config_file import load_config
 from glora_llm.models.families import auto_class
@@ -73,7 +75,7 @@ def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
     """Return a base model with the adapter of a folder in it, without PEFT's wrapper.
 
     Raises:
-        UserError: when GLoRA's weights in the folder are not those of its configuration: PEFT would leave them out.
+        UserError: when weights of a method of our own are not those of its configuration: PEFT would leave them out.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -82,10 +84,12 @@ def _with_adapter(model: Any, adapter: Path, device: torch.device) -> Any:
         adapted = PeftModel.from_pretrained(model, str(adapter), torch_device=str(device))
     if method in PROMPT_METHODS:
         install_prompt(adapted)
-    expected = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if ".slot_" in name}
-    if expected:
+    tuner = adapted.base_model
+    own = f".{tuner.prefix}" if isinstance(tuner, GLoRAModel | ModuleTuner) else None
+    if own is not None:
+        expected = {name for name in get_peft_model_state_dict(adapted, save_embedding_layers=False) if own in name}
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as opened:
-            stored = {name for name in opened.keys() if ".slot_" in name}  # noqa: SIM118
+            stored = {name for name in opened.keys() if own in name}  # noqa: SIM118
         odd = sorted(expected ^ stored)
         if odd:
             said = "lacks" if odd[0] in expected else "has, and its configuration has not,"

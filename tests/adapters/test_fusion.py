@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
@@ -209,5 +209,10 @@ def test_a_run_fuses_resumes_and_is_scored(tmp_path: Path, capsys: pytest.Captur
     assert "is no folder" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
     assert main(["evaluate", str(out), "--split", "test"]) == 0
+    file = shutil.copytree(out, tmp_path / "lacking") / "adapter" / "adapter_model.safetensors"
+    save_file({name: t for name, t in weights.items() if "layers.1.mlp.fusion_frozen" not in name}, file)
+    (file.parent / "manifest.json").unlink(missing_ok=True)
+    assert main(["evaluate", str(tmp_path / "lacking"), "--split", "test"]) == 2
+    assert "is damaged: it lacks base_model.model.model.layers.1.mlp.fusion_frozen" in capsys.readouterr().err
     assert main(["merge", str(out), "--out", str(tmp_path / "merged")]) == 2
     assert "An adapter of method adapter_fusion cannot be merged: its nonlinearity" in capsys.readouterr().err
