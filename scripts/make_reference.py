@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from glora_llm.schema import GenerateSection, ImagesSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.schema.benchmarks import BENCHMARKS
 from glora_llm.schema.scores import SCORES
+from glora_llm.schema.vlora import VLoRARates
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
 TASKS = TARGET.parent / "tasks.md"
@@ -39,8 +40,10 @@ NESTED: dict[type[BaseModel], str] = {
     SupernetSection: "A supernet",
     ImagesSection: "The keys of images",
     GenerateSection: "The keys of generate",
+    VLoRARates: "The keys of lr_factors",
 }
 WITHIN = {"adapter": (SlotSetting, SupernetSection), "data": (ImagesSection,), "evaluation": (GenerateSection,)}
+WITHIN["vlora"] = (VLoRARates,)
 
 
 def main() -> int:

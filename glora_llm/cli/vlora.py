@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from glora_llm.cli.vlora_show import add_show
 from glora_llm.cli.vlora_twin import add_twin
 from glora_llm.errors import UserError
 from glora_llm.schema.vlora import VLORA_CHOICES
@@ -36,6 +37,7 @@ def add_command(commands: Any, style: Any) -> None:
     command.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     command.set_defaults(command=from_dense)
     add_twin(actions, style)
+    add_show(actions, style)
 
 
 def from_dense(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from glora_llm.errors import UserError, nearest
 from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers, looks_both_ways
 from glora_llm.models.sharded_load import Shards, fill, stored_tensors, without_values
 from glora_llm.schema import ModelSection, VLoRASection
+from glora_llm.schema.vlora import TRAINING_KEYS
 from glora_llm.vlora import VLoRAConfig, make_compounds
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def new_folder(
 
 def vlora_config(section: VLoRASection) -> VLoRAConfig:
     """Return the section as VLoRA itself takes it."""
-    return VLoRAConfig(**section.model_dump())
+    return VLoRAConfig(**section.model_dump(exclude=set(TRAINING_KEYS)))
 
 
 def write_sharing(config: VLoRAConfig, folder: Path) -> None:

@@ -46,6 +46,11 @@ def check_combination(recipe: Recipe, stage: int) -> None:
             f"model.quantization int8 and training.deepspeed {recipe.training.deepspeed} (ZeRO 3) do not fit: "
             "DeepSpeed cannot shard int8 weights. Use nf4, or ZeRO 2."
         )
+    if recipe.training.optimizer == "muon" and not recipe.adapter.is_full:
+        raise UserError(
+            f"training.optimizer muon steps the matrices of a model that is trained as a whole, and adapter.method is "
+            f"{recipe.adapter.method}: its rates are AdamW's. Use training.optimizer=adamw, or adapter.method=full."
+        )
     if recipe.model.compile:
         _check_compile(recipe, stage)
     if recipe.search is not None:
@@ -245,6 +250,19 @@ def check_float16(deepspeed: DeepSpeedConfig, dtype: torch.dtype) -> None:
         raise UserError(
             f"{asked}, and training.deepspeed {deepspeed.name} (ZeRO 0) does not scale the loss: small "
             "gradients would become zero. Use training.deepspeed=zero1, or model.dtype=float32."
+        )
+
+
+def check_offload(recipe: Recipe, deepspeed: DeepSpeedConfig) -> None:
+    """Check that the optimizer runs where its states are kept.
+
+    Raises:
+        UserError: for Muon's with offload.
+    """
+    if recipe.training.optimizer == "muon" and deepspeed.offloads:
+        raise UserError(
+            f"training.optimizer muon orthogonalises whole matrices, and training.deepspeed {deepspeed.name} keeps the "
+            "optimizer's states on the CPU, where that takes longer than a step. Use zero2 or zero3, or adamw."
         )
 
 

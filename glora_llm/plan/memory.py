@@ -25,6 +25,7 @@ RESERVE = 1e9  # bytes; a guess
 FLOAT32 = 4  # bytes of an element
 # bytes of both moments of a trained element on the GPU; paged ones may leave it for the CPU
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw": 0.0, "paged_adamw_8bit": 0.0}
+MOMENTS["muon"] = 8.0  # at most: matrices of the layers have one moment, 4 bytes, and one of them is whole at a time
 TRACED_METHODS = ("glora", "lora", "rslora", "full")
 
 

@@ -19,7 +19,7 @@ from glora_llm.launch.device import choose_device
 from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.answers import check_answers
-from glora_llm.plan.checks import check_combination, check_watched_score
+from glora_llm.plan.checks import check_combination, check_offload, check_watched_score
 from glora_llm.plan.prompt_checks import check_packing
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.teacher import find_teacher
@@ -118,6 +118,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     with found.collected():
         deepspeed = resolve_deepspeed_config(recipe.training, dtype, world_size)
         check_combination(recipe, deepspeed.stage)
+        check_offload(recipe, deepspeed)
         if world_size is not None:
             check_packing(recipe)
     with found.collected():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.resumed import Resumed, describe_changes, layout
 from glora_llm.run.saving import Clock, Saver
-from glora_llm.schema import AdapterSection
+from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.training import checkpoint
 from glora_llm.training.best import Best
 from glora_llm.training.distill import DistilledObjective
@@ -32,8 +32,9 @@ from glora_llm.training.engine import Engine
 from glora_llm.training.flops import ModelCost, measure_cost
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.training.optim import Trainable
-from glora_llm.training.sharding import element_count, set_whole, undivided
+from glora_llm.training.sharding import element_count, set_whole, undivided, whole_shape
 from glora_llm.vlora import vlora_layers
+from glora_llm.vlora.rates import Rate, rates
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     ranks.require_equal({"training data": data_digest, "base model": plan.base.fingerprint}, processes.world_size)
     base = load.load_base(recipe.model, plan.base.folder, device, _shards(plan))
     model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
-    items = trainables(model, recipe.adapter, recipe.training.loraplus_ratio)
+    items = _rated(trainables(model, recipe.adapter, recipe.training.loraplus_ratio), without_adapter(model), recipe)
     trained = sum(element_count(item.parameter) for item in items)
     size = checkpoint.size(trained, has_adapter=not recipe.adapter.is_full)
     checkpoint.require_space(folder.checkpoints, size, recipe.output.keep + bool(recipe.evaluation.keep_best))
@@ -183,6 +184,25 @@ def _set_weights(model: nn.Module, items: Sequence[Trainable], resumed: Resumed 
             set_whole(item.parameter, resumed.tensors[f"master/{item.name}"])
     elif adapter is not None:
         load_start(model, list(items), Path(adapter))
+
+
+def _rated(items: Sequence[Trainable], bare: Any, recipe: Recipe) -> list[Trainable]:
+    """Return the parameters with the rates of the section vlora, and those that Muon steps: matrices of the layers."""
+    if not recipe.adapter.is_full:
+        return list(items)
+    shared, muon = recipe.vlora, set()
+    found = {} if shared is None else rates(bare, shared.lr_factors, shared.decay_increments)
+    if recipe.training.optimizer == "muon":
+        muon = {id(p) for layer in layers(bare) for p in layer.parameters() if len(whole_shape(p)) == 2}
+    return [
+        replace(
+            item,
+            lr_factor=item.lr_factor * found.get(id(item.parameter), Rate()).lr_factor,
+            decays=found.get(id(item.parameter), Rate()).decays,
+            muon=id(item.parameter) in muon,
+        )
+        for item in items
+    ]
 
 
 def _supernet(plan: Plan, model: nn.Module) -> Supernet:

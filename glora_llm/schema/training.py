@@ -27,9 +27,12 @@ class TrainingSection(Section):
     lr: Annotated[float, Field(gt=0)] = key(..., "peak learning rate", "1/step")
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine and linear end at 0")
     warmup: Annotated[float, Field(ge=0)] = key(0.03, "below 1: share of the steps; else: steps", "share or steps")
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = key(
-        "adamw", "torch's AdamW (DeepSpeed's CPU Adam with offload), or one of bitsandbytes"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = key(
+        "adamw",
+        "torch's AdamW (DeepSpeed's CPU Adam with offload), one of bitsandbytes, or muon: torch's Muon for the "
+        "matrices of the layers of a whole model, AdamW for the rest",
     )
+    muon_momentum: DecayRate = key(0.95, "of Muon, with Nesterov's look-ahead")
     weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "on matrices only, never on vectors, scalars or biases")
     betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="Adam's decay rates", strict=False)
     eps: Annotated[float, Field(gt=0)] = key(1e-8, "Adam's epsilon")

@@ -26,6 +26,18 @@ VLORA_CHOICES: dict[str, tuple[str, ...]] = {
 GAINS: tuple[str, ...] = get_args(Gain)
 
 
+LrFactor = Annotated[float, Field(gt=0, le=1000)]
+
+
+class VLoRARates(Section):
+    """Factors on training.lr by the part of a shared weight."""
+
+    base: LrFactor = key(1.0, "of the weights that k layers share", "x training.lr")
+    b: LrFactor = key(1.0, "of an increment's B, which starts at zero", "x training.lr")
+    a: LrFactor = key(1.0, "of an increment's A", "x training.lr")
+    gain: LrFactor = key(1.0, "of row and column gains and the diagonal", "x training.lr")
+
+
 class VLoRASection(Section):
     """Vertical LoRA: every k like layers share a base, and each next one adds a low-rank increment (docs/vlora.md)."""
 
@@ -52,3 +64,10 @@ class VLoRASection(Section):
     norm_spread: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "standard deviation, around 1, of the gains that the layers' norms start with"
     )
+    lr_factors: VLoRARates | Literal["auto"] | None = key(
+        None, "rates of bases and increments; auto: 1 / sqrt(k) and, of B, sqrt(3 I / r) / s; none: 1"
+    )
+    decay_increments: bool = key(True, "training.weight_decay is for the matrices of increments too")
+
+
+TRAINING_KEYS = frozenset({"lr_factors", "decay_increments"})  # which are of a run, and not of the model's shape

@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from glora_llm.training.optim import Trainable
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER, MOMENTS, MUON_MOMENTS = "master", ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 BUCKET = 2**26  # elements that one collective gathers: 256 MB of float32
 BLOCK = 256  # 8-bit moments with one scale
 _BNB_STATES = {"exp_avg": "1", "exp_avg_sq": "2"}
@@ -99,8 +99,13 @@ class AdamState:
             if self.is_bnb:
                 self.optimizer.init_state(self.optimizer.param_groups[part.group], part.flat, part.group, 0)
             else:
-                zeros = {key: torch.zeros_like(part.flat, dtype=torch.float32) for key in MOMENTS}
-                self.optimizer.state[part.flat].update(zeros, step=self._step_value(part, 0))
+                zeros = {key: torch.zeros_like(part.flat, dtype=torch.float32) for key in self.moments(part)}
+                self.optimizer.state[part.flat].update(zeros)
+                self.set_count(part, 0)
+
+    def moments(self, part: Partition) -> tuple[str, ...]:
+        """Return the names of what the optimizer keeps of a partition beside the master weights."""
+        return MUON_MOMENTS if self.optimizer.param_groups[part.group].get("muon") else MOMENTS
 
     def gather(self, trainables: Sequence[Trainable]) -> Iterator[tuple[str, Tensor]]:
         """Yield (`master/NAME` or `exp_avg/NAME` ..., full float32 CPU tensor) on the first process, in no fixed order.
@@ -110,7 +115,7 @@ class AdamState:
         names = {id(item.parameter): item.name for item in trainables}
         where = torch.device("cpu") if not dist.is_initialized() or dist.get_rank() == 0 else None
         for part in self.partitions:
-            for key in (MASTER, *MOMENTS):
+            for key in (MASTER, *self.moments(part)):
                 for parameter, value in self.whole(part, self.read(part, key), where):
                     yield f"{key}/{names[id(parameter)]}", value
 
@@ -118,7 +123,7 @@ class AdamState:
         """Set what `gather` yielded, after `step` optimizer steps. All processes must call it."""
         names = {id(item.parameter): item.name for item in trainables}
         for part in self.partitions:
-            for key in (MASTER, *MOMENTS):
+            for key in (MASTER, *self.moments(part)):
                 mine = torch.zeros(part.flat.numel(), dtype=torch.float32, device="cpu")  # what pads a partition is 0
                 for piece in part.pieces:
                     if piece.process == part.process:
@@ -128,7 +133,9 @@ class AdamState:
             self.set_count(part, step)
 
     def set_count(self, part: Partition, steps: int) -> None:
-        """Set the number of steps that Adam corrects the moments of a partition by."""
+        """Set the number of steps that Adam corrects the moments of a partition by; Muon needs none."""
+        if self.moments(part) is MUON_MOMENTS:
+            return
         self.optimizer.state[part.flat]["step"] = self._step_value(part, steps)
 
     def _step_value(self, part: Partition, step: int) -> Any:

@@ -104,6 +104,8 @@ def resolve_deepspeed_config(
         )
     if values["bf16"]["enabled"]:
         values["bf16"].setdefault("check_grad_overflow", True)
+    if settings.optimizer != "adamw":  # DeepSpeed would refuse what it does not know by name
+        values.setdefault("zero_allow_untested_optimizer", True)
     resolved = DeepSpeedConfig(settings.deepspeed, values, stage, offloads(values))
     _check_accumulation_dtype(resolved)
     return resolved

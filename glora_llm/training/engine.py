@@ -18,6 +18,7 @@ from glora_llm.training.batch import Batch, to_device
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
 from glora_llm.training.end_vote import EndVote
 from glora_llm.training.loss_scale import LossScale
+from glora_llm.training.muon import MuonAdamW
 from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 from glora_llm.training.penalty import GradientOf, Penalty
 from glora_llm.training.sharding import Held, forget_models, held, is_divided, prepare_rest
@@ -87,6 +88,8 @@ class Engine:
         )
         _require_dtypes(objective, dtypes)
         self.adam = AdamState(self.ds, self.stage, device)
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.bind(self.adam.partitions)
         self.loss_scale = LossScale(self.ds.optimizer)
         self.penalty = Penalty(penalty or {}, lambda: float(getattr(self.ds.optimizer, "loss_scale", 1.0)))
         self.whole = WholeState(self.adam, self.trainables)

@@ -15,16 +15,21 @@ from glora_llm.schema import TrainingSection
 
 @dataclass(frozen=True)
 class Trainable:
-    """One trained parameter: its name in checkpoints, and what multiplies training.lr for it.
+    """One trained parameter: its name in checkpoints, and how it is stepped.
 
     Args:
+        lr_factor: multiplies training.lr for it.
         group: parameters of other groups are never in one partition with it, which has one step count of Adam.
+        decays: whether weight decay is for it, if it is a matrix.
+        muon: whether Muon steps it where training.optimizer is muon: a matrix that is no embedding and no head.
     """
 
     name: str
     parameter: nn.Parameter
     lr_factor: float = 1.0
     group: str = ""
+    decays: bool = True
+    muon: bool = False
 
 
 def lr_at(step: int, total: int, settings: TrainingSection) -> float:
@@ -44,19 +49,18 @@ def lr_at(step: int, total: int, settings: TrainingSection) -> float:
 
 
 def parameter_groups(trainables: Sequence[Trainable], weight_decay: float) -> list[dict[str, Any]]:
-    """Group parameters by learning-rate factor and decay; only matrices decay.
+    """Group parameters by learning-rate factor, decay and optimizer; only matrices decay.
 
     Returns:
-        optimizer groups with `params`, `lr_factor`, `weight_decay`, `names`, in a fixed order.
+        optimizer groups with `params`, `lr_factor`, `weight_decay`, `muon`, `names`, in a fixed order.
     """
-    groups: dict[tuple[float, float, str], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, str, bool], dict[str, Any]] = {}
     for item in trainables:
         matrix = len(getattr(item.parameter, "ds_shape", item.parameter.shape)) > 1
-        decay = weight_decay if matrix else 0.0
-        group = groups.setdefault(
-            (item.lr_factor, decay, item.group),
-            {"params": [], "names": [], "lr_factor": item.lr_factor, "weight_decay": decay, "lr": 0.0},
-        )
+        decay = weight_decay if matrix and item.decays else 0.0
+        kind = {"lr_factor": item.lr_factor, "weight_decay": decay, "muon": item.muon}
+        key = (item.lr_factor, decay, item.group, item.muon)
+        group = groups.setdefault(key, {"params": [], "names": [], **kind, "lr": 0.0})
         group["params"].append(item.parameter)
         group["names"].append(item.name)
     return list(groups.values())
@@ -69,7 +73,7 @@ def make_optimizer(settings: TrainingSection, groups: list[dict[str, Any]], offl
         offload: the states live on the CPU: DeepSpeed's own CPU Adam is used.
 
     Raises:
-        UserError: for a bitsandbytes optimizer with offload, or a paged one without a GPU.
+        UserError: for an optimizer other than AdamW with offload, or a paged one without a GPU.
     """
     common: dict[str, Any] = {"lr": 0.0, "betas": settings.betas, "eps": settings.eps}
     if settings.optimizer == "adamw" and offload:
@@ -77,9 +81,13 @@ def make_optimizer(settings: TrainingSection, groups: list[dict[str, Any]], offl
 
         load_extension("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
     if settings.optimizer == "adamw":
-        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, fused=fused, **common)
+    if settings.optimizer == "muon" and not offload:
+        from glora_llm.training.muon import MuonAdamW
+
+        return MuonAdamW(groups, settings.muon_momentum, fused=fused, **common)
     if offload:
         raise UserError(f"training.optimizer {settings.optimizer} keeps its states on the GPU; with offload use adamw.")
     import bitsandbytes

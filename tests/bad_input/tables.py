@@ -20,6 +20,7 @@ from tests.bad_input.score_cases import SCORES
 from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.vision_cases import VISION
+from tests.bad_input.vlora_cases import SHARING
 from tests.bad_input.weight_cases import FILES
 from tests.bad_input.yaml_cases import YAML
 
@@ -43,6 +44,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "bottleneck adapters, fusion": BOTTLENECKS,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
+    "layers that share weights; Muon": SHARING,
     "run folder; merge, evaluate, search": FOLDERS,
     "report": REPORTS,
     "output.dir": OUTPUT,

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from glora_llm.launch import ranks
 from glora_llm.launch.quiet import quiet_libraries
+from glora_llm.schema import TrainingSection
+from glora_llm.training.adam_state import AdamState
+from glora_llm.training.optim import Trainable, make_optimizer, parameter_groups, set_lr
 from glora_llm.vlora import increments
 from tests.vlora.conftest import shared, small_llama, twin
 
-STEPS, ACCUMULATION, LR = 2, 2, 0.1
+STEPS, ACCUMULATION, LR, DECAY = 2, 2, 0.1, 0.5
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
     "chain-thin": {"form": "thin"},
     "star-first": {"topology": "star", "base_gradient": "first"},
     "gains": {"gains": ["row", "column", "diagonal"], "increments": "all", "sharing": "cycle"},
+    "muon": {"gains": ["row"], "form": "auto"},
     "gains-thin": {"gains": ["row", "column", "diagonal"], "form": "thin"},
 }
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
@@ -31,6 +35,7 @@ SCENARIOS = {
     "chain-thin": [(3, "non-reentrant")],
     "star-first": [(2, "reentrant"), (3, "none"), (3, "non-reentrant")],
     "gains": [(0, "none"), (1, "non-reentrant"), (2, "non-reentrant"), (3, "none"), (3, "non-reentrant")],
+    "muon": [(stage, "none") for stage in range(4)],
     "gains-thin": [(2, "none"), (3, "non-reentrant")],
 }
 
@@ -58,19 +63,37 @@ def config(stage: int) -> dict[str, Any]:
 def reference(form: str, processes: ranks.Processes) -> tuple[list[float], list[dict[str, Tensor]], dict[str, Tensor]]:
     """Train the dense twin over the batches of all ranks; return losses, gradients by step, and final weights."""
     model = model_of(form)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizers: list[Any] = [torch.optim.SGD(model.parameters(), lr=LR)]
+    if form == "muon":
+        parameters = dict(model.named_parameters())
+        matrices = [value for name, value in parameters.items() if is_matrix(name, value)]
+        rest = [value for name, value in parameters.items() if not is_matrix(name, value)]
+        options: dict[str, Any] = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+        heads = [value for value in rest if value.dim() == 2]
+        vectors = [value for value in rest if value.dim() == 1]
+        adam = torch.optim.AdamW(heads, lr=LR, weight_decay=DECAY)
+        adam.add_param_group({"params": vectors, "weight_decay": 0.0})
+        optimizers = [torch.optim.Muon(matrices, lr=LR, weight_decay=DECAY, **options), adam]
     losses, grads = [], []
     for step in range(STEPS):
         total = torch.zeros(())
-        for part, rank in product(range(ACCUMULATION), range(processes.world_size)):
-            ids = batch(step, part, rank)
-            loss = twin(model, input_ids=ids, labels=ids).loss / (ACCUMULATION * processes.world_size)
-            loss.backward()
-            total += loss.detach()
+        summed: dict[str, Tensor] = {}
+        for rank in range(processes.world_size):  # in the order of a launch, which adds up on each rank first
+            model.zero_grad()
+            for part in range(ACCUMULATION):
+                ids = batch(step, part, rank)
+                loss = twin(model, input_ids=ids, labels=ids).loss / (ACCUMULATION * processes.world_size)
+                loss.backward()
+                total += loss.detach()
+            for name, value in model.named_parameters():
+                summed[name] = value.grad.clone() if name not in summed else summed[name] + value.grad
+        for name, value in model.named_parameters():
+            value.grad = summed[name].clone()
         losses.append(float(total))
-        grads.append({name: value.grad.clone() for name, value in model.named_parameters()})
-        optimizer.step()
-        optimizer.zero_grad()
+        grads.append(summed)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return losses, grads, {name: value.detach() for name, value in model.named_parameters()}
 
 
@@ -86,8 +109,16 @@ def trained(
     if reentrant is not None:
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=LR)
+    if form == "muon":
+        items = [Trainable(name, value, muon=is_matrix(name, value)) for name, value in model.named_parameters()]
+        keys: dict[str, Any] = {"global_batch": 1, "micro_batch": 1, "steps": 1, "lr": LR, "optimizer": "muon"}
+        settings = TrainingSection(**keys)
+        optimizer = make_optimizer(settings, parameter_groups(items, DECAY), offload=False)
+        set_lr(optimizer, LR)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage), dist_init_required=False)
+    if form == "muon":
+        optimizer.bind(AdamState(engine, stage, torch.device("cpu")).partitions)
     worst = {"loss": 0.0, "gradient": 0.0, "weight": 0.0}
     for step in range(STEPS):
         total = torch.zeros(1)
@@ -111,6 +142,11 @@ def trained(
             worst["weight"] = max(worst["weight"], error(value.detach(), weights[name]))
     engine.destroy()
     return worst
+
+
+def is_matrix(name: str, value: Tensor) -> bool:
+    """Tell whether Muon steps a parameter."""
+    return ".layers." in name and value.dim() == 2
 
 
 def error(got: Tensor, expected: Tensor) -> float:
