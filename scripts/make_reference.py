@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from glora_llm.schema import GenerateSection, ImagesSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.schema.benchmarks import BENCHMARKS
+from glora_llm.schema.distill import DistillSection
 from glora_llm.schema.scores import SCORES
 from glora_llm.schema.vlora import VLoRARates
 
@@ -41,9 +42,15 @@ NESTED: dict[type[BaseModel], str] = {
     ImagesSection: "The keys of images",
     GenerateSection: "The keys of generate",
     VLoRARates: "The keys of lr_factors",
+    DistillSection: "The keys of distill",
 }
-WITHIN = {"adapter": (SlotSetting, SupernetSection), "data": (ImagesSection,), "evaluation": (GenerateSection,)}
-WITHIN["vlora"] = (VLoRARates,)
+WITHIN: dict[str, tuple[type[BaseModel], ...]] = {
+    "adapter": (SlotSetting, SupernetSection),
+    "data": (ImagesSection,),
+    "evaluation": (GenerateSection,),
+    "vlora": (VLoRARates,),
+    "training": (DistillSection,),
+}
 
 
 def main() -> int:

@@ -100,9 +100,10 @@ def increment_figure(sizes: Mapping[int, Series]) -> Any:
     """Draw the size of each layer's increments by step, and by layer at the end."""
     figure = empty_figure((9.0, 3.6))
     by_step, by_layer = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    scale = ScalarMappable(Normalize(0, max(sizes)), colormaps["viridis"])
+    colours, most = colormaps["viridis"], max(sizes) or 1
+    scale = ScalarMappable(Normalize(0, most), colours)
     for layer, series in sizes.items():
-        by_step.plot(series.steps, series.values, color=scale.to_rgba(layer), linewidth=1.4)
+        by_step.plot(series.steps, series.values, color=colours(layer / most), linewidth=1.4)
     figure.colorbar(scale, ax=by_step, label="Layer")
     by_step.set(xlabel="Step", ylabel="Norm of the increments")
     last = [float(series.values[-1]) for series in sizes.values()]
