@@ -16,7 +16,7 @@ from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import GLoRAConfig
 from glora_llm.glora.path import Genome, genome_from_json, genome_to_slots
 from glora_llm.models.families import head_names
-from glora_llm.models.matrices import is_linear
+from glora_llm.models.matrices import CONVOLUTIONS, is_linear
 from glora_llm.schema import AdapterSection, SlotSetting, SupernetSection
 from glora_llm.schema.slots import DEFAULT_SLOTS, PRESET_COMPOSITION, PRESETS
 
@@ -156,9 +156,16 @@ def _body_linears(classifier: nn.Module) -> list[str]:
     """Return what names the linears of a classifier's body: the last parts of their names.
 
     Where the head has such a part too (`dense` of RoBERTa), they are whole names.
+
+    Raises:
+        UserError: when there is none, naming convolutions.
     """
     heads, inside = head_names(classifier), cast(nn.Module, classifier.base_model)
     suffixes = linear_suffixes(inside)
+    if not suffixes:
+        names = sorted({n.rpartition(".")[2] for n, m in inside.named_modules() if isinstance(m, CONVOLUTIONS)})
+        there = f": its convolutions are called {', '.join(names)}: adapter.targets=[{names[0]}]" if names else ""
+        raise UserError(f"adapter.targets is all-linear, and the body of this model has no linear{there}.")
     if not set(suffixes) & {part for name in heads for part in linear_suffixes(classifier.get_submodule(name))}:
         return suffixes
     linears = [name for name, module in classifier.named_modules() if is_linear(module)]

@@ -44,6 +44,8 @@ def hollow_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Holl
     from transformers.initialization import no_init_weights
 
     config = load_config(folder)
+    if not hasattr(config.get_text_config(decoder=True), "num_hidden_layers"):
+        return None  # a convolutional network: no list of like layers, and batch norms with stored statistics
     with init_empty_weights(include_buffers=False), no_init_weights():  # buffers are computed: rotary frequencies
         model: Any = auto_class(config).from_config(config, dtype=dtype)
     model.tie_weights()

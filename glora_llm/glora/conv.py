@@ -16,11 +16,11 @@ A convolution multiplies its unfolded weight W0, (O, I), with each column of `un
 - With g groups, the O / g rows of a group meet the unfolded input of that group alone. A, B's B_u and C have the I of
   one group, and are shared by the groups; B_d and vectors have a row for each output channel.
 
-Low-rank A and B cost a convolution to r channels and a 1 x 1 convolution, as W0 A_d A_u + B_d B_u has the rank r_A +
-r_B; `hadamard` and mode block form the changed weight, and keep it for the backward pass.
+There are two exact ways to compute it, and the cheaper one is taken. Low-rank A and B as W0 A_d A_u + B_d B_u, of rank
+r_A + r_B: a convolution to so many channels and a 1 x 1 convolution. Or one convolution by the changed weight, whose
+backward pass needs a product of W0's size more; `hadamard` and mode block always do that.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,10 @@ from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots, frozen_and_shifted_bias
 
+# Thin products of r (I + O) numbers at each position take about twice the time of as many within one product of O x I;
+# there are three of them (forward, for x, for the factors) against one more of the changed weight. Measured in
+# docs/glora.md.
+THIN_COST = 6
 CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 
@@ -85,20 +89,25 @@ def geometry_of(layer: Any) -> tuple[Geometry, tuple[int, ...] | None]:
 
 
 class Frozen(torch.autograd.Function):
-    """conv(x; W0) with a W0 that learns nothing: read anew in the backward pass, as x is not needed there."""
+    """conv(x; W0) + bias with a W0 that learns nothing: read anew in the backward pass, as x is not needed there."""
 
     @staticmethod
-    def forward(ctx: Any, geometry: Geometry, read: ReadWeight, x: Tensor) -> Tensor:
-        """Return (N, O, ...)."""
+    def forward(ctx: Any, geometry: Geometry, read: ReadWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (N, O, ...); the bias is (O)."""
         ctx.geometry, ctx.read, ctx.shape = geometry, read, x.shape
-        return geometry.convolve(x, read())
+        return geometry.convolve(x, read(), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, Tensor | None]:
-        """Return the gradient of x."""
-        x = dy.new_empty(1).expand(ctx.shape)
-        return None, None, ctx.geometry.gradients(x, ctx.read(), dy, (True, False))[0]
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        """Return the gradients of x and of the bias."""
+        dx = dbias = None
+        if ctx.needs_input_grad[2]:
+            x = dy.new_empty(1).expand(ctx.shape)
+            dx, _ = ctx.geometry.gradients(x, ctx.read(), dy, (True, False))
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum([0, *range(2, dy.dim())])
+        return None, None, dx, dbias
 
 
 class Through(torch.autograd.Function):
@@ -132,34 +141,57 @@ def glora_conv(
     Returns:
         (N, O, ...), in x's dtype.
     """
-    rows = len(read())
+    rows, columns = read().shape
     bias = frozen_and_shifted_bias(b0, s, rows)
     bias = with_prompt(bias, None if s.c is None else Through.apply(read, s.c[:, None])[:, 0])
-    ups, downs = [], []
-    if s.b_down is not None and s.b_up is not None:
-        ups, downs = [s.b_up], [s.b_scale * s.b_down]
-    if s.a_down is not None and s.a_blocks is not None:
-        factors = block_factors(s.a_down, s.a_blocks, s.a_scale)
-        y = geometry.convolve(x, scaled_by_block(read(), factors))
-    elif s.a_down is not None and s.a_up is not None and composition == "hadamard":
-        delta = s.a_scale * read() * (s.a_down @ s.a_up)
-        if dropped is x:
-            y = geometry.convolve(x, read() + delta)
-        else:
-            y = Frozen.apply(geometry, read, x) + geometry.convolve(dropped, delta)
-    else:
-        y = Frozen.apply(geometry, read, x)
-        if s.a_down is not None and s.a_up is not None:
-            ups.append(s.a_up)
-            downs.append(s.a_scale * Through.apply(read, s.a_down))
+    ups, downs = _low_rank(read, s, composition)
+    dense_a = s.a_down is not None and (s.a_blocks is not None or composition == "hadamard")
+    thin_cost = THIN_COST * sum(map(len, ups)) * (geometry.groups * columns + rows)
+    if dropped is x and (dense_a or rows * columns <= thin_cost):
+        return geometry.convolve(x, _changed(read, s, ups, downs, dense_a), bias)
+    y = Frozen.apply(geometry, read, x, bias if s.a_gain is None else None)
     if s.a_gain is not None:
         y = y * (1 + _channels(s.a_gain, geometry))
+        y = y if bias is None else y + _channels(bias, geometry)
+    if dense_a:  # the gains of mode block are no low-rank factors: dropout leaves them alone
+        y = y + geometry.convolve(x if s.a_blocks is not None else dropped, _change_by_a(read, s))
     if ups:
         y = y + geometry.thin(dropped, torch.cat(ups), torch.cat(downs, 1))
     if s.b_shift is not None:  # b 1': adds b times the sum of what lies under the kernel
-        ones = x.new_ones(1, math.prod(geometry.kernel) * x.shape[1] // geometry.groups)
-        y = y + geometry.thin(x, ones, s.b_shift.expand(rows)[:, None])
-    return y if bias is None else y + _channels(bias, geometry)
+        y = y + geometry.thin(x, x.new_ones(1, columns), s.b_shift.expand(rows)[:, None])
+    return y
+
+
+def _low_rank(read: ReadWeight, s: Slots, composition: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the factors (r, I) and (O, r) of B, and of A as a product, whose second is W0 A_d."""
+    ups, downs = [], []
+    if s.b_down is not None and s.b_up is not None:
+        ups, downs = [s.b_up], [s.b_scale * s.b_down]
+    if s.a_down is not None and s.a_up is not None and composition == "product":
+        ups.append(s.a_up)
+        downs.append(s.a_scale * Through.apply(read, s.a_down))
+    return ups, downs
+
+
+def _changed(read: ReadWeight, s: Slots, ups: list[Tensor], downs: list[Tensor], dense_a: bool) -> Tensor:
+    """Return W0 + W0 A + B, (O, I)."""
+    weight = read()
+    if s.a_gain is not None:
+        weight = weight + s.a_gain[:, None] * read()
+    if dense_a:
+        weight = weight + _change_by_a(read, s)
+    for up, down in zip(ups, downs, strict=True):
+        weight = torch.addmm(weight, down, up)
+    return weight if s.b_shift is None else weight + s.b_shift[:, None]
+
+
+def _change_by_a(read: ReadWeight, s: Slots) -> Tensor:
+    """Return what `hadamard` or mode block adds to W0, (O, I)."""
+    assert s.a_down is not None
+    if s.a_blocks is not None:
+        return scaled_by_block(read(), block_factors(s.a_down, s.a_blocks, s.a_scale)) - read()
+    assert s.a_up is not None
+    return s.a_scale * read() * (s.a_down @ s.a_up)
 
 
 def _channels(values: Tensor, geometry: Geometry) -> Tensor:

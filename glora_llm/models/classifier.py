@@ -14,7 +14,8 @@ from glora_llm.models.fingerprint import fingerprint, weight_files
 from glora_llm.models.folder import SHARING, is_ours
 from glora_llm.models.resolve import ResolvedModel
 
-HEAD = "classifier."
+HEAD = "classifier"
+STD = 0.02  # of a new head, where a family names none
 
 
 def from_data(config: Mapping[str, Any], names: list[str], size: int) -> dict[str, Any]:
@@ -71,13 +72,15 @@ def with_head(base: ResolvedModel, names: list[str], size: int, seed: int, weigh
         UserError: when it was made for images of another size.
     """
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    made_for = config.get("image_size", 224)
+    patch = config.get("patch_size")
+    made_for = config.get("image_size", size if patch is None else 224)
     if made_for != size:
         raise UserError(
             f"'{base.name}' takes images of {made_for} x {made_for} pixels, and these have {size} x {size}: set "
             f"data.images.size={made_for}."
         )
-    check_patches(config.get("patch_size"), size)
+    if patch is not None:  # else a convolutional network, which takes images of any size
+        check_patches(patch, size)
     same = list(config.get("id2label", {}).values()) == names
     if same and (not weights or is_ours(base.folder) or not _renamed(base.folder)):
         return base
@@ -130,8 +133,9 @@ def _write(source: Path, folder: Path, names: list[str], seed: int, weights: boo
         return
     tensors = _tensors(source, config)
     if not same:
-        width = _on_meta(source).classifier.in_features
-        tensors |= _new_head(len(names), width, config.initializer_range, seed, tensors)
+        place, width = _linear_of(_on_meta(source))
+        made = _new_head(len(names), width, getattr(config, "initializer_range", STD), seed, tensors)
+        tensors |= {f"{place}.{part}": tensor for part, tensor in made.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -151,7 +155,16 @@ def _new_head(classes: int, width: int, std: float, seed: int, tensors: dict[str
 
     dtype = next(iter(tensors.values())).dtype
     weight = torch.empty(classes, width).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
-    return {f"{HEAD}weight": weight.to(dtype), f"{HEAD}bias": torch.zeros(classes, dtype=dtype)}
+    return {"weight": weight.to(dtype), "bias": torch.zeros(classes, dtype=dtype)}
+
+
+def _linear_of(model: Any) -> tuple[str, int]:
+    """Return the name and the inputs of the linear that gives the logits: the head, or the last part of it."""
+    from torch import nn
+
+    inside = [(name, module) for name, module in model.classifier.named_modules() if isinstance(module, nn.Linear)]
+    name, linear = inside[-1]
+    return f"{HEAD}.{name}".rstrip("."), linear.in_features
 
 
 def with_new_head(auto: Any, source: Path, config: Any) -> Any:

@@ -24,6 +24,8 @@ def load_base(
 ) -> "PreTrainedModel":
     """Load the weights of `folder` (see `resolve`) frozen, in eval mode, without a cache of keys and values.
 
+    Batch norms keep their running statistics, whatever is trained.
+
     Args:
         device: where the weights go.
         shards: divides each weight over the processes as it is read (ZeRO 3); None: every process holds all.
@@ -32,6 +34,8 @@ def load_base(
         UserError: an attention backend, kernel or quantisation that cannot work here, or weights that do not fit
             the configuration.
     """
+    from glora_llm.models.batch_norm import keep_statistics
+
     config = load_config(folder)
     liger = _uses_liger(section, config, device)
     if is_ours(folder):
@@ -39,7 +43,8 @@ def load_base(
     else:
         model = _load_pretrained(section, folder, config, device, shards)
     _freeze(model)
-    if section.gradient_checkpointing:
+    keep_statistics(model)
+    if section.gradient_checkpointing and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if liger:
         apply_liger(model)

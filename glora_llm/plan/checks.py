@@ -6,7 +6,7 @@ from torch import nn
 from glora_llm.adapters.methods import METHODS, check_kind, check_loraplus, check_quantised
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
-from glora_llm.models.matrices import is_linear, matrix_shape
+from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 from glora_llm.plan.answers import check_generate
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.tasks.task import COLUMNS, Task
@@ -206,12 +206,13 @@ def check_search(recipe: Recipe) -> None:
 
 
 def check_ranks(recipe: Recipe, model: nn.Module, genome: Genome | None) -> None:
-    """Check that no rank is above the smaller side of every linear of a model: all of them could hold any matrix.
+    """Check that no rank is above the smaller side of every layer of a model: all of them could hold any matrix.
 
     Raises:
         UserError: naming the rank and the largest one that a layer can use.
     """
-    sides = [min(matrix_shape(module)) for module in model.modules() if is_linear(module)]
+    kinds = LINEARS + CONVOLUTIONS
+    sides = [min(matrix_shape(module)) for module in model.modules() if isinstance(module, kinds)]
     wanted, most = _largest_rank(recipe.adapter, genome), max(sides, default=0)
     if sides and wanted > most:
         raise UserError(

@@ -8,6 +8,7 @@ import torch
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import Recipe
 from glora_llm.training.flops import bf16_peak, count_cost, peak_flops
+from glora_llm.training.image_objective import patches_of
 
 # A share of the peak that a step might reach: an assumption, for no run on a GPU was measured here. Of large
 # models that are trained in full, 21 to 46 % were reported (PaLM, arXiv 2204.02311, table 3).
@@ -75,7 +76,7 @@ def _extent(recipe: Recipe, plan: Plan | None, config: Any) -> tuple[float, floa
     batch = recipe.training.global_batch
     if recipe.data.format == "images":
         size = plan.task.train.size if plan else config.image_size  # type: ignore[attr-defined]
-        patches = (size // config.patch_size) ** 2
+        patches = patches_of(config, size)
         return batch * patches, batch, patches
     if plan is None:
         return batch * recipe.data.max_tokens, batch * recipe.data.max_tokens, recipe.data.max_tokens

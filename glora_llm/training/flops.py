@@ -103,8 +103,9 @@ def count_cost(model: nn.Module, config: object, peak: float, causal: bool = Tru
             trained += sides
         else:
             frozen += sides
-    layers, heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[attr-defined]
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+    # a convolutional network has none of them
+    layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)  # type: ignore[attr-defined]
     learns = any(p.requires_grad for p in head.parameters())
     size_of_head = (
         head.in_features * head.out_features if hasattr(head, "in_features") else 0

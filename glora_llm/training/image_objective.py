@@ -67,8 +67,7 @@ class ImageObjective(nn.Module):
 
     def extent(self, batch: Batch) -> tuple[int, int]:
         """Return the patches of a batch, and those of an image: what attends to each other, but for one class token."""
-        config: Any = self.model.config
-        patches = (batch["pixels"].shape[1] // config.patch_size) ** 2
+        patches = patches_of(self.model.config, batch["pixels"].shape[1])
         return len(batch["labels"]) * patches, patches
 
     def logits(self, images: Tensor) -> Tensor:
@@ -76,6 +75,12 @@ class ImageObjective(nn.Module):
         mean, std = (part.to(images.device) for part in self.scale)
         dtype = next(value.dtype for value in self.model.parameters() if value.is_floating_point())
         return self.model(pixel_values=((images - mean) / std).to(dtype)).logits.float()
+
+
+def patches_of(config: Any, size: int) -> int:
+    """Return the patches that a model cuts an image into, size in pixels; 1: it does not cut images into squares."""
+    patch = getattr(config, "patch_size", None)
+    return (size // patch) ** 2 if isinstance(patch, int) else 1
 
 
 def scores(logits: Tensor, labels: Tensor) -> TokenScores:
