@@ -51,7 +51,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
             install_prompt(model)
     except UserError:
         raise
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:  # OSError: no tokenizer of that name
         if isinstance(error, TypeError) and section.peft:
             raise UserError(f"adapter.peft {section.peft} holds a value of another type: {error}.") from error
         if "target modules" not in str(error).lower():

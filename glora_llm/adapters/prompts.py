@@ -26,10 +26,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from glora_llm.adapters.prompt_arguments import PREFIXES
 from glora_llm.errors import UserError
 from glora_llm.models.families import body, built_as, looks_both_ways
 
-PREFIXES = ("prefix_tuning", "p_tuning_v2")
 PACKED = ("segment_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -211,8 +211,8 @@ class _PrefixLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return the keys and values (B, K, P + T, D) of a batch of keys and values (B, K, T, D)."""
         self.is_read = True
-        rows, heads, _, size = key_states.shape
-        _, made, _, made_size = self.keys.shape
+        rows, heads, size = key_states.shape[0], key_states.shape[1], key_states.shape[3]
+        made, made_size = self.keys.shape[1], self.keys.shape[3]
         if (heads, size) != (made, made_size):
             raise UserError(
                 f"The attention has {heads} key-value heads of size {size}, and PEFT makes a prefix for {made} of size "

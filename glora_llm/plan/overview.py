@@ -8,7 +8,8 @@ from typing import Any
 from glora_llm.adapters.fusion_sources import check_sources
 from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
-from glora_llm.adapters.prompts import PREFIXES, check_prefix
+from glora_llm.adapters.prompt_arguments import PREFIXES
+from glora_llm.adapters.prompts import check_prefix
 from glora_llm.adapters.start import require_same_base
 from glora_llm.adapters.weights import check_weights, trainables
 from glora_llm.errors import Problems, UserError

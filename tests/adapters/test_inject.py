@@ -149,8 +149,8 @@ def test_adalora_has_the_rank_and_steps_of_the_run() -> None:
 def test_what_peft_rejects_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"adapter\.method oft: .*oft_block_size"):
         inject(llama(), section(method="oft", peft={"oft_block_size": 32}), seed=0, steps=20)  # and r
-    with pytest.raises(UserError, match="prompt_tuning does not train here: it learns a prompt"):
-        inject(llama(), section(method="prompt_tuning", peft={"num_virtual_tokens": 2}), seed=0, steps=20)
+    with pytest.raises(UserError, match="cpt does not train here: its prompt is the tokens of chosen examples"):
+        inject(llama(), section(method="cpt", peft={"num_virtual_tokens": 2}), seed=0, steps=20)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ ADAPTERS: dict[str, Case] = {
         "adapter.method 'LoRA' is unknown. There is: adalora, beft, boft, c3a,", "adapter.method=LoRA"
     ),
     "a method that does not train here": bad(
-        "adapter.method prompt_tuning does not train here: it learns a prompt,", "adapter.method=prompt_tuning"
+        "adapter.method cartridge does not train here: its prefix is distilled", "adapter.method=cartridge"
     ),
     "shira": bad("adapter.method shira does not train here: it chooses what to train by", "adapter.method=shira"),
     "xlora": bad("adapter.method xlora does not train here: it mixes adapters that were", "adapter.method=xlora"),

@@ -42,7 +42,7 @@ COMPARISONS: dict[str, Case] = {
     "a method twice": wrong("--methods names lora twice.", "--methods", "lora,dora,lora"),
     "no method": wrong("--methods names none; expected some as lora,dora", "--methods", ","),
     "methods that all do not train": wrong(
-        "prefix_tuning cannot run: adapter.method prefix_tuning does not train here", "--methods", "prefix_tuning"
+        "adaption_prompt cannot run: adapter.method adaption_prompt does not train here", "--methods", "adaption_prompt"
     ),
     "rates of text": wrong("--rates: 'fast' is no learning rate; expected some as", "--rates", "1e-3,fast"),
     "a rate of 0": wrong("--rates: '0' is no learning rate", "--rates", "0"),

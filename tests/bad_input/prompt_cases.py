@@ -30,6 +30,19 @@ PROMPTS: dict[str, Case] = {
         "adapter.peft.num_virtual_tokens: got 'ten' (str); PromptTuningConfig takes int.",
         "adapter={method: prompt_tuning, peft: {num_virtual_tokens: ten}}",
     ),
+    "a prompt that starts in another way": bad(
+        "adapter.peft.prompt_tuning_init 'text' is unknown. Did you mean 'TEXT'? There is: RANDOM, SAMPLE_VOCAB, TEXT.",
+        "adapter={method: prompt_tuning, peft: {prompt_tuning_init: text}}",
+    ),
+    "a prompt of a text without a tokenizer": bad(
+        "adapter.method prompt_tuning: ",
+        "adapter={method: prompt_tuning, peft: {prompt_tuning_init: TEXT, prompt_tuning_init_text: a, "
+        "tokenizer_name_or_path: ./absent}}",
+    ),
+    "a prompt of another width": bad(
+        "adapter.peft.token_dim follows from the model: take it away.",
+        "adapter={method: p_tuning, peft: {token_dim: 32}}",
+    ),
     "P-tuning v2 with a projection": bad(
         "gives them by an MLP: that is adapter.method=prefix_tuning.",
         "adapter={method: p_tuning_v2, peft: {prefix_projection: true}}",

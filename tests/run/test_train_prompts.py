@@ -45,8 +45,8 @@ def train_in_halves(recipe: str, arguments: list[str], out: Path, capsys: pytest
     [
         ("prompt_tuning", ["training.deepspeed=zero1", "model.quantization=nf4"]),
         ("p_tuning", ["training.deepspeed=zero3"]),
-        ("prefix_tuning", ["training.deepspeed=zero2"]),
-        ("p_tuning_v2", ["training.deepspeed=zero3"]),
+        pytest.param("prefix_tuning", ["training.deepspeed=zero2"], marks=pytest.mark.slow),
+        pytest.param("p_tuning_v2", ["training.deepspeed=zero3"], marks=pytest.mark.slow),
     ],
 )
 def test_prompts_of_a_language_model(
