@@ -17,7 +17,7 @@ KNOBS = {
     **dict.fromkeys(["prompt_tuning", "p_tuning_v2"], "num_virtual_tokens"),
     **dict.fromkeys(["p_tuning", "prefix_tuning"], "encoder_hidden_size"),  # of the MLP that gives the prompt
 }
-WITHOUT_KNOB = ("full", "ia3", "ln_tuning", "beft", "road", "osf", "ssf", "adapter_fusion")
+WITHOUT_KNOB: tuple[str, ...] = ("full", "ia3", "ln_tuning", "beft", "road", "osf", "ssf", "adapter_fusion")
 WITHOUT_KNOB += ("glora:bitfit", "glora:ssf", "glora:ia3_like")
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)  # of adapters
 FULL_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of a model that is trained as a whole
