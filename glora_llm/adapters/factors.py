@@ -71,10 +71,13 @@ class FactorsVariant(LoraVariant):
         cls, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output (..., O) for the input x (..., I) and the base's output."""
-        x, scale = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        for down, up in cls.computed(module, active_adapter):
-            result = result + functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype)) * scale
-        return result
+        x = module.lora_dropout[active_adapter](x)
+        pairs = [(down.to(x.dtype), up.to(x.dtype)) for down, up in cls.computed(module, active_adapter)]
+        # One product of a larger rank: further ones would read x, and write an output, each for itself.
+        down, up = pairs[0]
+        if len(pairs) > 1:
+            down, up = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
+        return result + functional.linear(functional.linear(x, down), up) * module.scaling[active_adapter]
 
     @classmethod
     def delta(cls, layer: Any, adapter: str) -> Tensor:
