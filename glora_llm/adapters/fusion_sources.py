@@ -105,7 +105,8 @@ def check_sources(section: AdapterSection, fingerprint: str = "") -> None:
     """Check the adapters that a recipe fuses, if it does.
 
     Args:
-        fingerprint: of the recipe's base; empty where it is not known yet.
+        fingerprint: of the recipe's base before it got a new head; empty where it is not known yet. Heads do not count,
+            for adapters of different tasks have different ones.
 
     Raises:
         UserError: as `read_sources`, and for an adapter of another base.
@@ -116,7 +117,7 @@ def check_sources(section: AdapterSection, fingerprint: str = "") -> None:
     if not isinstance(given, list) or not all(isinstance(folder, str) for folder in given):
         raise UserError(f"{KEY}: got {given!r}; expected a list of adapter folders.")
     for folder in read_sources(given).folders:
-        require_same_base(folder, fingerprint, KEY)
+        require_same_base(folder, fingerprint, KEY, headless=True)
     if section.targets != "all-linear":
         raise UserError(f"adapter.targets {section.targets}: a fusion goes where its adapters are. Take it away.")
 

@@ -56,13 +56,14 @@ def require_weights(folder: Path, key: str = "adapter.weights") -> None:
         )
 
 
-def require_same_base(folder: Path, fingerprint: str, key: str = "adapter.weights") -> None:
+def require_same_base(folder: Path, fingerprint: str, key: str = "adapter.weights", headless: bool = False) -> None:
     """Check that an adapter folder inside of a run was trained on the base of this run.
 
     Args:
         folder: RUN/adapter or RUN/checkpoints/step-N/adapter; of others it is not known which base they are of.
         fingerprint: of this run's base; empty where its weights are not on this machine yet.
         key: of the recipe that names the folder.
+        headless: of the models before they got a new head, where they did.
 
     Raises:
         UserError: naming the base that the weights belong to.
@@ -70,7 +71,8 @@ def require_same_base(folder: Path, fingerprint: str, key: str = "adapter.weight
     places = [place / "base.json" for place in folder.absolute().parents[:3]]
     file = next((place for place in places if place.is_file()), None)
     base = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-    if fingerprint and base.get("fingerprint", fingerprint) != fingerprint:
+    found = (base.get("headless") if headless else None) or base.get("fingerprint", fingerprint)
+    if fingerprint and found != fingerprint:
         raise UserError(
             f"{key}: {folder} was trained on {base.get('name')}, and this recipe has another base: they "
             "would be another function. Set model.name_or_path to that base (its weights may have changed since)."

@@ -88,7 +88,8 @@ def with_head(base: ResolvedModel, names: list[str], size: int, seed: int, weigh
     folder = make_once(
         cache_root() / f"classifiers/{identity}", lambda made: _write(base.folder, made, names, seed, weights, same)
     )
-    return replace(base, folder=folder, fingerprint=fingerprint(folder) if weights else "")
+    found = fingerprint(folder) if weights else ""
+    return replace(base, folder=folder, fingerprint=found, headless=base.headless or base.fingerprint)
 
 
 def _named(names: list[str]) -> dict[str, Any]:

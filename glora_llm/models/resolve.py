@@ -37,12 +37,14 @@ class ResolvedModel:
         name: what the recipe called it; another machine finds it by this name.
         revision: commit of a hub model, else None.
         fingerprint: identity of the weights; adapters and checkpoints record it and refuse another.
+        headless: that of the model before it got a new head; empty: it got none.
     """
 
     folder: Path
     name: str
     revision: str | None
     fingerprint: str
+    headless: str = ""
 
 
 def look_at_model(section: ModelSection) -> None:

@@ -45,7 +45,8 @@ def with_text_head(
     )
     place = cache_root() / ("heads" if weights else "heads-without-weights") / identity
     folder = make_once(place, lambda made: _write(base.folder, made, names, pad, seed, weights))
-    return replace(base, folder=folder, fingerprint=fingerprint(folder) if weights else "")
+    found = fingerprint(folder) if weights else ""
+    return replace(base, folder=folder, fingerprint=found, headless=base.headless or base.fingerprint)
 
 
 def _classes(config: Any) -> list[str] | None:

@@ -133,7 +133,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         check_ranks(recipe, bare, genome)
         check_room(recipe, bare.config)
         names = set(load.linear_names(bare))
-        check_sources(recipe.adapter, base.fingerprint)
+        check_sources(recipe.adapter, base.headless or base.fingerprint)
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
         if recipe.adapter.method in PREFIXES:
             check_prefix(model)

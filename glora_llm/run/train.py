@@ -122,6 +122,8 @@ def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
     dtype = str(load.compute_dtype(plan.recipe.model, device)).removeprefix("torch.")
     base = plan.base
     identity = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
+    if base.headless:
+        identity["headless"] = base.headless
     return identity | {"data": plan.task.data.commits}
 
 

@@ -17,22 +17,17 @@ from glora_llm.adapters.bottleneck import BottleneckConfig
 from glora_llm.adapters.fusion import AdapterFusionConfig
 from glora_llm.cli import main
 from glora_llm.errors import AdapterError
-from tests.adapters.families import inputs_of, tiny
+from tests.adapters.module_models import batch, tiny_model
 from tests.in_process import alone, train_in_process  # noqa: F401 - a fixture
 
 BLOCK = {"llama": "model.layers.{}.mlp", "bert": "bert.encoder.layer.{}.output.dense"}
 FIRST = {"llama": "model.layers.{}.mlp", "bert": "bert.encoder.layer.{}.intermediate"}
 
 
-def base(family: str) -> Any:
-    torch.manual_seed(0)
-    return tiny(family).double().eval()
-
-
 def trained(family: str, folder: Path, seed: int, **settings: Any) -> str:
     """Save a bottleneck adapter of random numbers; return its folder."""
     torch.manual_seed(seed)
-    model = get_peft_model(base(family), BottleneckConfig(init_weights=False, **{"rank": 4} | settings))
+    model = get_peft_model(tiny_model(family), BottleneckConfig(init_weights=False, **{"rank": 4} | settings))
     for name, parameter in model.named_parameters():
         if "bottleneck_" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -42,13 +37,13 @@ def trained(family: str, folder: Path, seed: int, **settings: Any) -> str:
 
 @torch.no_grad()
 def logits(model: Any, family: str) -> Tensor:
-    found: Tensor = model(**inputs_of(family)).logits
+    found: Tensor = model(**batch(family)).logits
     return found
 
 
 def by_hooks(family: str, sources: list[str], scales: list[float], parallel: bool, fusion: dict[str, Tensor]) -> Any:
     """Return a base with the paper's formula, written out, at the feed-forward network of every block."""
-    model, files = base(family), [load_file(f"{source}/adapter_model.safetensors") for source in sources]
+    model, files = tiny_model(family), [load_file(f"{source}/adapter_model.safetensors") for source in sources]
     given: dict[str, Tensor] = {}
 
     def fused(place: str, h: Tensor) -> Tensor:
@@ -86,7 +81,7 @@ def test_it_is_the_papers_formula_and_its_folder_is_whole(family: str, parallel:
         trained(family, tmp_path / f"{seed}", seed, scale=scale, parallel=parallel) for seed, scale in enumerate(scales)
     ]
     torch.manual_seed(5)
-    model = get_peft_model(base(family), AdapterFusionConfig(adapters=sources)).double().eval()
+    model = get_peft_model(tiny_model(family), AdapterFusionConfig(adapters=sources)).double().eval()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 4 and all("fusion_attention" in name for name in trainable)
     for name, parameter in trainable.items():
@@ -99,28 +94,28 @@ def test_it_is_the_papers_formula_and_its_folder_is_whole(family: str, parallel:
     fusion = {name: parameter.detach() for name, parameter in trainable.items()}
     expected = logits(by_hooks(family, sources, scales, parallel, fusion), family)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert (found - logits(base(family), family)).abs().max() > 1e-3
+    assert (found - logits(tiny_model(family), family)).abs().max() > 1e-3
 
     model.save_pretrained(str(tmp_path / "fusion"))
     for source in sources:
         shutil.rmtree(source)
-    loaded = PeftModel.from_pretrained(base(family), str(tmp_path / "fusion")).double().eval()
+    loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path / "fusion")).double().eval()
     torch.testing.assert_close(logits(loaded, family), found, rtol=1e-6, atol=1e-6)
     with loaded.disable_adapter():
-        assert torch.equal(logits(loaded, family), logits(base(family), family))
+        assert torch.equal(logits(loaded, family), logits(tiny_model(family), family))
     with pytest.raises(AdapterError, match="cannot be merged"):
         loaded.merge_and_unload()
 
 
 def test_it_learns_and_the_adapters_stay(tmp_path: Path) -> None:
     sources = [trained("llama", tmp_path / f"{seed}", seed) for seed in range(2)]
-    model = get_peft_model(base("llama"), AdapterFusionConfig(adapters=sources))
+    model = get_peft_model(tiny_model("llama"), AdapterFusionConfig(adapters=sources))
     frozen = {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers() if "fusion_frozen" in name}
     assert len(frozen) == 2 * 4
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
     losses = []
     for _ in range(8):
-        loss = model(**inputs_of("llama"), labels=inputs_of("llama")["input_ids"]).loss
+        loss = model(**batch("llama"), labels=batch("llama")["input_ids"]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -131,7 +126,7 @@ def test_it_learns_and_the_adapters_stay(tmp_path: Path) -> None:
 
 def test_adapters_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     good = trained("llama", tmp_path / "good", 0)
-    lora = get_peft_model(base("llama"), LoraConfig(target_modules=["q_proj"]))
+    lora = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(str(tmp_path / "lora"))
     (tmp_path / "empty").mkdir()
     damaged = shutil.copytree(good, tmp_path / "damaged")
@@ -156,7 +151,7 @@ def test_adapters_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     }
     for says, folders in wrong.items():
         with pytest.raises(AdapterError, match=says):
-            get_peft_model(base("llama"), AdapterFusionConfig(adapters=folders))
+            get_peft_model(tiny_model("llama"), AdapterFusionConfig(adapters=folders))
 
 
 SHORT = [
