@@ -46,7 +46,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self._input_dtype = input_dtype or torch.get_default_dtype()
-        self.out_features, self.in_features = matrix_shape(base_layer)
+        self.out_features, self.in_features = self._matrix_shape(base_layer)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.composition: dict[str, str] = {}
@@ -90,6 +90,9 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             self._draw(adapter_name, generator)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _matrix_shape(self, base_layer: nn.Module) -> tuple[int, int]:
+        return matrix_shape(base_layer)
 
     def _slot_shape(self, slot: str) -> tuple[int, int]:
         """Return (O, I) by which a slot's parameters are sized."""
@@ -233,7 +236,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, when a merged value is not finite; nothing is changed then.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.path]
+        names = self._to_merge(adapter_names)
         if not names:
             return
         merged = self.merged_adapters + names
@@ -242,6 +245,9 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         twin = dense_twin(self._original(), weight, bias, self._merged_dtype())
         self._unmerged, self.base_layer, self.merged_adapters = [self._original()], twin, merged
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.path]
 
     def unmerge(self) -> None:
         """Put the original base layer back, bit for bit."""

@@ -22,6 +22,7 @@ from glora_llm.glora import dense_model
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.conv import GLoRAConv
 from glora_llm.glora.embedding import GLoRAEmbedding
+from glora_llm.glora.experts import GLoRAExperts, stacks_of
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.models.matrices import CONVOLUTIONS, is_linear
 
@@ -103,6 +104,13 @@ class GLoRAModel(BaseTuner):
             made[adapter_name] = torch.Generator().manual_seed(config.seed)
         return made[adapter_name]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        """Replace as PEFT does, which moves `weight` and `bias` along; experts have none, and come back as they are."""
+        if isinstance(child, GLoRAExperts) and not hasattr(new_module, "base_layer"):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
@@ -137,6 +145,8 @@ KINDS: dict[type[nn.Module], type[GLoRALinear]] = {
 def _wrap(target: nn.Module, name: str, input_dtype: torch.dtype | None) -> GLoRALinear:
     if is_linear(target):
         return GLoRALinear(target, input_dtype)
+    if stacks_of(target):
+        return GLoRAExperts(target, input_dtype)
     why = ""
     for base, layer in KINDS.items():
         if isinstance(target, base):
@@ -146,8 +156,8 @@ def _wrap(target: nn.Module, name: str, input_dtype: torch.dtype | None) -> GLoR
     kind = str(target).partition("\n")[0]
     raise AdapterError(
         f"Target module {kind} is not supported. '{name}' is a {type(target).__name__}{why}; GLoRA adapts nn.Linear, "
-        "transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
-        "nn.Embedding. Choose other adapter.targets."
+        "transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt, nn.Conv1d, nn.Conv2d, nn.Conv3d, "
+        "nn.Embedding and stacked experts. Choose other adapter.targets."
     )
 
 

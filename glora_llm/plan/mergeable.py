@@ -2,12 +2,20 @@
 
 from typing import Any
 
-from glora_llm.adapters.inject import adapted_with_bias, added_biases
+from glora_llm.adapters.inject import adapted_layers, adapted_with_bias, added_biases
+from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.models.bias import bias_support, bias_switch
 
 
 def merge_obstacle(config: Any, model: Any) -> str | None:
     """Return why the adapter cannot be merged into its family, and what can be; None when it can."""
+    experts = [name for name, layer in adapted_layers(model).items() if isinstance(layer, GLoRAExperts)]
+    if experts:
+        return (
+            f"This adapter cannot be merged from a run's files: '{experts[0]}' holds stacked experts, which a model's "
+            "files keep one by one. PEFT's merge_and_unload in a script merges it exactly (docs/glora.md); or leave "
+            "the experts out of adapter.targets."
+        )
     added = {name.rpartition(".")[2]: remedy for name, remedy in added_biases(model).items()}
     kinds = {name.rpartition(".")[2] for name in adapted_with_bias(model)}
     never = sorted(kind for kind in {*kinds, *added} if not holds_bias(config, kind))
