@@ -27,7 +27,8 @@ def mixtral() -> Any:
 
 
 def adapted(base: Any, **keys: Any) -> Any:
-    return get_peft_model(base, GLoRAConfig(**{"target_modules": ["experts"], "rank": 2, "alpha": 3.0} | keys)).eval()
+    defaults: dict[str, Any] = {"target_modules": ["experts"], "rank": 2, "alpha": 3.0}
+    return get_peft_model(base, GLoRAConfig(**defaults | keys)).eval()
 
 
 @pytest.mark.parametrize("composition", ["product", "hadamard"])
