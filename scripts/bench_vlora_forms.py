@@ -26,7 +26,7 @@ MODEL = (
 )
 COMMON = [
     f"model.config={MODEL}", "model.tokenizer=train:4000", "data.max_tokens=128", "data.max_test_rows=500",
-    "training.global_batch=8", "training.micro_batch=8", "evaluation.every=null", "evaluation.max_rows=100",
+    "training.global_batch=8", "training.micro_batch=8", "data.validation=null", "evaluation.every=null",
     "merge.after_training=false", "output.save_every=100", "output.keep=1",
 ]  # fmt: skip
 ENTROPY, SMOOTHED = 6.51, 10  # nats; steps

@@ -4,7 +4,7 @@ It reads what a run wrote (metrics.jsonl, summary.json, recipe.yaml), so text an
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,11 +16,14 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from glora_llm.errors import UserError
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
-from glora_llm.schema import Recipe
+from glora_llm.schema import Recipe, VLoRASection
+from glora_llm.schema.vlora import VLoRARates
 
 COLOURS = (BLUE, VERMILLION, "#009E73", ORANGE, "#CC79A7", "#56B4E9", GREY)
 STYLES = ("-", "--", ":", "-.")
 SCORES = ("accuracy", "perplexity", "loss")  # the one that the table shows is the first that a run has
+# Keys of the section vlora that `kind_of` says in words of its own, or that change no model.
+SAID = ("layers_per_compound", "rank", "topology", "base_gradient", "form")
 FLOAT32 = 4  # bytes of a trained parameter
 SMOOTHED = 40  # the training loss is a running mean over this part of the steps
 
@@ -97,12 +100,28 @@ def read_run(path: Path) -> Compared:
 def kind_of(recipe: Recipe) -> str:
     """Return what sets a recipe's model apart, in words."""
     shared = recipe.vlora
+    optimizer = ["muon"] if recipe.training.optimizer == "muon" else []
     if shared is None:
-        return "dense" if recipe.adapter.method == "full" else recipe.adapter.method
-    words = [f"k {shared.layers_per_compound or 'all'}", f"r {shared.rank}"]
+        kind = "dense" if recipe.adapter.method == "full" else recipe.adapter.method
+        return ", ".join([kind, *optimizer])
+    words = [f"k {in_words(shared.layers_per_compound or 'all')}", f"r {in_words(shared.rank)}"]
     words += [shared.topology] if shared.topology != "chain" else []
     words += ["first"] if shared.base_gradient != "all" else []
-    return f"VLoRA {', '.join(words)}"
+    usual = VLoRASection()
+    for key in VLoRASection.model_fields:
+        value = getattr(shared, key)
+        if key not in SAID and value != getattr(usual, key):
+            words.append(f"{key} {in_words(value)}")
+    return f"VLoRA {', '.join([*words, *optimizer])}"
+
+
+def in_words(value: Any) -> str:
+    """Return a setting in a few words: `q_proj 6 gate_proj 3` of a mapping."""
+    if isinstance(value, VLoRARates):
+        value = value.model_dump(exclude_defaults=True)
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {in_words(one)}" for name, one in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _checkpoint(folder: RunFolder) -> int:

@@ -4,6 +4,7 @@ from statistics import median
 from typing import Any
 
 from glora_llm.report import page_figures as figures
+from glora_llm.report.comparison import in_words
 from glora_llm.report.page_blocks import Facts, Part, Picture, Table, Text, duration, gigabytes, number, score
 from glora_llm.report.page_provenance import provenance
 from glora_llm.report.page_results import evaluation_tables, frontier, merge_blocks, samples, search_table
@@ -73,7 +74,9 @@ def method_in_words(run: RunRecord) -> str:
     adapter = run.recipe.adapter
     if run.recipe.vlora is not None:
         shared = run.recipe.vlora
-        return f"VLoRA (rank {shared.rank}, {shared.layers_per_compound or 'all'} layers a compound)"
+        return (
+            f"VLoRA (rank {in_words(shared.rank)}, {in_words(shared.layers_per_compound or 'all')} layers a compound)"
+        )
     if adapter.is_full:
         return "full training"
     if adapter.method != "glora":

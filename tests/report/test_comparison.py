@@ -59,6 +59,10 @@ def test_what_is_read_of_a_run(tmp_path: Path) -> None:
         ("", "dense"),
         (SHARED, "VLoRA k 2, r 4"),
         ("vlora: {layers_per_compound: null, topology: star, base_gradient: first}\n", "VLoRA k all, r 8, star, first"),
+        (
+            "vlora: {gains: [row, column], layers_per_compound: {q_proj: 2, up_proj: 1}, lr_factors: {b: 4.0}}\n",
+            "VLoRA k q_proj 2 up_proj 1, r 8, gains row column, lr_factors b 4.0",
+        ),
     ],
 )
 def test_kinds(vlora: str, kind: str, tmp_path: Path) -> None:
