@@ -110,6 +110,21 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return validate(values, origins)
 
 
+def from_values(values: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
+    """Return a recipe of plain values with overrides; see `load`.
+
+    Args:
+        source: what the values come from, for messages.
+
+    Raises:
+        UserError: as `load`.
+    """
+    origins = Origins(source, {}, {})
+    for override in overrides:
+        _apply(values, override, origins)
+    return validate(values, origins)
+
+
 def validate(values: dict[str, Any], origins: Origins) -> Recipe:
     """Check plain values against the schema; all errors are listed at once, each with its place."""
     try:

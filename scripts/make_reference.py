@@ -11,9 +11,16 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from glora_llm.schema import GenerateSection, ImagesSection, Recipe, SlotSetting, SupernetSection
+from glora_llm.schema import (
+    DistillSection,
+    FromDenseSection,
+    GenerateSection,
+    ImagesSection,
+    Recipe,
+    SlotSetting,
+    SupernetSection,
+)
 from glora_llm.schema.benchmarks import BENCHMARKS
-from glora_llm.schema.distill import DistillSection
 from glora_llm.schema.scores import SCORES
 from glora_llm.schema.vlora import VLoRARates
 
@@ -43,6 +50,7 @@ NESTED: dict[type[BaseModel], str] = {
     GenerateSection: "The keys of generate",
     VLoRARates: "The keys of lr_factors",
     DistillSection: "The keys of distill",
+    FromDenseSection: "The keys of from_dense",
 }
 WITHIN: dict[str, tuple[type[BaseModel], ...]] = {
     "adapter": (SlotSetting, SupernetSection),
@@ -50,6 +58,7 @@ WITHIN: dict[str, tuple[type[BaseModel], ...]] = {
     "evaluation": (GenerateSection,),
     "vlora": (VLoRARates,),
     "training": (DistillSection,),
+    "model": (FromDenseSection,),
 }
 
 

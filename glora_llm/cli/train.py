@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> int:
     checked = recipe.load(arguments.recipe, arguments.overrides)  # before the slow imports: a typo answers at once
     if getattr(arguments, "gpus", None) is not None or getattr(arguments, "hostfile", None) is not None:
         return _launch(arguments, checked)
-    return _train(arguments, checked)
+    return train_checked(checked, arguments.dry_run)
 
 
 def _launch(arguments: argparse.Namespace, checked: Recipe) -> int:
@@ -69,16 +69,16 @@ def _launch(arguments: argparse.Namespace, checked: Recipe) -> int:
     if arguments.dry_run:
         os.environ["WORLD_SIZE"] = str(processes)  # the batch is checked for so many
     if arguments.dry_run or (here and processes == 1):
-        return _train(arguments, checked)
+        return train_checked(checked, arguments.dry_run)
     check_early(checked, processes)
     command = ["train", "--recipe", arguments.recipe, *arguments.overrides]
     return start.run_here(processes, command) if here else start.run_on(hosts, arguments.hostfile, command)
 
 
-def _train(arguments: argparse.Namespace, checked: Recipe) -> int:
+def train_checked(checked: Recipe, dry_run: bool = False) -> int:
     """Train in this process, one of the launch's, or check the recipe."""
     check_early(checked, planned_world_size())
-    if arguments.dry_run:
+    if dry_run:
         _run(checked, None)
         return 0
     from glora_llm.launch.stop import StopRequest

@@ -3,7 +3,8 @@
 Beside config.json and the tokenizer a folder may hold
 
 - start.json: the seed of random weights, where there are none yet;
-- vlora.json: how layers share weights (a `VLoRAConfig`); model.safetensors then holds bases and increments, float32.
+- vlora.json: how layers share weights (a `VLoRAConfig`, or an `UnequalSharing`); model.safetensors then holds bases and
+  increments, float32.
 
 A trained folder without vlora.json is a plain Hugging Face checkpoint.
 """
@@ -21,7 +22,7 @@ from glora_llm.models.families import KINDS, Kind, class_names, kind_of, layers,
 from glora_llm.models.sharded_load import Shards, fill, stored_tensors, without_values
 from glora_llm.schema import ModelSection, VLoRASection
 from glora_llm.schema.vlora import TRAINING_KEYS
-from glora_llm.vlora import VLoRAConfig, make_compounds
+from glora_llm.vlora import UnequalSharing, VLoRAConfig, make_compounds, make_groups
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 START, SHARING, WEIGHTS = "start.json", "vlora.json", "model.safetensors"
+Sharing = VLoRAConfig | UnequalSharing
 INCREMENTS = 51  # stream of the seeded draw of increments, beside the one of all other weights
 
 
@@ -111,12 +113,12 @@ def vlora_config(section: VLoRASection) -> VLoRAConfig:
     return VLoRAConfig(**section.model_dump(exclude=set(TRAINING_KEYS)))
 
 
-def write_sharing(config: VLoRAConfig, folder: Path) -> None:
+def write_sharing(config: Sharing, folder: Path) -> None:
     """Write vlora.json."""
     (folder / SHARING).write_text(json.dumps(config.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def read_sharing(folder: Path) -> VLoRAConfig | None:
+def read_sharing(folder: Path) -> Sharing | None:
     """Return how the layers of a model folder share weights; None: they do not.
 
     Raises:
@@ -126,7 +128,8 @@ def read_sharing(folder: Path) -> VLoRAConfig | None:
     if not file.is_file():
         return None
     try:
-        return VLoRAConfig.from_json(json.loads(file.read_text(encoding="utf-8")))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return UnequalSharing.from_json(values) if "groups" in values else VLoRAConfig.from_json(values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} does not say how layers share weights: {error}. Write the folder again.") from error
 
@@ -186,7 +189,9 @@ def build(
 def share(model: "PreTrainedModel", folder: Path, generator: "torch.Generator | None" = None) -> None:
     """Let the layers of a dense model share weights as vlora.json says; without that file nothing is done."""
     sharing = read_sharing(folder)
-    if sharing is not None:
+    if isinstance(sharing, UnequalSharing):
+        make_groups(model, list(layers(model)), sharing, generator)
+    elif sharing is not None:
         make_compounds(model, list(layers(model)), sharing, generator)
 
 
@@ -209,7 +214,7 @@ def _stored_values(folder: Path, model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def write_trained(
-    folder: Path, config: "PretrainedConfig", sharing: VLoRAConfig | None, weights: "Mapping[str, Tensor]"
+    folder: Path, config: "PretrainedConfig", sharing: Sharing | None, weights: "Mapping[str, Tensor]"
 ) -> None:
     """Write config.json, the weights as they were trained and, where layers share, vlora.json."""
     from safetensors.torch import save_file
@@ -219,7 +224,7 @@ def write_trained(
 
 
 def write_trained_config(
-    folder: Path, config: "PretrainedConfig", sharing: VLoRAConfig | None, dtype: "torch.dtype"
+    folder: Path, config: "PretrainedConfig", sharing: Sharing | None, dtype: "torch.dtype"
 ) -> None:
     """Write config.json of weights of that dtype and, where layers share, vlora.json."""
     import copy

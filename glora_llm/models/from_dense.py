@@ -1,25 +1,40 @@
-"""Turn a dense model into a VLoRA model folder by truncated SVD."""
+"""Turn a dense model into a VLoRA model folder by truncated SVD, of equal compounds or of groups under a budget."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from glora_llm.atomic import require_new, whole_folder
+from glora_llm.atomic import cache_root, make_once, require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.launch.device import choose_device
-from glora_llm.models.families import layers
-from glora_llm.models.folder import is_ours, write_trained
-from glora_llm.models.load import load_base
-from glora_llm.models.resolve import HUB_SETTINGS, resolve
+from glora_llm.models.families import body, layers
+from glora_llm.models.folder import Sharing, is_ours, write_sharing, write_trained
+from glora_llm.models.load import load_base, meta_model
+from glora_llm.models.resolve import HUB_SETTINGS, ResolvedModel, resolve
 from glora_llm.schema import ModelSection
-from glora_llm.vlora import Count, IncrementFit, VLoRAConfig, allocated, from_dense
+from glora_llm.vlora import (
+    Count,
+    IncrementFit,
+    UnequalSharing,
+    VLoRAConfig,
+    allocated,
+    choose_groups,
+    from_dense,
+    groups_from_dense,
+)
+from glora_llm.vlora.compound import lay_out_compounds
 from glora_llm.vlora.config import names
 
 OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
+CODE = "1"  # raised whenever `made_of_dense` would make another model of the same weights
+LEAST_INPUT = 1e-2  # of a linear, as a share of the root mean square of all its inputs: nothing is divided by less
 
 
 def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | None], out: Path) -> None:
@@ -61,7 +76,7 @@ def _smaller_sides(layer: nn.Module, targets: Sequence[str] | None) -> dict[str,
     }
 
 
-def _write(made: Any, sharing: VLoRAConfig, source: Path, out: Path) -> None:
+def _write(made: Any, sharing: Sharing, source: Path, out: Path) -> None:
     weights = {name: parameter.detach().float().cpu() for name, parameter in made.named_parameters()}
     write_trained(out, made.config, sharing, weights)
     for file in (file for pattern in HUB_SETTINGS for file in source.glob(pattern)):
@@ -78,3 +93,89 @@ def _print_fits(rank: int | str, fits: Sequence[IncrementFit], count: Count) -> 
         lost = [[fit.increment_error for fit in mine], [fit.weight_error for fit in mine]]
         cells = [f"{100 * sum(part) / len(part):13.2f} %, {100 * max(part):5.2f} %" for part in lost]
         print(f"  {name:24s} {cells[0]} {cells[1]}")
+
+
+def made_of_dense(
+    section: ModelSection, base: ResolvedModel, rows: Sequence[Sequence[int]], weights: bool
+) -> ResolvedModel:
+    """Return the VLoRA model that model.from_dense asks for, made once in the cache.
+
+    Args:
+        base: the dense model.
+        rows: token ids by which the linears' inputs are measured; none: errors are of the weights alone.
+        weights: False makes a folder without weights, whose groups are chosen without looking at any: for a dry run.
+
+    Raises:
+        UserError: when the model is VLoRA already, its layers differ, or no sharing comes within the budget.
+    """
+    settings = section.from_dense
+    assert settings is not None
+    if is_ours(base.folder):
+        raise UserError(f"{base.name} is VLoRA already, and model.from_dense takes a dense model: remove the key.")
+    parts = [CODE, base.fingerprint, settings.model_dump(), [list(map(int, row)) for row in rows], weights]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    dense = section.model_copy(update={"from_dense": None, "dtype": "float32", "quantization": "none"})
+
+    def make(place: Path) -> None:
+        if weights:
+            _make_groups(dense, base.folder, settings.budget, rows, place)
+            return
+        model = meta_model(dense, base.folder)
+        write_sharing(choose_groups(list(layers(model)), _shared_linears(model), settings.budget, None), place)
+        shutil.copy(base.folder / "config.json", place)
+
+    return ResolvedModel(make_once(cache_root() / f"from-dense-{key[:24]}", make), base.name, base.revision, key)
+
+
+def _make_groups(
+    section: ModelSection, source: Path, budget: float, rows: Sequence[Sequence[int]], place: Path
+) -> None:
+    model = load_base(section, source, choose_device())
+    linears = _shared_linears(model)
+    scales = input_scales(model, linears, rows)
+    print(f"choosing which layers share weights, and ranks, for {100 * budget:.4g} % of the linears", flush=True)
+    sharing = choose_groups(list(layers(model)), linears, budget, scales)
+    fits = groups_from_dense(model, list(layers(model)), sharing, scales)
+    _print_groups(sharing, fits)
+    _write(model, sharing, source, place)
+
+
+def _shared_linears(model: Any) -> list[str]:
+    """Return the names of the linears inside a layer, after checking that all layers could share them."""
+    return list(lay_out_compounds(model, list(layers(model)), VLoRAConfig(None, None, 1)).ranks)
+
+
+@torch.no_grad()
+def input_scales(model: Any, linears: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[tuple[int, str], Tensor]:
+    """Return (layer, linear) -> root mean square of each of its inputs (I) over the tokens of some rows."""
+    sums: dict[tuple[int, str], Tensor] = {}
+    handles = []
+
+    def watch(key: tuple[int, str], linear: nn.Module) -> None:
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            squares = arguments[0].float().flatten(0, -2).square().sum(0)
+            sums[key] = sums[key] + squares if key in sums else squares
+
+        handles.append(linear.register_forward_pre_hook(add))
+
+    for number, layer in enumerate(layers(model)):
+        for name in linears:
+            watch((number, name), layer.get_submodule(name))
+    try:
+        for row in rows:
+            body(model)(input_ids=torch.tensor([list(row)], device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(len(row) for row in rows)
+    found = {key: (total / tokens).sqrt() for key, total in sums.items()}
+    return {key: s.clamp(min=LEAST_INPUT * float(s.square().mean().sqrt())) for key, s in found.items()}
+
+
+def _print_groups(sharing: UnequalSharing, fits: Sequence[IncrementFit]) -> None:
+    """Print for every linear how many layers share, at which ranks, and the error of the outputs that is left."""
+    print(f"  {'linear':24s} layers x rank of each group, and what is lost of the outputs (mean, largest)")
+    for name in dict.fromkeys(group.linear for group in sharing.groups):
+        groups = " ".join(f"{g.count}x{g.rank or 'dense'}" for g in sharing.groups if g.linear == name)
+        lost = [fit.weight_error for fit in fits if fit.linear == name] or [0.0]
+        print(f"  {name:24s} {groups}: {100 * sum(lost) / len(lost):.1f} %, {100 * max(lost):.1f} %", flush=True)

@@ -174,8 +174,8 @@ def _check_origin(recipe: Recipe) -> None:
     if recipe.vlora is not None and model.config is None:
         raise UserError(
             f"The section vlora is for a new model (model.config). To make {model.name_or_path} into VLoRA: "
-            f"glora-llm vlora from-dense {model.name_or_path} --rank R --out DIR; then model.name_or_path=DIR, "
-            "vlora=null."
+            f"model.from_dense.budget=0.5 vlora=null; or glora-llm vlora from-dense {model.name_or_path} --rank R "
+            "--out DIR, then model.name_or_path=DIR vlora=null."
         )
     if recipe.adapter.is_full and model.quantization != "none":
         raise UserError(

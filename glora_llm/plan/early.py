@@ -46,6 +46,8 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
     with found.collected():
         if data:
             check_other_text(recipe)
+    with found.collected():
+        _check_from_dense(recipe)
     for name in recipe.evaluation.metrics or ():
         with found.collected():
             score_of(name)
@@ -74,6 +76,23 @@ def check_early(recipe: Recipe, world_size: int, data: bool = True, weights: boo
         _require_writable(Path(recipe.output.dir))
         RunFolder(Path(recipe.output.dir)).require_whole()
     found.raise_all()
+
+
+def _check_from_dense(recipe: Recipe) -> None:
+    """Check that what the dense model is made into can be trained on, before it is made."""
+    if recipe.model.from_dense is None:
+        return
+    if not recipe.adapter.is_full:
+        raise UserError(
+            f"model.from_dense makes a model whose weights are trained on, and adapter.method is "
+            f"{recipe.adapter.method}. Set adapter.method=full; an adapter goes on the trained model: "
+            "model.name_or_path=RUN/model."
+        )
+    if recipe.head or recipe.data.format in ("images", "multiple_choice"):
+        raise UserError(
+            f"model.from_dense is for text that is learnt token by token, and data.format is {recipe.data.format}. "
+            "Use data.format=text, or another whose answers are text; then put a head or adapter on RUN/model."
+        )
 
 
 def _check_targets(recipe: Recipe) -> None:

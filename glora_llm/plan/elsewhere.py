@@ -21,7 +21,7 @@ def recipe_for_merge(folder: RunFolder, recipe: Recipe) -> Recipe:
     """
     if recipe.data.format == "images" or recipe.head:
         return recipe
-    if recipe.model.config is not None:
+    if recipe.model.config is not None or recipe.model.from_dense is not None:
         if _has_source(recipe.data) or not (folder.model / "config.json").is_file():
             return recipe
         recipe = _on_trained_model(folder, recipe)
@@ -51,7 +51,7 @@ def recipe_for_scores(folder: RunFolder, recipe: Recipe, split: str) -> Recipe:
             "from the training rows, the new place of those: data.source=FILE. May be given: "
             f"{', '.join(sorted(DATA_KEYS))}."
         )
-    if recipe.model.config is not None:
+    if recipe.model.config is not None or recipe.model.from_dense is not None:
         recipe = _on_trained_model(folder, recipe)
     alone = {
         "source": places[0],
@@ -80,5 +80,5 @@ def _has_source(data: DataSection) -> bool:
 
 def _on_trained_model(folder: RunFolder, recipe: Recipe) -> Recipe:
     """Return the recipe of a new model with the model that was trained in its place: it has the same tokenizer."""
-    changes = {"name_or_path": str(folder.model), "config": None, "tokenizer": None}
+    changes = {"name_or_path": str(folder.model), "config": None, "tokenizer": None, "from_dense": None}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes), "vlora": None})

@@ -174,7 +174,7 @@ class RunFolder:
         if before and after and after > before:
             changed["training.steps"], more = after - before, f", {after - before} steps more"
         if there["adapter.method"] == "full":
-            begun = ("model.config", "model.tokenizer", "model.revision")
+            begun = ("model.config", "model.tokenizer", "model.revision", "model.from_dense")
             changed |= {"model.name_or_path": str(self.model)} | {key: None for key in begun if there.get(key)}
             changed |= {"vlora": None} if any(key.startswith("vlora.") for key in there) else {}
         else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from glora_llm.data.sources import find_path, names_of
 from glora_llm.errors import UserError
 from glora_llm.models.fingerprint import weight_files
-from glora_llm.models.resolve import EMBEDDED_PREFIX, configuration_folder
+from glora_llm.models.resolve import EMBEDDED_PREFIX, ResolvedModel, configuration_folder
 from glora_llm.schema import Recipe
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ def subject_here(recipe: Recipe, world_size: int, left_out: str) -> tuple[Path, 
         )
     if recipe.model.config is not None:
         return _new_model(recipe, left_out), None
-    return configuration_folder(recipe.model), None
+    folder = configuration_folder(recipe.model)
+    if recipe.model.from_dense is not None:
+        from glora_llm.models.from_dense import made_of_dense
+
+        folder = made_of_dense(recipe.model, ResolvedModel(folder, "", None, str(folder)), (), weights=False).folder
+    return folder, None
 
 
 def _new_model(recipe: Recipe, left_out: str) -> Path:

@@ -19,6 +19,7 @@ from glora_llm.launch import ranks
 from glora_llm.launch.ranks import Processes
 from glora_llm.models import load
 from glora_llm.models.families import layers
+from glora_llm.models.resolve import resolve
 from glora_llm.models.sharded_load import Shards
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
@@ -148,7 +149,11 @@ def reference_objective(plan: Plan, objective: Any, device: torch.device) -> tup
     """
     if isinstance(objective, DistilledObjective):
         return "teacher", objective.teacher
-    return None
+    model = plan.recipe.model
+    if model.from_dense is None:
+        return None
+    dense = model.model_copy(update={"from_dense": None})
+    return "dense", plan.task.objective(load.load_base(dense, resolve(dense).folder, device))
 
 
 def _shards(plan: Plan) -> Shards | None:

@@ -8,6 +8,7 @@ from typing import Literal
 from glora_llm.schema.adapter import AdapterSection, Slots, SlotSetting, SupernetSection
 from glora_llm.schema.data import DataSection
 from glora_llm.schema.distill import DistillSection
+from glora_llm.schema.from_dense import FromDenseSection
 from glora_llm.schema.images import ImagesSection
 from glora_llm.schema.model import ModelSection
 from glora_llm.schema.output import MergeSection, OutputSection
@@ -20,6 +21,7 @@ __all__ = [
     "DataSection",
     "DistillSection",
     "EvaluationSection",
+    "FromDenseSection",
     "GenerateSection",
     "ImagesSection",
     "MergeSection",

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from glora_llm.schema.from_dense import FromDenseSection
 from glora_llm.schema.section import LocalPath, Section, key
 
 
@@ -19,6 +20,7 @@ class ModelSection(Section):
     tokenizer: LocalPath | None = key(
         None, "with config: a tokenizer's folder, a sentencepiece tokenizer.model, or `train:N`: N pieces, made once"
     )
+    from_dense: FromDenseSection | None = key(None, "make a dense model into VLoRA first; none: take it as it is")
     revision: str | None = key(None, "hub revision (branch, tag or commit)")
     quantization: Literal["none", "nf4", "fp4", "int8"] = key("none", "how bitsandbytes stores the frozen weights")
     double_quantization: bool = key(True, "nf4 and fp4: quantise the block scales too")
@@ -51,6 +53,8 @@ class ModelSection(Section):
             if self.tokenizer is not None:
                 raise ValueError("tokenizer belongs to config; a model that is there brings its own")
             return self
+        if self.from_dense is not None:
+            raise ValueError("from_dense is for a trained model (name_or_path), and config makes a new one: remove one")
         if not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs model_type, such as llama: the name of the family in transformers")
         if self.quantization != "none":

@@ -17,6 +17,7 @@ from glora_llm.data.report import Report
 from glora_llm.data.store import Row, TokenSet
 from glora_llm.errors import UserError
 from glora_llm.models.attention import fetch_kernel, packed_arguments
+from glora_llm.models.from_dense import made_of_dense
 from glora_llm.models.resolve import ResolvedModel, resolve
 from glora_llm.models.tokenizer import load_tokenizer, pad_id
 from glora_llm.schema import Recipe
@@ -142,6 +143,9 @@ def text_task(recipe: Recipe, weights: bool) -> tuple[ResolvedModel, TextTask]:
     fetch_kernel(recipe.model.attention, weights)
     tokenizer = load_tokenizer(base.folder)
     data = prepare(recipe.data, tokenizer, cache_root() / "data", recipe.training.seed)
+    if recipe.model.from_dense is not None:
+        first = range(min(len(data.train), recipe.model.from_dense.calibration_rows))
+        base = made_of_dense(recipe.model, base, [data.train.row(n).tokens.tolist() for n in first], weights)
     return base, with_metrics(TextTask(recipe, tokenizer, data))
 
 

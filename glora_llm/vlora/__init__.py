@@ -6,10 +6,12 @@
 `to_dense` writes a plain model out again.
 """
 
+from glora_llm.vlora.choose import choose_groups
 from glora_llm.vlora.compound import make_compounds
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.convert import Increment, IncrementFit, from_dense, increments, m_steps, to_dense
 from glora_llm.vlora.count import Count, allocated, matrix_count, parameter_count
+from glora_llm.vlora.groups import UnequalSharing, groups_from_dense, make_groups
 from glora_llm.vlora.layer import Composition, VLoRALinear, compositions, vlora_layers
 from glora_llm.vlora.weight import Added, Parts, accumulate, compose
 
@@ -20,16 +22,20 @@ __all__ = [
     "Increment",
     "IncrementFit",
     "Parts",
+    "UnequalSharing",
     "VLoRAConfig",
     "VLoRALinear",
     "accumulate",
     "allocated",
+    "choose_groups",
     "compose",
     "compositions",
     "from_dense",
+    "groups_from_dense",
     "increments",
     "m_steps",
     "make_compounds",
+    "make_groups",
     "matrix_count",
     "parameter_count",
     "to_dense",

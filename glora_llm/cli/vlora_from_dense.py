@@ -1,0 +1,54 @@
+"""`glora-llm vlora from-dense MODEL --budget`: a smaller model of a dense one, trained on, as an ordinary run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from glora_llm import recipe as recipes
+from glora_llm.errors import UserError, number_above_zero
+from glora_llm.schema import Recipe
+
+
+def train_smaller(arguments: argparse.Namespace) -> int:
+    """Make a dense model into VLoRA under a budget and train it on; the same command goes on with a run."""
+    checked = smaller_recipe(arguments)
+    from glora_llm.cli.train import train_checked
+    from glora_llm.plan.run_folder import RunFolder
+
+    code = train_checked(checked)
+    from glora_llm.report.from_dense import print_losses
+
+    print_losses(RunFolder(Path(checked.output.dir)))
+    return code
+
+
+def smaller_recipe(arguments: argparse.Namespace) -> Recipe:
+    """Return the recipe that the options come to.
+
+    Raises:
+        UserError: for options that do not fit, and everything that a recipe refuses.
+    """
+    if arguments.data is None:
+        what = "--distill learns from a teacher's answers to" if arguments.distill else "--budget trains on"
+        raise UserError(f"{what} text: give --data FILE (or a recipe with model.from_dense).")
+    if arguments.steps is None:
+        raise UserError("--budget trains the smaller model on: give --steps N, the optimizer steps.")
+    if not (arguments.steps.isascii() and arguments.steps.isdecimal()) or int(arguments.steps) < 1:
+        raise UserError(f"--steps is '{arguments.steps}'; expected a whole number above 0.")
+    budget = number_above_zero(arguments.budget, "--budget", "a share of the linears' parameters, such as 0.5")
+    steps = int(arguments.steps)
+    training: dict[str, Any] = {"global_batch": 16, "micro_batch": 4, "steps": steps, "lr": 5e-4, "warmup": 0.05}
+    if arguments.distill:
+        training["distill"] = {"teacher": arguments.model}
+    values: dict[str, Any] = {
+        "description": f"{arguments.model} at {arguments.budget} of its linears, trained on",
+        "model": {"name_or_path": arguments.model, "from_dense": {"budget": budget}},
+        "adapter": {"method": "full"},
+        "data": {"format": "text", "source": arguments.data, "validation": 0.02, "max_tokens": 512,
+                 "overlong": "split", "packing": True},
+        "training": training,
+        "evaluation": {"every": max(1, steps // 10), "batch": 4},
+        "merge": {"after_training": True},
+        "output": {"dir": str(arguments.out), "save_every": max(1, steps // 10), "keep": 2},
+    }  # fmt: skip
+    return recipes.from_values(values, arguments.overrides, "vlora from-dense")

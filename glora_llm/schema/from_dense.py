@@ -1,0 +1,16 @@
+"""The section `model.from_dense`: the layers of a trained dense model share weights before they are trained on."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from glora_llm.schema.section import Section, Share, key
+
+
+class FromDenseSection(Section):
+    """Make the model of name_or_path into VLoRA by truncated SVD; which layers share follows from what is lost."""
+
+    budget: Share = key(..., "parameters of the layers' linears, as a share of those of the dense model")
+    calibration_rows: Annotated[int, Field(ge=0)] = key(
+        16, "training rows by which errors are weighted with the sizes of the linears' inputs; 0: weights alone", "rows"
+    )
