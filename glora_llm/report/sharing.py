@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 
 from glora_llm.errors import UserError
 from glora_llm.plan.run_folder import RunFolder
@@ -110,5 +111,6 @@ def increment_figure(sizes: Mapping[int, Series]) -> Any:
     by_layer.bar(list(sizes), last, width=0.8, color=BLUE)
     by_layer.set(xlabel="Layer", ylabel="Norm of the increments at the end")
     for axes in (by_step, by_layer):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes, "y")
     return figure
