@@ -8,8 +8,9 @@ def print_losses(folder: RunFolder) -> None:
     summary = folder.summary()
     before = summary.get("dense") or summary.get("teacher") or {}
     split = "test" if "test/loss" in before else "validation"
+    reference = "dense model" if "dense" in summary else "teacher"  # which may be quantised
     stages = {
-        "dense model": before,
+        reference: before,
         "truncated SVD alone": summary.get("at_start", {}),
         "trained on": summary.get(split, {}),
     }
@@ -20,4 +21,4 @@ def print_losses(folder: RunFolder) -> None:
     for name, scores in stages.items():
         loss = scores.get(f"{split}/loss")
         if loss is not None:
-            print(f"  {name:22s} {loss:8.4f}   {loss / dense:.3f} x the dense model's")
+            print(f"  {name:22s} {loss:8.4f}   {loss / dense:.3f} x the {reference}'s")

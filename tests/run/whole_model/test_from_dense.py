@@ -98,6 +98,19 @@ def test_other_stages_train_the_same(stage: str, run: Path, text: Path, tmp_path
         torch.testing.assert_close(other[name], first[name], rtol=1e-3, atol=1e-4)
 
 
+def test_a_teacher_in_four_bits(run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["training.distill.quantization=nf4", "training.deepspeed=zero3", "merge.after_training=false"]
+    assert command(tmp_path / "run", text, *more) == 0
+    said = capsys.readouterr().out
+    assert "truncated SVD alone" in said and "1.000 x the teacher's" in said
+    exact, rounded = (
+        json.loads((folder / "summary.json").read_text())["teacher"]["validation/loss"]
+        for folder in (run, tmp_path / "run")
+    )
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)
+    assert main(["evaluate", str(tmp_path / "run"), "--split", "validation"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
