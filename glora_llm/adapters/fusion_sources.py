@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_base, require_weights, saved_config
 from glora_llm.errors import UserError
-from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.schema import AdapterSection
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ class Sources:
         """Return place -> name of `fused.FROZEN` -> the N adapters' tensors, stacked, with s in U and u."""
         import torch
         from safetensors.torch import load_file
+
+        from glora_llm.glora.path import PEFT_ROOT
 
         files = [load_file(folder / ADAPTER_WEIGHTS) for folder in self.folders]
         found: dict[str, dict[str, Tensor]] = {}
@@ -139,6 +140,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an adapter's own tensors, by their names in the base."""
+    from glora_llm.glora.path import PEFT_ROOT  # loads torch
+
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
             names = [name for name in file.keys() if ".bottleneck_" in name]  # noqa: SIM118
