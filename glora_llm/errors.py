@@ -51,9 +51,10 @@ class Problems:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """Return ` Did you mean 'x'?` for the closest of `known`, capitals or not, or an empty string: nothing is close."""
+    plain = {other.lower(): other for other in reversed(list(known))}
+    close = difflib.get_close_matches(name.lower(), list(plain), n=1, cutoff=0.5)
+    return f" Did you mean '{plain[close[0]]}'?" if close else ""
 
 
 def number_above_zero(text: str | None, option: str, expected: str) -> float | None:

@@ -102,9 +102,7 @@ ADAPTERS: dict[str, Case] = {
     "an unknown method": bad(
         "adapter.method 'lorra' is unknown. Did you mean 'lora'? There is:", "adapter.method=lorra"
     ),
-    "a method in capitals": bad(
-        "adapter.method 'LoRA' is unknown. There is: adalora, beft, boft, c3a,", "adapter.method=LoRA"
-    ),
+    "a method in capitals": bad("adapter.method 'LoRA' is unknown. Did you mean 'lora'?", "adapter.method=LoRA"),
     "a method that does not train here": bad(
         "adapter.method cartridge does not train here: its prefix is distilled", "adapter.method=cartridge"
     ),

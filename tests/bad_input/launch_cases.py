@@ -111,6 +111,6 @@ COMMANDS: dict[str, Case] = {
         command=("import", "none", "--out", "own"),
     ),
     "recipes of an unknown name": Case(
-        "No recipe 'quikstart'; there is: bench_search, dense_lm,", (), command=("recipes", "quikstart")
+        "No recipe 'quikstart'; there is: bench_search, dense_1b_small,", (), command=("recipes", "quikstart")
     ),
 }

@@ -135,7 +135,7 @@ YAML: dict[str, Case] = {
     "an override below a text": bad("'dir' holds a value, not a section of keys.", "output.dir.x=1"),
     "an unknown section": bad("unknown key 'trainning'. Did you mean 'training'? Known here:", "trainning.lr=1"),
     "an unknown recipe": bad(
-        "No recipe 'tiny_cpuu'; there is: bench_search, dense_lm,",
+        "No recipe 'tiny_cpuu'; there is: bench_search, dense_1b_small,",
         command=("train", "--recipe", "tiny_cpuu", "--dry-run"),
     ),
     "a recipe file that is not there": bad(
