@@ -31,7 +31,7 @@ PROMPTS: dict[str, Case] = {
         "adapter={method: prompt_tuning, peft: {num_virtual_tokens: ten}}",
     ),
     "a prompt that starts in another way": bad(
-        "adapter.peft.prompt_tuning_init 'text' is unknown. There is: RANDOM, SAMPLE_VOCAB, TEXT.",
+        "adapter.peft.prompt_tuning_init 'text' is unknown. Did you mean 'TEXT'? There is: RANDOM, SAMPLE_VOCAB, TEXT.",
         "adapter={method: prompt_tuning, peft: {prompt_tuning_init: text}}",
     ),
     "a prompt of a text without a tokenizer": bad(

@@ -62,7 +62,7 @@ def scored(objective: CausalLMObjective) -> Callable[[dict[str, Tensor]], Any]:
 
 @torch.no_grad()
 def by_hand(objective: CausalLMObjective, row: Row) -> list[float]:
-    """Return a row of the table from one forward pass of transformers over that row alone."""
+    """Return a row of the table from one forward pass of transformers over that row alone; no bytes are counted."""
     ids = torch.from_numpy(row.tokens.astype(np.int64))
     logits = objective.model(input_ids=ids[None]).logits[0, :-1]
     wanted = torch.from_numpy(row.targets)[1:]
@@ -75,7 +75,7 @@ def by_hand(objective: CausalLMObjective, row: Row) -> list[float]:
         chosen.append(int(logits[place, allowed].argmax()))
         by_label.append(allowed[chosen[-1]] == goal)
     reference = sorted({word[0] for word in WORDS}).index(int(goals[0]))
-    return [loss, len(goals), sum(right), all(right), all(by_label), chosen[0], reference]
+    return [loss, len(goals), sum(right), all(right), all(by_label), chosen[0], reference, 0]
 
 
 @pytest.mark.parametrize(("batch", "world"), list(itertools.product([1, 3, 8, 100], [1, 2, 3, 5])))
@@ -127,7 +127,7 @@ def test_a_table_by_hand() -> None:
     def batch(indices: list[int]) -> dict[str, Tensor]:
         return {"row": torch.tensor([i for i in sorted(indices) for _ in range(3 if i == 0 else 1)])}
 
-    expected = [[1.5, 3, 2, 0, 1, 0, 0], [2.0, 1, 1, 1, 1, 0, 0]]
+    expected = [[1.5, 3, 2, 0, 1, 0, 0, 0], [2.0, 1, 1, 1, 1, 0, 0, 0]]
     for size in (1, 2):
         assert score_rows([3, 7], batch, score, lambda table: table, size).tolist() == expected
 
