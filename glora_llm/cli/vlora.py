@@ -10,6 +10,7 @@ from glora_llm.cli.vlora_twin import add_twin
 from glora_llm.errors import UserError
 from glora_llm.schema.vlora import VLORA_CHOICES
 
+BASES = ("first", "mean")
 VLORA = """\
 Make a VLoRA model of a dense one: layers share bases, and the differences become low-rank
 increments by truncated SVD. With --rank every k layers share, and the table says what a rank
@@ -36,8 +37,9 @@ def add_command(commands: Any, style: Any) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--rank", metavar="R", help="r, or full; of several, 8,16, the first is written")
     what.add_argument("--budget", metavar="SHARE", help="of the linears' parameters, above 0 and below 1")
-    command.add_argument("--layers-per-compound", metavar="K", default="4", help="k, or all (default: 4)")
-    command.add_argument("--topology", choices=VLORA_CHOICES["topology"], default="chain", help="(default: chain)")
+    command.add_argument("--layers-per-compound", metavar="K", help="with --rank: k, or all (default: 4)")
+    command.add_argument("--topology", choices=VLORA_CHOICES["topology"], help="with --rank (default: chain)")
+    command.add_argument("--base", choices=BASES, help="with --rank: the first layer, or the mean (default: first)")
     command.add_argument("--targets", metavar="NAMES", help="linears inside a layer, as q_proj,v_proj (default: all)")
     command.add_argument(
         "--out", metavar="DIR", type=Path, required=True, help="the folder to write; of --budget a run"
@@ -58,11 +60,8 @@ def from_dense(arguments: argparse.Namespace) -> int:
     if arguments.data or arguments.steps or arguments.distill or arguments.overrides:
         raise UserError("--data, --steps, --distill and overrides train a model of --budget SHARE; --rank writes one.")
     ranks = [None if part == "full" else _number(part, "--rank") for part in arguments.rank.split(",")]
-    size = (
-        None
-        if arguments.layers_per_compound == "all"
-        else _number(arguments.layers_per_compound, "--layers-per-compound")
-    )
+    given = arguments.layers_per_compound or "4"
+    size = None if given == "all" else _number(given, "--layers-per-compound")
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()
@@ -70,8 +69,10 @@ def from_dense(arguments: argparse.Namespace) -> int:
     from glora_llm.vlora import VLoRAConfig
 
     targets = arguments.targets.split(",") if arguments.targets else None
-    config = VLoRAConfig(targets, size, topology=arguments.topology)
-    from_dense_command(arguments.model, config, ranks, arguments.out)
+    base = arguments.base or BASES[0]
+    adding = "all" if base == "mean" else "next"  # a layer whose weight is the base could not leave the mean
+    config = VLoRAConfig(targets, size, topology=arguments.topology or "chain", increments=adding)
+    from_dense_command(arguments.model, config, ranks, arguments.out, base)
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from glora_llm.models.families import body, layers
 from glora_llm.models.folder import Sharing, is_ours, write_sharing, write_trained
 from glora_llm.models.load import load_base, meta_model
 from glora_llm.models.resolve import HUB_SETTINGS, ResolvedModel, resolve
-from glora_llm.schema import ModelSection
+from glora_llm.schema import FromDenseSection, ModelSection
 from glora_llm.vlora import (
     Count,
     IncrementFit,
@@ -37,13 +38,16 @@ CODE = "1"  # raised whenever `made_of_dense` would make another model of the sa
 LEAST_INPUT = 1e-2  # of a linear, as a share of the root mean square of all its inputs: nothing is divided by less
 
 
-def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | None], out: Path) -> None:
+def from_dense_command(
+    model: str, config: VLoRAConfig, ranks: Sequence[int | None], out: Path, base: str = "first"
+) -> None:
     """Write a VLoRA folder of a dense model, and print the error of each rank.
 
     Args:
         model: what model.name_or_path takes.
         config: how layers are to share; its rank is not looked at.
         ranks: the first one is written, the others are only measured; None: each linear's full rank.
+        base: of a compound: the weight of its `first` layer, or the `mean` of its layers' weights.
 
     Raises:
         UserError: when `out` exists, or the model cannot be shared as asked; nothing is written then.
@@ -58,7 +62,7 @@ def from_dense_command(model: str, config: VLoRAConfig, ranks: Sequence[int | No
         made = load_base(section, folder, device)
         stack = list(layers(made))
         sharing = replace(config, rank=rank or _smaller_sides(stack[0], config.targets))
-        fits = from_dense(made, stack, sharing)
+        fits = from_dense(made, stack, sharing, base)
         _print_fits(rank or "full", fits, allocated(made))
         if number == 0:
             with whole_folder(out) as place:
@@ -118,31 +122,38 @@ def made_of_dense(
 
     def make(place: Path) -> None:
         if weights:
-            _make_groups(dense, base.folder, settings.budget, rows, place)
+            _make_groups(dense, base.folder, settings, rows, place)
             return
         model = meta_model(dense, base.folder)
-        write_sharing(choose_groups(list(layers(model)), _shared_linears(model), settings.budget, None), place)
+        linears = _shared_linears(model, settings.targets)
+        write_sharing(choose_groups(list(layers(model)), linears, settings.budget, None), place)
         shutil.copy(base.folder / "config.json", place)
 
     return ResolvedModel(make_once(cache_root() / f"from-dense-{key[:24]}", make), base.name, base.revision, key)
 
 
 def _make_groups(
-    section: ModelSection, source: Path, budget: float, rows: Sequence[Sequence[int]], place: Path
+    section: ModelSection, source: Path, settings: FromDenseSection, rows: Sequence[Sequence[int]], place: Path
 ) -> None:
     model = load_base(section, source, choose_device())
-    linears = _shared_linears(model)
+    linears = _shared_linears(model, settings.targets)
     scales = input_scales(model, linears, rows)
-    print(f"choosing which layers share weights, and ranks, for {100 * budget:.4g} % of the linears", flush=True)
-    sharing = choose_groups(list(layers(model)), linears, budget, scales)
+    print(
+        f"choosing which layers share weights, and ranks, for {100 * settings.budget:.4g} % of the linears", flush=True
+    )
+    sharing = choose_groups(list(layers(model)), linears, settings.budget, scales, partial(print, flush=True))
     fits = groups_from_dense(model, list(layers(model)), sharing, scales)
     _print_groups(sharing, fits)
     _write(model, sharing, source, place)
 
 
-def _shared_linears(model: Any) -> list[str]:
-    """Return the names of the linears inside a layer, after checking that all layers could share them."""
-    return list(lay_out_compounds(model, list(layers(model)), VLoRAConfig(None, None, 1)).ranks)
+def _shared_linears(model: Any, targets: Sequence[str] | None) -> list[str]:
+    """Return the names of the linears inside a layer that are targets, after checking that all layers could share them.
+
+    Raises:
+        UserError: for layers that differ, or a target that is in no layer.
+    """
+    return list(lay_out_compounds(model, list(layers(model)), VLoRAConfig(targets, None, 1)).ranks)
 
 
 @torch.no_grad()

@@ -41,14 +41,18 @@ def print_twin(name: str, recipe: Recipe, by: str, size: int | None, multiple: i
     print("\n".join(["", *_to_type(name, recipe, twin)]))
 
 
-def _to_type(name: str, recipe: Recipe, twin: Twin) -> list[str]:
-    """Return the command that trains the twin."""
+def overrides(recipe: Recipe, twin: Twin) -> list[str]:
+    """Return the settings `model.config.KEY=VALUE` that make a recipe's model its twin, without those that follow."""
     given: dict[str, Any] = recipe.model.config or {}
     own = twin.shape.heads == twin.shape.groups  # keys and values have as many heads, as where the recipe says nothing
     follow = {"head_dim", *(["num_key_value_heads"] if own else [])} - given.keys()
-    settings = {key: value for key, value in twin.settings.items() if key not in follow}
+    return [f"model.config.{key}={value}" for key, value in twin.settings.items() if key not in follow]
+
+
+def _to_type(name: str, recipe: Recipe, twin: Twin) -> list[str]:
+    """Return the command that trains the twin."""
     source = f"{name}/recipe.yaml" if Path(name).is_dir() else name
-    words = [f"model.config.{key}={value}" for key, value in settings.items()]
     vlora = ["vlora=null"] if recipe.vlora is not None else []
     last = f"output.dir={recipe.output.dir.rstrip('/')}_twin"
-    return ["To train it:", f"  deepspeed train.py --recipe {source} {' '.join([*vlora, *words, last])}"]
+    words = [*vlora, *overrides(recipe, twin), last]
+    return ["To train it:", f"  deepspeed train.py --recipe {source} {' '.join(words)}"]

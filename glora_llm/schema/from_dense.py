@@ -10,7 +10,10 @@ from glora_llm.schema.section import Section, Share, key
 class FromDenseSection(Section):
     """Make the model of name_or_path into VLoRA by truncated SVD; which layers share follows from what is lost."""
 
-    budget: Share = key(..., "parameters of the layers' linears, as a share of those of the dense model")
+    budget: Share = key(..., "parameters of the layers' linears (the targets), as a share of the dense model's")
+    targets: list[str] | None = key(
+        None, "names of the linears inside a layer that may share, whole or their ends; none: all of them"
+    )
     calibration_rows: Annotated[int, Field(ge=0)] = key(
         16, "training rows by which errors are weighted with the sizes of the linears' inputs; 0: weights alone", "rows"
     )

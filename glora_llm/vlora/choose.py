@@ -12,7 +12,7 @@ Letters: L layers, (O, I) a weight, r rank.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,11 @@ class Option:
 
 @torch.no_grad()
 def choose_groups(
-    layers: Sequence[nn.Module], linears: Sequence[str], budget: float, scales: InputScales | None
+    layers: Sequence[nn.Module],
+    linears: Sequence[str],
+    budget: float,
+    scales: InputScales | None,
+    tell: Callable[[str], object] | None = None,
 ) -> UnequalSharing:
     """Return the groups with the least loss whose parameters are at most a share of those of the dense linears.
 
@@ -54,11 +58,16 @@ def choose_groups(
         linears: names inside a layer.
         budget: the share, above 0 and below 1.
         scales: s_l; None: nothing is known about the weights (which may have no values), and all differ alike.
+        tell: takes a line whenever a linear is done: hundreds of decompositions each, minutes on a CPU.
 
     Raises:
         UserError: when no groups come within the budget; it names the nearest.
     """
-    options = {name: list(_options(layers, name, scales)) for name in linears}
+    options: dict[str, list[Option]] = {}
+    for name in linears:
+        options[name] = list(_options(layers, name, scales))
+        if tell is not None:
+            tell(f"  {name}: {len(options[name]):,} groups and ranks looked at")
     dense = sum(option.cost for offered in options.values() for option in offered if option.group.count == 1)
     chosen = best_under_budget(options, len(layers), int(budget * dense), dense)
     return UnequalSharing(tuple(option.group for option in chosen))

@@ -17,6 +17,7 @@ from tests.bad_input.prompt_cases import PROMPTS
 from tests.bad_input.report_cases import REPORTS
 from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.score_cases import SCORES
+from tests.bad_input.smaller_cases import SMALLER
 from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.vision_cases import VISION
@@ -45,6 +46,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "layers that share weights; Muon": SHARING,
+    "a smaller model of a dense one; distillation": SMALLER,
     "run folder; merge, evaluate, search": FOLDERS,
     "report": REPORTS,
     "output.dir": OUTPUT,

@@ -1,9 +1,12 @@
 """Write docs/bad_input.md: every wrong input is tried once, and what came is written down.
 
-python -m tests.bad_input.write_table
+python -m tests.bad_input.write_table [GROUP ...]
+
+With groups (parts of their names) these alone are tried, and the others stay as the page has them.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,19 +49,35 @@ def cell(text: str) -> str:
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("`", "'")
 
 
-def page() -> str:
-    """Try all cases and return the page."""
-    lines = [HEAD, f"{sum(map(len, GROUPS.values()))} cases.\n"]
-    for group, cases in GROUPS.items():
-        lines += [f"## {group[0].upper()}{group[1:]}\n", "| case | expected | seen |", "|---|---|---|"]
-        for name, case in cases.items():
-            with tempfile.TemporaryDirectory() as folder:
-                lines.append(row(name, case.says, outcome(case, Path(folder))))
-        lines.append("")
-    return "\n".join(lines)
+def title(group: str) -> str:
+    """Return the heading of a group."""
+    return f"## {group[0].upper()}{group[1:]}"
+
+
+def section(group: str) -> str:
+    """Try the cases of a group and return its part of the page."""
+    lines = [f"{title(group)}\n", "| case | expected | seen |", "|---|---|---|"]
+    for name, case in GROUPS[group].items():
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(row(name, case.says, outcome(case, Path(folder))))
+    return "\n".join([*lines, ""])
+
+
+def page(old: str, wanted: list[str]) -> str:
+    """Return the page: groups that contain one of the words (all of them without words) are tried anew.
+
+    Args:
+        old: the page as it is, whose other groups are kept.
+    """
+    kept = {part.partition("\n")[0]: part for part in (f"## {text}" for text in old.split("\n## ")[1:])}
+    parts = [HEAD, f"{sum(map(len, GROUPS.values()))} cases.\n"]
+    for group in GROUPS:
+        again = not wanted or any(word in group for word in wanted)
+        parts.append(section(group) if again else kept[title(group)].rstrip("\n") + "\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         os.environ.update(GLORA_CACHE=cache, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
-        PAGE.write_text(page(), encoding="utf-8")
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), sys.argv[1:]), encoding="utf-8")

@@ -13,9 +13,10 @@ from glora_llm.models.load import load_base
 from glora_llm.models.random_llama import LLAMA2_7B, LLAMA2_70B, LLAMA3_8B, LlamaShape, llama_config
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.live_storages import LiveStorages
-from glora_llm.plan.memory import Sharding, at_rest, compute_memory, model_sizes
+from glora_llm.plan.memory import Sharding, at_rest, compute_memory, model_sizes, step_bytes
 from glora_llm.plan.quantized_shape import QuantizedShape
 from glora_llm.plan.step_memory import StepShape, measured_peak, step_peak
+from glora_llm.plan.subjects import subject_here
 from glora_llm.schema import AdapterSection, ModelSection
 
 BF16 = torch.bfloat16
@@ -25,6 +26,7 @@ SHAPES = {
     "Llama-3-8B": LLAMA3_8B,
     "LLaMA-2-70B": LLAMA2_70B,
 }
+TEACHER = "training.distill.teacher=embedded:tiny-llama"
 LORA = AdapterSection(method="lora", rank=16, alpha=32.0)
 
 
@@ -165,6 +167,37 @@ def test_zero_3_divides_a_70b_model_but_for_its_scales(folder_of: Any) -> None:
     one, eight = (at_rest(recipe, sizes, world, BF16, step=0) for world in (1, 8))
     assert one.base == pytest.approx(68.45e9 / 2 + sizes.state_bytes + 2 * 32000 * 8192 * 2, rel=0.01)
     assert eight.base - sizes.state_bytes == pytest.approx((one.base - sizes.state_bytes) / 8, rel=0.01)
+
+
+def test_a_teacher_counts_as_the_model_that_is_loaded(tiny: ResolvedModel) -> None:
+    """Every process holds it whole, in its own dtype, or packed as a base in nf4 is."""
+    for dtype in ("float32", "bfloat16"):
+        recipe = recipes.load("tiny_cpu", [f"training.distill.dtype={dtype}", TEACHER])
+        assert recipe.training.distill is not None
+        teacher = load_base(recipe.training.distill.as_model(), tiny.folder, torch.device("cpu"))
+        loaded = sum(parameter.nbytes for parameter in teacher.parameters())
+        assert model_sizes(recipe, tiny.folder, BF16).teacher == loaded
+    packed = ["model.quantization=nf4", TEACHER, "training.distill.quantization=nf4"]
+    sizes = model_sizes(recipes.load("tiny_cpu", packed), tiny.folder, BF16)
+    assert sizes.teacher == sum(sizes.frozen) * BF16.itemsize + sizes.state_bytes
+    assert at_rest(recipe, sizes, 4, BF16, step=0).base >= sizes.teacher
+
+
+def test_half_of_llama_3_8b_trains_on_eight_gpus_of_80_gb(
+    folder_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the recipe's header promises: groups without weights, a teacher in nf4 on each GPU, ZeRO 3."""
+    monkeypatch.setenv("GLORA_CACHE", str(tmp_path / "cache"))
+    names = [f"{key}={folder_of('Llama-3-8B')}" for key in ("model.name_or_path", "training.distill.teacher")]
+    recipe = recipes.load("vlora_llama3_8b_from_dense", names)
+    folder, _ = subject_here(recipe, 8, "the text is not here")
+    sizes = model_sizes(recipe, folder, BF16)
+    linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    rest = 2 * 128256 * 4096 + 65 * 4096
+    assert 0.48 * linears <= sum(sizes.trained) - rest <= 0.5 * linears and sizes.dense == linears + rest
+    assert linears / 2 < sizes.teacher < 0.55 * linears + 2 * rest
+    memory = at_rest(recipe, sizes, 8, BF16, step_bytes(recipe, folder, BF16))
+    assert sizes.teacher < memory.training < 80e9
 
 
 def test_an_eight_bit_base_takes_the_step_of_a_four_bit_one(folder_of: Any) -> None:

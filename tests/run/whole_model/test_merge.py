@@ -173,6 +173,7 @@ def test_a_folder_reads_as_the_dense_model_it_computes(run: Path, dtype: torch.d
 def test_from_dense_at_full_rank_answers_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["vlora", "from-dense", "embedded:tiny-llama", "--layers-per-compound", "all", "--out"]
     assert main([*command, str(tmp_path / "full"), "--rank", "full,4"]) == 0
+    assert main([*command, str(tmp_path / "mean"), "--rank", "full", "--base", "mean"]) == 0
     printed = capsys.readouterr().out
     assert "rank full" in printed and "rank 4" in printed and "self_attn.q_proj" in printed
     section = ModelSection(name_or_path=str(tmp_path / "full"), dtype="float32")
@@ -183,6 +184,11 @@ def test_from_dense_at_full_rank_answers_alike(tmp_path: Path, capsys: pytest.Ca
     dense = AutoModelForCausalLM.from_pretrained(embedded_folder("tiny-llama"), dtype=torch.float32)
     assert len(vlora_layers(made)) == 7
     torch.testing.assert_close(logits(made, tokenizer), logits(dense, tokenizer), rtol=1e-4, atol=1e-4)
+    mean = load_base(section, tmp_path / "mean", torch.device("cpu"))
+    assert len(vlora_layers(mean)) == 14
+    torch.testing.assert_close(logits(mean, tokenizer), logits(dense, tokenizer), rtol=1e-4, atol=1e-4)
+    both = torch.stack([layer.self_attn.q_proj.weight for layer in dense.model.layers])
+    torch.testing.assert_close(mean.get_parameter("model.layers.0.self_attn.q_proj.compound_base.weight"), both.mean(0))
     assert main([*command, str(tmp_path / "four"), "--rank", "4"]) == 0
     truncated = load_base(section, tmp_path / "four", torch.device("cpu"))
     assert (logits(truncated, tokenizer) - logits(dense, tokenizer)).abs().max() > 1e-3
