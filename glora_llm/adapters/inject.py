@@ -18,7 +18,7 @@ from glora_llm.adapters.tuner import ModuleLayer
 from glora_llm.errors import UserError
 from glora_llm.glora import GLoRALinear
 from glora_llm.glora.path import PEFT_ROOT, Genome
-from glora_llm.glora.supernet import require_known
+from glora_llm.glora.supernet import SearchedLayer, require_known
 from glora_llm.schema import AdapterSection
 
 
@@ -81,7 +81,7 @@ def without_adapter(model: Any) -> Any:
 
 def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome | None) -> None:
     """Check that every layer of a genome, and every pattern of adapter.paths, is of the model."""
-    names = list(adapted_layers(model))
+    names = list(searched_layers(model))
     if genome is not None:
         require_known(genome, names)
     for pattern in path_patterns(section):
@@ -105,6 +105,12 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     """Return the GLoRA layers of a PEFT model by their names in the base model."""
     return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, GLoRALinear)}
+
+
+def searched_layers(model: nn.Module) -> dict[str, SearchedLayer]:
+    """Return the layers that a genome gives a path, by their names in the base model: GLoRA's, or NOAH's blocks."""
+    found: dict[str, SearchedLayer] = dict(adapted_layers(model))
+    return found
 
 
 def added_biases(model: nn.Module) -> dict[str, str]:

@@ -15,8 +15,8 @@ from glora_llm.errors import AdapterError
 from glora_llm.glora.config import GLoRAConfig
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight, frozen_weight
 from glora_llm.glora.linear import Slots, effective, glora_linear
-from glora_llm.glora.modes import make_slot, slot_values
-from glora_llm.glora.path import LayerPath, slots_with
+from glora_llm.glora.modes import make_slot, slot_numel, slot_values
+from glora_llm.glora.path import LayerPath, SlotSpec, slots_with
 from glora_llm.glora.supernet import SlotChoices, gate, largest_path, make_choices
 from glora_llm.models.matrices import dense_twin, matrix_shape
 from glora_llm.schema.slots import SLOTS
@@ -97,6 +97,10 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     def _slot_shape(self, slot: str) -> tuple[int, int]:
         """Return (O, I) by which a slot's parameters are sized."""
         return self.out_features, self.in_features
+
+    def slot_numel(self, slot: str, spec: SlotSpec) -> int:
+        """Return the trainable parameters of a slot of a supernet."""
+        return slot_numel(slot, spec, self.composition["default"], self.out_features, self.in_features)
 
     def _draw(self, adapter_name: str, generator: torch.Generator | None) -> None:
         """Give every parameter of an adapter a small random value, as PEFT's `init_weights=False` does."""

@@ -1,7 +1,8 @@
 """Slots, modes and paths: which mode each slot of each layer has. Words as in the GLoRA paper (arXiv 2306.07967).
 
 *slot*: one of A B C D E. *mode*: how a slot is parameterised. *path*: one mode (and rank) for each slot of one
-layer. *genome*: layer name -> path, for the whole model.
+layer. *genome*: layer name -> path, for the whole model. NOAH's genomes are of the same form: their layers are blocks,
+their slots adapter, lora and prompt, each with a size.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.files.json_file import parse
-from glora_llm.schema.slots import LOSSLESS_MODES, RANKED_MODES, SLOT_MODES, SLOTS
+from glora_llm.schema.slots import LOSSLESS_MODES, RANKED_MODES, SIZED_SLOTS, SLOT_MODES, SLOTS
 
 PEFT_ROOT = "base_model.model."  # what PEFT puts before the base model's names
 
@@ -108,13 +109,17 @@ def path_for(name: str, default: LayerPath, patterns: Mapping[str, LayerPath]) -
 
 
 def genome_to_slots(genome: Genome) -> dict[str, dict[str, Any]]:
-    """Return a genome as plain values: layer name -> slot -> mode, or {mode, rank, scale} of modes lora and block."""
-    return {
-        name: {
-            slot: dataclasses.asdict(spec) if spec.mode in RANKED_MODES else spec.mode for slot, spec in path.active()
-        }
-        for name, path in genome.items()
-    }
+    """Return a genome as plain values: layer name -> slot -> mode, or {mode, rank, scale} of modes lora and block.
+
+    NOAH's slots have their size.
+    """
+    return {name: {slot: _slot_value(slot, spec) for slot, spec in path.active()} for name, path in genome.items()}
+
+
+def _slot_value(slot: str, spec: SlotSpec) -> Any:
+    if slot in SIZED_SLOTS:
+        return spec.rank
+    return dataclasses.asdict(spec) if spec.mode in RANKED_MODES else spec.mode
 
 
 def genome_to_json(genome: Genome) -> str:
@@ -144,7 +149,23 @@ def genome_from_slots(layers: Mapping[str, Mapping[str, Any]]) -> Genome:
     return {name: _path_from_slots(name, slots) for name, slots in layers.items()}
 
 
+def sized_path(sizes: Mapping[str, int]) -> LayerPath:
+    """Return the path of a block in NOAH: the size of each slot, 0 or left out where it has none."""
+    given = {slot: sizes.get(slot, 0) for slot in SIZED_SLOTS}
+    return LayerPath(tuple((slot, SlotSpec(SIZED_SLOTS[slot], size)) for slot, size in given.items() if size))
+
+
+def is_sized(genome: Genome) -> bool:
+    """Tell whether a genome is NOAH's."""
+    return any(slot in SIZED_SLOTS for path in genome.values() for slot, _ in path.slots)
+
+
 def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
+    if slots and all(slot in SIZED_SLOTS for slot in slots):
+        wrong = [slot for slot, size in slots.items() if type(size) is not int or size < 0]
+        if wrong:
+            raise UserError(f"genome: {wrong[0]} of {name} is {slots[wrong[0]]}; expected its size, a number from 0.")
+        return sized_path(slots)
     scales: dict[str, Any] = {}
     for slot, given in slots.items():
         values = {"mode": given} if isinstance(given, str) else given

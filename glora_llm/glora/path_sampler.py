@@ -7,9 +7,8 @@ same supernet, and a resumed run repeats its draws.
 import random
 from collections.abc import Mapping
 
-from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import LayerPath, slots_with
-from glora_llm.glora.supernet import SlotChoices, largest_path
+from glora_llm.glora.path import LayerPath
+from glora_llm.glora.supernet import SearchedLayer, SlotChoices, largest_path, slots_of
 
 
 def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> LayerPath:
@@ -21,7 +20,7 @@ def draw_path(choices: SlotChoices, has_bias: bool, *stream: object) -> LayerPat
     """
     generator = random.Random("/".join(map(str, stream)))
     drawn = []
-    for slot in slots_with(has_bias):
+    for slot in slots_of(choices, has_bias):
         specs = choices[slot]
         mode = generator.choice(list(dict.fromkeys(spec.mode for spec in specs)))
         spec = generator.choice([spec for spec in specs if spec.mode == mode])
@@ -38,7 +37,7 @@ class Supernet:
         seed: of the run.
     """
 
-    def __init__(self, layers: Mapping[str, GLoRALinear], seed: int):
+    def __init__(self, layers: Mapping[str, SearchedLayer], seed: int):
         self.layers, self.seed = layers, seed
 
     def draw(self, step: int, number: int) -> None:

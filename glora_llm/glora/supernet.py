@@ -6,17 +6,50 @@ every rank, in the same order, whatever was drawn. ZeRO's buckets of 1, 2 and 3 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.modes import Choices, make_slot
-from glora_llm.glora.path import PEFT_ROOT, Genome, LayerPath, SlotSpec, slots_with
+from glora_llm.glora.path import PEFT_ROOT, Genome, LayerPath, SlotSpec
 from glora_llm.schema.slots import RANKED_MODES, SLOT_MODES, SLOTS, SUPERNET_MODES
 
 SlotChoices = dict[str, tuple[SlotSpec, ...]]  # slot -> what it may be, the largest first
+
+
+class SearchedLayer(Protocol):
+    """What the sampler and the search know of a layer of a supernet: one of GLoRA's, or a block of NOAH's.
+
+    Attributes:
+        choices: adapter -> what each of its slots may be.
+        path: adapter -> what is computed.
+        composition: adapter -> of A in mode lora; empty where there is no such slot.
+    """
+
+    choices: dict[str, SlotChoices]
+    path: dict[str, LayerPath]
+    composition: dict[str, str]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        ...
+
+    @property
+    def b0(self) -> Tensor | None:
+        """The frozen bias, without which there is no slot D."""
+        ...
+
+    def slot_numel(self, slot: str, spec: SlotSpec) -> int:
+        """Return the trainable parameters of a slot."""
+        ...
 
 
 MODE_OF = {
@@ -62,9 +95,14 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
     return found
 
 
+def slots_of(choices: SlotChoices, has_bias: bool) -> tuple[str, ...]:
+    """Return the slots of a layer that has these choices: D scales the frozen bias, so it needs one."""
+    return tuple(slot for slot in choices if slot != "D" or has_bias)
+
+
 def largest_path(choices: SlotChoices, has_bias: bool) -> LayerPath:
     """Return the path with the first choice of every slot; slot D is none where there is no bias."""
-    specs = [(slot, choices[slot][0]) for slot in slots_with(has_bias)]
+    specs = [(slot, choices[slot][0]) for slot in slots_of(choices, has_bias)]
     return LayerPath(tuple((slot, spec) for slot, spec in specs if spec.mode != "none"))
 
 
@@ -79,8 +117,8 @@ def make_choices(
     return Choices(make_slot(slot, spec, composition, out_features, in_features, generator) for spec in first.values())
 
 
-def set_paths(layers: Mapping[str, Any], genome: Genome) -> None:
-    """Let every layer (GLoRALinear) of a supernet compute its path of a genome."""
+def set_paths(layers: Mapping[str, SearchedLayer], genome: Genome) -> None:
+    """Let every layer of a supernet compute its path of a genome."""
     for name, layer in layers.items():
         layer.path["default"] = genome[name]
 

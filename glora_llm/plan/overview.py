@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm.adapters.fusion_sources import check_sources
-from glora_llm.adapters.inject import adapted_layers, inject, tuner_layers, without_adapter
+from glora_llm.adapters.inject import inject, searched_layers, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
 from glora_llm.adapters.prompt_arguments import PREFIXES
 from glora_llm.adapters.prompts import check_prefix
@@ -142,7 +142,7 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
             require_same_base(Path(recipe.adapter.weights), base.fingerprint)
         if recipe.search is not None and recipe.adapter.is_supernet:
             measured = recipe.search.limit != "parameters"  # what that costs is not known yet
-            space_of(adapted_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
+            space_of(searched_layers(model), recipe.search, (lambda *_: 0.0) if measured else None)
         obstacle = unmerged(recipe.adapter) or merge_obstacle(without_adapter(model).config, model)
         if obstacle and recipe.merge.after_training:
             raise UserError(f"merge.after_training: {obstacle}")

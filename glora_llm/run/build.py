@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import reads_base
-from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
+from glora_llm.adapters.inject import inject, searched_layers, without_adapter
 from glora_llm.adapters.stateful import load_state, stateful_method
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
@@ -212,5 +212,5 @@ def _rated(items: Sequence[Trainable], bare: Any, recipe: Recipe) -> list[Traina
 
 def _supernet(plan: Plan, model: nn.Module) -> Supernet:
     """Return the layers whose paths are drawn; none of them where the recipe fixes the paths."""
-    drawn = adapted_layers(model) if plan.recipe.adapter.is_supernet else {}
+    drawn = searched_layers(model) if plan.recipe.adapter.is_supernet else {}
     return Supernet(drawn, plan.recipe.training.seed)

@@ -13,15 +13,14 @@ import torch
 from tqdm import tqdm
 
 from glora_llm import recipe as recipes
-from glora_llm.adapters.inject import adapted_layers
+from glora_llm.adapters.inject import searched_layers
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import Passes, passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted
 from glora_llm.failpoints import reach
-from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
-from glora_llm.glora.supernet import set_paths
+from glora_llm.glora.supernet import SearchedLayer, set_paths
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
 from glora_llm.launch.ranks import Processes
@@ -135,7 +134,7 @@ def run_search(
         UserError: when a limit cannot be kept, or the journal belongs to another supernet.
     """
     settings = plan.recipe.search or SearchSection()
-    layers = adapted_layers(model)
+    layers = searched_layers(model)
     space = space_of(layers, settings, _measured(plan, folder, layers, settings, launch))
     scorer = RowScorer.of(plan, layers, settings, passes, gather, *place)
     journal = _journal(folder, scorer, launch)
@@ -167,7 +166,7 @@ def _closed(plan: Plan) -> contextlib.AbstractContextManager[Any]:
 
 
 def _measured(
-    plan: Plan, folder: RunFolder, layers: dict[str, GLoRALinear], settings: SearchSection, launch: Launch
+    plan: Plan, folder: RunFolder, layers: dict[str, SearchedLayer], settings: SearchSection, launch: Launch
 ) -> Value | None:
     """Return the measured cost of a slot, measured once and kept in RUN/search/costs.json; None for parameters."""
     if settings.limit == "parameters":

@@ -16,7 +16,7 @@ from glora_llm.failpoints import reach
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome
 from glora_llm.glora.slopes import slopes
-from glora_llm.glora.supernet import set_paths
+from glora_llm.glora.supernet import SearchedLayer, set_paths
 from glora_llm.plan.plan import Plan
 from glora_llm.schema import SearchSection
 from glora_llm.tasks.task import COLUMNS, Rows
@@ -47,7 +47,7 @@ class RowScorer:
     """
 
     plan: Plan
-    layers: Mapping[str, GLoRALinear]
+    layers: Mapping[str, SearchedLayer]
     numbers: Sequence[int]
     metric: str
     passes: Passes
@@ -60,7 +60,7 @@ class RowScorer:
     at_once: int = field(init=False)
 
     @classmethod
-    def of(cls, plan: Plan, layers: Mapping[str, GLoRALinear], settings: SearchSection, *launch: Any) -> "RowScorer":
+    def of(cls, plan: Plan, layers: Mapping[str, SearchedLayer], settings: SearchSection, *launch: Any) -> "RowScorer":
         """Return the scorer that a search section asks for; `launch` is the rest, from `passes` on."""
         rows = plan.rows("validation")
         assert rows is not None
@@ -101,8 +101,9 @@ class RowScorer:
         # In evaluation mode all activations are kept: a model that is trained with checkpointing gets row by row.
         size = 1 if recipe.model.gradient_checkpointing else recipe.training.micro_batch
         batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, GLoRALinear)}
         losses = [partial(self.passes.loss, self.plan.batch(self.rows, batch)) for batch in batches]
-        return torch.stack([slopes(self.layers, loss) for loss in losses]).sum(0) / (len(rows) * self.mean_targets)
+        return torch.stack([slopes(layers, loss) for loss in losses]).sum(0) / (len(rows) * self.mean_targets)
 
     def _table(self, chosen: list[int]) -> torch.Tensor:
         if self.sharded:

@@ -24,6 +24,10 @@ SUPERNET_MODES: dict[str, tuple[str, ...]] = {
     slot: tuple(mode for mode in modes if mode != "block") for slot, modes in SLOT_MODES.items()
 }
 RANKED_MODES = ("lora", "block")  # two thin factors: these have a rank, and are scaled by alpha / rank
+# Slots of a block in NOAH (arXiv 2206.04673) -> the mode of each, whose rank is its size: units of the adapter's hidden
+# layer, rank of LoRA, prompts. Size 0 is mode none.
+SIZED_SLOTS: dict[str, str] = {"adapter": "bottleneck", "lora": "lora", "prompt": "tokens"}
+SIZED_MODES = tuple(dict.fromkeys((*RANKED_MODES, *SIZED_SLOTS.values())))
 BLOCK = 64  # values of a row of W0 that have one gain in mode block: those that share a scale in a 4-bit weight
 # Modes that change nothing of a 4-bit weight but the scales of its blocks, or that are a bias of their own.
 LOSSLESS_MODES: dict[str, tuple[str, ...]] = SLOT_MODES | {"A": ("block", "vector", "scalar", "none"), "B": ("none",)}

@@ -1,5 +1,7 @@
 """The search space: for every layer and slot one of its modes (and ranks), coded as small integers.
 
+A layer is a linear with GLoRA's slots, or a block with NOAH's.
+
 A *code* is a uint8 array (G,) with one gene for every (layer, slot); G is layers x slots. The cost of a code is a sum
 over its genes of a table, so limits on parameters, time and memory are all kept by the same few lines, and every code
 that leaves this module is within its limit.
@@ -13,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glora_llm.errors import UserError, nearest
-from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.modes import slot_numel
-from glora_llm.glora.path import Genome, LayerPath, SlotSpec, slots_with
-from glora_llm.glora.supernet import SlotChoices, require_known
+from glora_llm.glora.path import Genome, LayerPath, SlotSpec
+from glora_llm.glora.supernet import SearchedLayer, SlotChoices, require_known, slots_of
 from glora_llm.schema import SearchSection
-from glora_llm.schema.slots import RANKED_MODES
+from glora_llm.schema.slots import SIZED_MODES
 from glora_llm.search.limits import limits
 
 Code = NDArray[np.uint8]
@@ -53,17 +54,25 @@ class Space:
         choices: slot -> its choices.
         composition: of A in mode lora.
         cost: (layer, slot, spec) -> cost of the slot, in the unit of the limit; None: trainable parameters.
+        numel: (layer, slot, spec) -> trainable parameters of the slot; None: those of GLoRA's slots.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], choices: SlotChoices, composition: str, cost: Value | None = None):
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        choices: SlotChoices,
+        composition: str,
+        cost: Value | None = None,
+        numel: Value | None = None,
+    ):
         self.layers, self.choices, self.composition = tuple(layers), choices, composition
         self.genes = [
             Gene(index, slot, choices[slot])
             for index, layer in enumerate(self.layers)
-            for slot in slots_with(layer.has_bias)
+            for slot in slots_of(choices, layer.has_bias)
         ]
         widest = max(len(gene.specs) for gene in self.genes)
-        self.parameters = self._table(widest, self._numel)
+        self.parameters = self._table(widest, numel or self._numel)
         self.costs = self.parameters if cost is None else self._table(widest, cost)
         self._odds = self._table(widest, lambda _, slot, spec: _odds(choices[slot], spec), missing=0.0)
         self._cumulative = self._odds.cumsum(1) / self._odds.sum(1, keepdims=True)
@@ -110,7 +119,8 @@ class Space:
         if limit < smallest:
             raise UserError(
                 f"search.budget {text} is below the smallest genome, which has {smallest:,.6g}: every slot costs at "
-                "least that much by adapter.supernet.modes. Raise the budget, or allow mode none."
+                "least that much by adapter.supernet.modes (noah: sizes). Raise the budget, or allow mode none (size "
+                "0)."
             )
 
     def random(self, rng: np.random.Generator, limit: float) -> Code:
@@ -211,7 +221,7 @@ def _places(name: str) -> tuple[str, str, str, str]:
     return "", name.rpartition(".")[2], depth, name
 
 
-def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: Value | None = None) -> Space:
+def space_of(layers: Mapping[str, SearchedLayer], settings: SearchSection, value: Value | None = None) -> Space:
     """Return the search space of a supernet.
 
     Args:
@@ -223,14 +233,18 @@ def space_of(layers: Mapping[str, GLoRALinear], settings: SearchSection, value: 
     """
     first = next(iter(layers.values()))
     shapes = [LayerShape(n, layer.out_features, layer.in_features, layer.b0 is not None) for n, layer in layers.items()]
-    space = Space(shapes, first.choices["default"], first.composition["default"], value)
+
+    def numel(shape: LayerShape, slot: str, spec: SlotSpec) -> float:
+        return layers[shape.name].slot_numel(slot, spec)
+
+    space = Space(shapes, first.choices["default"], first.composition["default"], value, numel)
     for text, limit in limits(settings).items():
         space.require_limit(limit, text)
     return space
 
 
 def _text(spec: SlotSpec) -> str:
-    return f"{spec.mode} of rank {spec.rank}" if spec.mode in RANKED_MODES else spec.mode
+    return f"{spec.mode} of rank {spec.rank}" if spec.mode in SIZED_MODES else spec.mode
 
 
 def _odds(specs: Sequence[SlotSpec], spec: SlotSpec) -> float:
