@@ -74,7 +74,7 @@ def adapter_config(
             slots=slots,
             paths={pattern: _plain(path) for pattern, path in path_patterns(section).items()},
             genome=None if genome is None else genome_to_slots(genome),
-            supernet=(section.supernet or SupernetSection()).model_dump() if section.is_supernet else None,
+            supernet=_supernet(section, {"modes", "ranks"}),
             rank=section.rank,
             alpha=section.alpha,
             rank_stabilized=section.rank_stabilized,
@@ -84,9 +84,19 @@ def adapter_config(
             seed=seed,
             **shared,
         )
+    if section.method == "noah":
+        shared |= {
+            "genome": None if genome is None else genome_to_slots(genome),
+            "supernet": _supernet(section, {"sizes"}),
+        }
     if section.method == "periodic_lora":
         shared["seed"] = seed
     return _peft_config(section, shared, steps)
+
+
+def _supernet(section: AdapterSection, keys: set[str]) -> dict[str, Any] | None:
+    """Return what a supernet draws from; None where the structure is fixed."""
+    return (section.supernet or SupernetSection()).model_dump(include=keys) if section.is_supernet else None
 
 
 def path_patterns(section: AdapterSection) -> Mapping[str, Any]:

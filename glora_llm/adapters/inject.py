@@ -10,6 +10,7 @@ from torch import nn
 
 from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
+from glora_llm.adapters.noah import NoahLayer
 from glora_llm.adapters.peft_arguments import no_effect_is_an_error
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
 from glora_llm.adapters.prompts import accept_prompt, install_prompt
@@ -109,8 +110,7 @@ def adapted_layers(model: nn.Module) -> dict[str, GLoRALinear]:
 
 def searched_layers(model: nn.Module) -> dict[str, SearchedLayer]:
     """Return the layers that a genome gives a path, by their names in the base model: GLoRA's, or NOAH's blocks."""
-    found: dict[str, SearchedLayer] = dict(adapted_layers(model))
-    return found
+    return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, GLoRALinear | NoahLayer)}
 
 
 def added_biases(model: nn.Module) -> dict[str, str]:

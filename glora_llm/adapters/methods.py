@@ -63,6 +63,11 @@ PROMPT_STAYS = (
     "its prompt stands before every sample, and no weight of a plain model holds that. PEFT loads the folder "
     "RUN/adapter on the base as it is"
 )
+MODULES_STAY = (
+    "its adapters and prompts are modules and tokens of their own, and no weight of a plain model holds these. PEFT "
+    "loads the folder RUN/adapter where glora_llm.adapters.own is imported; a structure of LoRA alone merges "
+    "(adapter.peft={adapter: 0, prompt: 0})"
+)
 VISUAL_PROMPT_STAYS = (
     "its prompts are further tokens of its layers' input, and no weight of a plain model holds these. PEFT loads the "
     "folder RUN/adapter where glora_llm.adapters.own is imported"
@@ -98,6 +103,7 @@ METHODS: dict[str, Method] = {
     "lora_dropout": Method("2404.09610", up=("lora_B",)),
     "lors": Method("2403.04303", up=("lora_B", "lora_shared.default.up")),
     "miss": Method("2409.15371"),
+    "noah": Method("2206.04673", MODULES_STAY, places=True, kinds=("images",)),
     "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
     "osf": Method("2504.07097", quantised=NONE),
     "peanut": Method("2410.01870", quantised=NONE),
@@ -251,5 +257,10 @@ def unmerged(section: AdapterSection) -> str | None:
             f"An ensemble of {masks} masks cannot be merged: the mean of its outputs is no single weight. Merge plain "
             "A and B, which the masks have for their mean: set adapter.peft.ensemble=0."
         )
+    if section.method == "noah":
+        from glora_llm.adapters.noah_sizes import is_lora_alone  # torch, which a list of methods can do without
+
+        if is_lora_alone(section):
+            return None
     reason = METHODS[section.method].unmerged
     return f"An adapter of method {section.method} cannot be merged: {reason}." if reason else None

@@ -4,6 +4,7 @@ import glora_llm.adapters.bottleneck
 import glora_llm.adapters.fusion
 import glora_llm.adapters.lora_dropout
 import glora_llm.adapters.lors
+import glora_llm.adapters.noah
 import glora_llm.adapters.periodic_lora
 import glora_llm.adapters.repadapter
 import glora_llm.adapters.ssf

@@ -78,8 +78,7 @@ class VPTLayer(ModuleLayer):
                 "its prompts. adapter.targets=all-linear leaves the layers to adapter.peft.deep."
             )
         hidden = norm.normalized_shape[0]
-        assert config.patch_size is not None
-        bound = math.sqrt(6 / (3 * config.patch_size**2 + hidden))
+        bound = prompt_bound(config.patch_size, hidden)
         self.vpt_prompt[adapter_name] = nn.Parameter(torch.empty(config.num_tokens, hidden).uniform_(-bound, bound))
         self.dropout[adapter_name], self.deep[adapter_name] = config.dropout, config.deep
 
@@ -104,18 +103,7 @@ class VPTModel(ModuleTuner):
 
     def places(self, config: VPTConfig, model: nn.Module) -> list[str]:
         """Return the names of all layers, or of the first for shallow prompts."""
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        found = [
-            f"{name}.{number}"
-            for name, module in model.named_modules()
-            if kind in FAMILIES and isinstance(module, nn.ModuleList)
-            for number in range(len(module))
-        ]
-        if not found:
-            raise UserError(
-                f"adapter.method vpt puts prompts beside the patches of a {' or '.join(FAMILIES)} model, whose head "
-                f"reads the class token alone, and this is a {kind} model. Take another method (`glora-llm methods`)."
-            )
+        found = layers_of(model, "vpt")
         return found if config.deep else found[:1]
 
     def _prepare_adapter_config(self, peft_config: VPTConfig, model_config: dict[str, Any]) -> VPTConfig:
@@ -123,6 +111,36 @@ class VPTModel(ModuleTuner):
             peft_config.patch_size = model_config.get("patch_size")
         found: VPTConfig = super()._prepare_adapter_config(peft_config, model_config)
         return found
+
+
+def layers_of(model: nn.Module, method: str) -> list[str]:
+    """Return the full names of the layers of a ViT.
+
+    Args:
+        method: that puts prompts into them.
+
+    Raises:
+        UserError: for another model.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    found = [
+        f"{name}.{number}"
+        for name, module in model.named_modules()
+        if kind in FAMILIES and isinstance(module, nn.ModuleList)
+        for number in range(len(module))
+    ]
+    if not found:
+        raise UserError(
+            f"adapter.method {method} puts prompts beside the patches of a {' or '.join(FAMILIES)} model, whose head "
+            f"reads the class token alone, and this is a {kind} model. Take another method (`glora-llm methods`)."
+        )
+    return found
+
+
+def prompt_bound(patch_size: int | None, hidden: int) -> float:
+    """Return Xavier's bound of the patch embedding, within which prompts begin."""
+    assert patch_size is not None  # of the model's configuration
+    return math.sqrt(6 / (3 * patch_size**2 + hidden))
 
 
 register("vpt", VPTConfig, VPTModel)

@@ -7,7 +7,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from glora_llm.errors import AdapterError, UserError
-from glora_llm.glora.path import LayerPath, genome_from_slots, make_path, path_for
+from glora_llm.glora.path import LayerPath, genome_from_slots, is_sized, make_path, path_for
 from glora_llm.glora.supernet import SlotChoices, slot_choices
 from glora_llm.schema.slots import COMPOSITIONS, DEFAULT_SLOTS
 
@@ -79,6 +79,8 @@ class GLoRAConfig(PeftConfig):
         if self.rank < 1:
             raise UserError(f"`rank` should be a positive integer value but the value passed is {self.rank}")
         self._genome = None if self.genome is None else genome_from_slots(self.genome)
+        if self._genome and is_sized(self._genome):
+            raise UserError("the genome has the sizes of method noah, and this is glora: set adapter.method=noah.")
         self._check_composition()
 
     @property

@@ -8,6 +8,7 @@ from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
 from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 from glora_llm.plan.answers import check_generate
+from glora_llm.plan.search_checks import check_search
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
 from glora_llm.tasks.task import COLUMNS, Task
 from glora_llm.training.best import watched_score
@@ -186,23 +187,6 @@ def _check_origin(recipe: Recipe) -> None:
         check_quantised(recipe.adapter, model.quantization)
         images = recipe.data.format == "images"
         check_kind(recipe.adapter, "classification" if recipe.head else "images" if images else "text")
-
-
-def check_search(recipe: Recipe) -> None:
-    """Check that a recipe has what a search needs.
-
-    Raises:
-        UserError: when it is no supernet, or has no validation rows.
-    """
-    if not recipe.adapter.is_supernet:
-        raise UserError(
-            "A search needs a supernet, and this recipe trains fixed paths: set adapter.paths=sample and train, or "
-            "take `search` away (search=null)."
-        )
-    if recipe.data.format == "images" and recipe.search and recipe.search.metric == "label_accuracy":
-        raise UserError("search.metric label_accuracy is of label words; of images it is exact_match (their accuracy).")
-    if recipe.data.validation is None:
-        raise UserError("A search scores candidates on validation rows, never on test rows: set data.validation.")
 
 
 def check_ranks(recipe: Recipe, model: nn.Module, genome: Genome | None) -> None:

@@ -61,7 +61,7 @@ def cpu_phases(subject: Subject) -> list[Phase]:
         Phase("saving", sum_parts(rest, {"workspace": 3 * FLOAT32 * trained}, subject.scored())),
     ]
     if recipe.search is not None:
-        search = largest_parts([rest | subject.passed("slopes"), rest | subject.scored()])
+        search = largest_parts([rest | parts for parts in subject.searched()])
         found.append(Phase("searching", sum_parts(search, {"workspace": round(FIGURES)})))
     left = {"adapter": memory.adapter, "optimizer": optimizer}  # as measured: still resident when the merge begins
     if recipe.search is not None:

@@ -2,15 +2,20 @@
 
 import re
 
+from glora_llm.schema.slots import SIZED_PARTS
+
 SLOT = re.compile(r"\.slot_([A-E])\.|\.(lora_[A-Za-z_]+|ia3_l|vera_lambda_[bd])(?:\.|$)")
-PARTS = r"slot_[A-E]|ia3_l|(?:lora|vera|bottleneck|fusion|ssf|repadapter|vpt)_\w+|modules_to_save|base_layer"
+PARTS = r"slot_[A-E]|ia3_l|(?:lora|vera|bottleneck|fusion|ssf|repadapter|vpt|noah)_\w+|modules_to_save|base_layer"
 ADAPTER_PART = re.compile(rf"\.({PARTS})(\.|$)")
 PROMPT = "prompt_encoder"  # of a prompt method: one part of the model, whatever modules it is made of
 LAYER = re.compile(r"\.(\d+)\.")
 
 
 def slot_of(name: str) -> str:
-    """Return A to E of GLoRA, a factor of LoRA, or `weights` of what is trained as it is."""
+    """Return A to E of GLoRA, a part of NOAH's, a factor of LoRA, or `weights` of what is trained as it is."""
+    if ".noah_parts." in name:
+        part = name.rpartition(".")[2]
+        return next((slot for slot, parts in SIZED_PARTS.items() if part in parts), "weights")
     found = SLOT.search(name)
     return (found[1] or found[2]) if found else "weights"
 
@@ -18,7 +23,8 @@ def slot_of(name: str) -> str:
 def kind_of_module(name: str) -> str:
     """Return the name of the module, such as `q_proj`."""
     owner = owner_of(name)
-    return owner.rpartition(".")[2] or owner
+    parts = [part for part in owner.split(".") if not part.isdigit()]  # a whole block: the name of its list
+    return parts[-1] if parts else owner
 
 
 def owner_of(name: str) -> str:

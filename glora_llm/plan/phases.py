@@ -83,6 +83,12 @@ class Subject:
         data = self.recipe.data
         return {} if data.validation is None and data.test is None else self.passed("scoring")
 
+    def searched(self) -> list[dict[str, int]]:
+        """Return what each pass of a search needs: first-order importance is of the additive strategy alone."""
+        search = self.recipe.search
+        additive = search is not None and search.strategy == "additive"
+        return [*([self.passed("slopes")] if additive else []), self.scored()]
+
     def _shape(self, purpose: Purpose) -> StepShape:
         recipe = self.recipe
         rows = recipe.evaluation.batch if purpose == "scoring" else recipe.training.micro_batch
@@ -141,8 +147,8 @@ def gpu_phases(subject: Subject) -> list[Phase]:
         Phase("saving", rest | {"workspace": bucket * (1 + (subject.world_size > 1))}, offloaded + copies),
     ]
     if recipe.search is not None:
-        passes = [rest | gathered | subject.passed("slopes"), rest | gathered | subject.scored()]
-        found.append(Phase("searching", largest_parts(passes), offloaded))
+        passes = largest_parts([rest | gathered | parts for parts in subject.searched()])
+        found.append(Phase("searching", passes, offloaded))
     merged = {"workspace": FLOAT32_COPIES * FLOAT32 * sizes.largest}
     return passed_through(recipe, [*found, Phase("merging", merged, merging(subject))])
 

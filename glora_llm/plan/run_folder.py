@@ -20,7 +20,7 @@ FREE_KEYS = {
 }
 BASE_GONE = "Put a copy of it back: without it nothing says that the base is still the one that was trained on."
 LOOKED_AT = 1 << 20  # bytes of metrics.jsonl
-FOLDERS = ("checkpoints", "adapter", "model", "tensorboard", "search", "finetuned", "merged")
+FOLDERS = ("checkpoints", "adapter", "model", "tensorboard", "search", "finetuned", "retrained", "merged")
 LAUNCHES = "launches.jsonl"
 FREE_SECTIONS = {"evaluation", "search", "merge", "output"}
 

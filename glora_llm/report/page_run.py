@@ -79,6 +79,8 @@ def method_in_words(run: RunRecord) -> str:
         )
     if adapter.is_full:
         return "full training"
+    if adapter.method == "noah" and (adapter.is_supernet or adapter.genome):
+        return "a NOAH supernet" if adapter.is_supernet else "NOAH (genome)"
     if adapter.method != "glora":
         return f"{adapter.method} of rank {adapter.rank}"
     if adapter.is_supernet:

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
-from glora_llm.schema.slots import RANKED_MODES, SLOTS
+from glora_llm.schema.slots import SIZED_MODES, SIZED_SLOTS, SLOTS
 
 if TYPE_CHECKING:  # a report draws without torch
     from glora_llm.glora.path import Genome, SlotSpec
@@ -153,24 +153,26 @@ def generations(history: Sequence["Progress"], metric: str | None = None) -> Fig
 
 
 def modes(genome: "Genome") -> Figure:
-    """Draw the GLoRA paper's figure: which mode each slot of each layer has.
+    """Draw the GLoRA paper's figure: which mode each slot of each layer has, or which size in NOAH.
 
-    A panel is a kind of linear, its rows are the slots A to E, its columns the decoder layers. A cell stays white where
-    a layer has no such linear. What stands in no numbered layer is in a column of its own.
+    A panel is a kind of linear (or the blocks), its rows are the slots, its columns the layers. A cell stays white
+    where a layer has no such linear. What stands in no numbered layer is in a column of its own.
     """
     kinds, columns, cells = _cells(genome)
-    colours = _mode_colours(path[slot] for path in genome.values() for slot in SLOTS)
+    sized = any(slot in SIZED_SLOTS for path in genome.values() for slot, _ in path.slots)
+    slots = tuple(SIZED_SLOTS) if sized else SLOTS
+    colours = _mode_colours(path[slot] for path in genome.values() for slot in slots)
     order = {key: number for number, key in enumerate(colours)}
-    grids = np.full((len(kinds), len(SLOTS), len(columns)), np.nan)
+    grids = np.full((len(kinds), len(slots), len(columns)), np.nan)
     for name, (row, column) in cells.items():
-        grids[row, :, column] = [order[_mode_key(genome[name][slot])] for slot in SLOTS]
-    figure, panels = _panels(kinds, len(columns))
+        grids[row, :, column] = [order[_mode_key(genome[name][slot])] for slot in slots]
+    figure, panels = _panels(kinds, len(columns), len(slots))
     cmap = ListedColormap([*colours.values()] or ["white"])
-    edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(SLOTS) + 1) - 0.5
+    edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(slots) + 1) - 0.5
     for kind, panel, grid in zip(kinds, panels, np.ma.masked_invalid(grids), strict=True):
         panel.pcolormesh(*edges, grid, cmap=cmap, vmin=-0.5, vmax=len(colours) - 0.5, edgecolors="white", linewidth=0.7)
-        panel.set_ylim(len(SLOTS) - 0.5, -0.5)
-        panel.set_yticks(range(len(SLOTS)), SLOTS)
+        panel.set_ylim(len(slots) - 0.5, -0.5)
+        panel.set_yticks(range(len(slots)), slots)
         panel.set_xticks(*_layer_ticks(columns))
         panel.set_title(kind, loc="left", fontsize=9, pad=3)
         panel.tick_params(length=0, labelsize=8)
@@ -178,19 +180,19 @@ def modes(genome: "Genome") -> Figure:
     figure.suptitle("Mode of each slot of each layer")
     figure.supxlabel(_layer_label(columns), size=10)
     figure.supylabel("Slot", size=10)
-    names = [f"{mode}, rank {rank}" if rank else mode for mode, rank in colours]
+    names = [f"{mode}, {'size' if sized else 'rank'} {rank}" if rank else mode for mode, rank in colours]
     handles = [Patch(facecolor=colour, label=name) for colour, name in zip(colours.values(), names, strict=True)]
     figure.legend(handles=handles, loc="outside right upper", title="Mode", frameon=False, alignment="left")
     return figure
 
 
-def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
+def _panels(kinds: Sequence[str], columns: int, slots: int) -> tuple[Any, list[Any]]:
     """Return a figure and an empty panel for each kind: one below the other, or side by side where layers are few."""
     across = max(1, min(len(kinds), 32 // max(1, columns)))
     down = max(1, math.ceil(len(kinds) / across))
     cell = min(0.26, max(0.14, 9 / max(1, columns)))
     width = max(cell * columns, *(0.085 * len(kind) + 0.1 for kind in kinds), 0.6)
-    figure = empty_figure((max(5.6, across * (width + 0.2) + 2.0), down * (cell * len(SLOTS) + 0.4) + 0.9))
+    figure = empty_figure((max(5.6, across * (width + 0.2) + 2.0), down * (cell * slots + 0.4) + 0.9))
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     full = len(kinds) == down * across  # or the numbers of the layers stand below every row
     for number, panel in enumerate(grid.flat):
@@ -202,14 +204,15 @@ def _panels(kinds: Sequence[str], columns: int) -> tuple[Any, list[Any]]:
 
 
 def _mode_key(spec: "SlotSpec") -> tuple[str, int]:
-    return spec.mode, spec.rank if spec.mode in RANKED_MODES else 0
+    return spec.mode, spec.rank if spec.mode in SIZED_MODES else 0
 
 
 def _mode_colours(specs: Iterable["SlotSpec"]) -> dict[tuple[str, int], str]:
     """Return a colour of each (mode, rank) that occurs: ranks from light to dark, then vector, scalar and none."""
     found = {_mode_key(spec) for spec in specs}
     colours: dict[tuple[str, int], str] = {}
-    for mode, shading in (("lora", "Blues"), ("block", "Greens")):
+    shadings = {"lora": "Blues", "block": "Greens", "bottleneck": "Oranges", "tokens": "Purples"}
+    for mode, shading in shadings.items():
         ranks = sorted(key for key in found if key[0] == mode)
         shades = np.linspace(0.4, 1.0, len(ranks)) if len(ranks) > 1 else [0.8] * len(ranks)
         colours |= {key: to_hex(matplotlib.colormaps[shading](shade)) for key, shade in zip(ranks, shades, strict=True)}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from glora_llm.files.json_file import read_object
 from glora_llm.plan.part_names import SLOT, in_order, kind_of_module, layer_of, owner_of, slot_of
 from glora_llm.report.run_record import DAMAGED, RunRecord
-from glora_llm.schema.slots import SLOTS
+from glora_llm.schema.slots import SIZED_PARTS, SIZED_SLOTS, SLOTS
 
 LONGEST_HEADER = 100 << 20  # bytes, as the safetensors library allows
 BASE_NAME = "base_model.model."  # what PEFT puts before the base model's names
@@ -74,7 +74,7 @@ def read_structure(run: RunRecord) -> Structure | None:
         return None
     adapter = run.recipe.adapter
     structure = Structure(str(files[0].relative_to(run.folder.path)))
-    if run.folder.genome.is_file() and adapter.method == "glora":
+    if run.folder.genome.is_file() and adapter.method in ("glora", "noah"):
         genome = read_object(run.folder.genome, DAMAGED)
         structure.source = "genome.json"
         _add_genome(structure, genome, shapes if adapter.is_supernet else {})
@@ -152,8 +152,15 @@ def _add_genome(structure: Structure, genome: dict[str, Any], shapes: Shapes) ->
     for linear, slots in genome.items():
         path = structure.cells.setdefault(linear, {})
         for slot, setting in slots.items() if isinstance(slots, dict) else ():
-            mode, rank = (setting, 0) if isinstance(setting, str) else (setting.get("mode"), setting.get("rank", 0))
-            if mode in (None, "none"):
+            if slot in SIZED_SLOTS and setting:
+                path[slot] = Cell(SIZED_SLOTS[slot], int(setting))
+                for name, number in _chosen_of_noah(f"{BASE_NAME}{linear}.noah_parts.", slot, int(setting), shapes):
+                    structure.count(name.removeprefix(BASE_NAME), number)
+                continue
+            mode, rank = (
+                (setting, 0) if isinstance(setting, str | int) else (setting.get("mode"), setting.get("rank", 0))
+            )
+            if mode in (None, 0, "none"):
                 continue
             path[slot] = Cell(str(mode), int(rank))
             for name, number in _chosen(f"{BASE_NAME}{linear}.slot_{slot}", path[slot], shapes):
@@ -170,3 +177,10 @@ def _chosen(stem: str, cell: Cell, shapes: Shapes) -> Iterable[tuple[str, int]]:
             yield up, shapes[up][1] * cell.rank
     elif f"{stem}.{cell.mode}" in shapes:
         yield f"{stem}.{cell.mode}", math.prod(shapes[f"{stem}.{cell.mode}"])
+
+
+def _chosen_of_noah(stem: str, slot: str, size: int, shapes: Shapes) -> Iterable[tuple[str, int]]:
+    """Yield tensor -> trained numbers of one slot of a block of NOAH's in one size."""
+    for part, side in SIZED_PARTS[slot].items():
+        if shape := shapes.get(stem + part):
+            yield stem + part, math.prod(shape) if side is None else math.prod(shape) // shape[side] * size

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from glora_llm.plan.part_names import LAYER
 from glora_llm.report.structure import Cell, Structure, place_of
+from glora_llm.schema.slots import SIZED_SLOTS
 
 CELL, WIDEST = 11, 480  # pixels: least width of a layer; of all, where layers are few
 ROW, GAP, LETTER = 13, 8, 6.2  # pixels: height of a slot, between linears, width of a letter
@@ -72,8 +73,9 @@ def modes(structure: Structure) -> list[tuple[str, str, str]]:
 
 
 def in_words(cell: Cell) -> str:
-    """Return `lora, rank 8`, or the mode alone where it has no rank."""
-    return f"{cell.mode}, rank {cell.rank}" if cell.rank else cell.mode
+    """Return `lora, rank 8`, or the mode alone where it has no rank; of NOAH's adapter and prompts their size."""
+    word = "size" if cell.mode in SIZED_SLOTS.values() and cell.mode != "lora" else "rank"
+    return f"{cell.mode}, {word} {cell.rank}" if cell.rank else cell.mode
 
 
 def summary_rows(structure: Structure) -> list[list[str]]:

@@ -79,6 +79,8 @@ def score_columns(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
         "test_before": "test before",
         "test": "test after",
         "test_genome": "test genome",
+        "test_finetuned": "test finetuned",
+        "test_retrained": "test retrained",
         "test_merged": "test merged",
     }
     return {

@@ -26,12 +26,13 @@ from glora_llm.launch.device import choose_device
 from glora_llm.launch.ranks import Processes
 from glora_llm.launch.run_lock import locked
 from glora_llm.models.load import compute_dtype
-from glora_llm.plan.checks import check_search
 from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.search_checks import check_search
 from glora_llm.plan.trained_weights import trained_weights
 from glora_llm.report import search_figures
 from glora_llm.report.summary import print_scores
+from glora_llm.run.further import describe_further
 from glora_llm.run.search_scorer import RowScorer
 from glora_llm.schema import SearchSection
 from glora_llm.search import cost
@@ -105,11 +106,8 @@ def _search_alone(plan: Plan, folder: RunFolder) -> None:
         )
     print_scores(scores)
     print(f"genome: {folder.genome}; pictures and archive: {folder.search}")
-    if recipe.search and recipe.search.finetune_steps:
-        print(
-            f"to train it further, in {folder.path / 'finetuned'}: glora-llm train --recipe {folder.path}/recipe.yaml "
-            f"search.finetune_steps={recipe.search.finetune_steps}"
-        )
+    for line in describe_further(recipe, folder):
+        print(line)
 
 
 def run_search(

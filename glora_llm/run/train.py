@@ -24,16 +24,16 @@ from glora_llm.launch.run_lock import RunLock, require_free
 from glora_llm.launch.stop import StopRequest
 from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
-from glora_llm.plan.genome import finetune_recipe
 from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe_samples, plan_run
-from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.plan import Plan
 from glora_llm.plan.predicted import predicted_peak_gb
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.best import describe_best, take_best, trained_steps
 from glora_llm.run.build import TrainingParts, build, describe_parts
 from glora_llm.run.forgetting import text_before, text_without_and_with
+from glora_llm.run.further import train_further
 from glora_llm.run.generation import answer
 from glora_llm.run.launches import note_launch
 from glora_llm.run.observe import observed, scores_at_start
@@ -95,10 +95,7 @@ def _train_and_merge(plan: Plan, folder: RunFolder, processes: Processes, stop: 
     with first_failure(folder.path, processes, lambda: _advice(folder)):
         folder.require_same_base(base_identity(plan, processes.device))
         train_plan(plan, folder, processes, stop)
-        if recipe.search and recipe.search.finetune_steps:
-            tuned = ranks.broadcast(finetune_recipe(folder) if processes.is_main_process else None, processes.device)
-            folder = RunFolder(Path(tuned.output.dir))
-            train_plan(make_plan(tuned, world_size=processes.world_size), folder, processes, stop)
+        folder = train_further(recipe, folder, processes, partial(train_plan, processes=processes, stop=stop))
     ranks.stop()
     if processes.is_main_process and recipe.merge.after_training:
         from glora_llm.merge.after_training import merge_after_training

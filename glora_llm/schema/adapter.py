@@ -18,6 +18,8 @@ class SlotSetting(Section):
 
 
 Slots = dict[Slot, Mode | SlotSetting]
+SizedSlot = Literal["adapter", "lora", "prompt"]
+Size = Annotated[int, Field(ge=0)]
 
 
 class SupernetSection(Section):
@@ -29,6 +31,18 @@ class SupernetSection(Section):
     ranks: Annotated[list[Rank], Field(min_length=1)] = key(
         [8, 4, 2], "ranks of modes lora and block; smaller ones share the first columns of the largest"
     )
+
+    sizes: dict[SizedSlot, Annotated[list[Size], Field(min_length=1)]] | None = key(
+        None, "method noah: sizes of each part of a block, 0: none; what is not named may be 0, 5, 10, 50 or 100"
+    )
+
+    @field_validator("sizes", mode="after")
+    @classmethod
+    def _each_size_once(cls, sizes: dict[str, list[int]] | None) -> dict[str, list[int]] | None:
+        for slot, given in (sizes or {}).items():
+            if len(set(given)) < len(given):
+                raise ValueError(f"{slot} names a size twice: {given}")
+        return sizes
 
     @field_validator("ranks", mode="after")
     @classmethod
@@ -109,12 +123,21 @@ class AdapterSection(Section):
                 "dropout is of the input of the low-rank factors of A and B, and preset lossless4 has none: "
                 "adapter.dropout=0 takes it away"
             )
+        searched = self.method == "noah"
         only_glora = ("preset", "slots", "paths", "genome", "lr_factors")
         given = [n for n in only_glora if getattr(self, n) is not None]
+        if searched:
+            given = [n for n in given if n != "genome" and not (n == "paths" and self.is_supernet)]
         if self.method != "glora" and given:
             raise ValueError(
                 f"{given[0]} belongs to method glora, not to '{self.method}': adapter.{given[0]}=null takes it away"
             )
+        plain = SupernetSection()
+        others = ("modes", "ranks") if searched else ("sizes",)
+        foreign = [n for n in others if self.supernet and getattr(self.supernet, n) != getattr(plain, n)]
+        if foreign:
+            here = "sizes" if searched else "modes and ranks"
+            raise ValueError(f"supernet.{foreign[0]} is not of method {self.method}, whose supernet has {here}")
         if self.is_full and any((self.peft, self.weights, self.modules_to_save)):
             raise ValueError("method full trains the whole model: peft, weights and modules_to_save belong to adapters")
         if self.method == "glora" and self.peft:

@@ -27,6 +27,13 @@ RANKED_MODES = ("lora", "block")  # two thin factors: these have a rank, and are
 # Slots of a block in NOAH (arXiv 2206.04673) -> the mode of each, whose rank is its size: units of the adapter's hidden
 # layer, rank of LoRA, prompts. Size 0 is mode none.
 SIZED_SLOTS: dict[str, str] = {"adapter": "bottleneck", "lora": "lora", "prompt": "tokens"}
+# Its parameters by slot -> the dimension along which a smaller size is the first entries; None: whole in every size.
+SIZED_PARTS: dict[str, dict[str, int | None]] = {
+    "adapter": {"down": 0, "down_bias": 0, "up": 1, "up_bias": None},
+    "lora": {"query_down": 0, "query_up": 1, "value_down": 0, "value_up": 1},
+    "prompt": {"prompt": 0},
+}
+NOAH_SIZES = [100, 50, 10, 5, 0]  # what a search chooses among, where a recipe does not say
 SIZED_MODES = tuple(dict.fromkeys((*RANKED_MODES, *SIZED_SLOTS.values())))
 BLOCK = 64  # values of a row of W0 that have one gain in mode block: those that share a scale in a 4-bit weight
 # Modes that change nothing of a 4-bit weight but the scales of its blocks, or that are a bias of their own.

@@ -135,3 +135,7 @@ class SearchSection(Section):
     generations: PositiveInt = key(20, "evolution: generations after the first population")
     mutation_probability: Annotated[float, Field(gt=0, le=1)] = key(0.2, "evolution: of a slot, in a mutated candidate")
     finetune_steps: Annotated[int, Field(ge=0)] = key(0, "train the genome further, in RUN/finetuned", "steps")
+    retrain_steps: Annotated[int, Field(ge=0)] = key(
+        0, "train the genome from the start, without inherited weights, in RUN/retrained", "steps"
+    )
+    retrain_lr: Annotated[float, Field(gt=0)] | None = key(None, "peak rate of that; none: training.lr")
