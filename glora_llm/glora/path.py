@@ -161,7 +161,10 @@ def is_sized(genome: Genome) -> bool:
 
 
 def _path_from_slots(name: str, slots: Mapping[str, Any]) -> LayerPath:
-    if slots and all(slot in SIZED_SLOTS for slot in slots):
+    if any(slot in SIZED_SLOTS for slot in slots):
+        other = next((slot for slot in slots if slot not in SIZED_SLOTS), None)
+        if other is not None:
+            raise UserError(f"genome: {name} has sizes of method noah, and '{other}', which is none of its slots.")
         wrong = [slot for slot, size in slots.items() if type(size) is not int or size < 0]
         if wrong:
             raise UserError(f"genome: {wrong[0]} of {name} is {slots[wrong[0]]}; expected its size, a number from 0.")

@@ -124,34 +124,4 @@ VISION: dict[str, Case] = {
     "VTAB-1K: an image that is none": vtab(
         "train row 2 (val200.txt) is not a readable image", "split: train800", "pictures/cat/0.png 0\nval200.txt 1\n"
     ),
-    "NOAH: for a text": bad("adapter.method noah trains image classifiers, and this recipe", "adapter={method: noah}"),
-    "NOAH: ranks of GLoRA's supernet": bad(
-        "supernet.ranks is not of method noah, whose supernet has sizes",
-        "adapter={method: noah, paths: sample, supernet: {ranks: [2]}}",
-    ),
-    "NOAH: its sizes in GLoRA's supernet": bad(
-        "supernet.sizes is not of method glora, whose supernet has modes and ranks",
-        "adapter={paths: sample, supernet: {sizes: {lora: [2, 0]}}}",
-    ),
-    "NOAH: a size twice": bad(
-        "lora names a size twice: [2, 2]", "adapter={method: noah, paths: sample, supernet: {sizes: {lora: [2, 2]}}}"
-    ),
-    "NOAH: a size below zero": bad(
-        "got -1 (integer), expected greater than or equal to 0",
-        "adapter={method: noah, paths: sample, supernet: {sizes: {prompt: [-1]}}}",
-    ),
-    "NOAH: no size": bad(
-        "got [] (list), expected at least 1 entries",
-        "adapter={method: noah, paths: sample, supernet: {sizes: {adapter: []}}}",
-    ),
-    "NOAH: sizes of another part": bad("lra", "adapter={method: noah, paths: sample, supernet: {sizes: {lra: [2]}}}"),
-    "NOAH: GLoRA's slots": bad(
-        "slots belongs to method glora, not to 'noah'", "adapter={method: noah, slots: {B: lora}}"
-    ),
-    "NOAH: slots by patterns": bad(
-        "paths belongs to method glora, not to 'noah'", "adapter={method: noah, paths: {q_proj: {B: lora}}}"
-    ),
-    "NOAH: a search without a supernet": bad(
-        "A search needs a supernet, and this recipe trains fixed paths", "adapter={method: noah}", "search={}"
-    ),
 }

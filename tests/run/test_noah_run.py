@@ -24,7 +24,8 @@ HEAD = 6 * 32 + 6  # weights and biases of the new head: they are trained in ful
 LARGEST = 2 * (422 + 512 + 160)  # two blocks of width 32: adapter 6, LoRA 4 on two linears, 5 prompts
 LIMIT = 1500
 SHORT = [
-    "data.source=embedded:shapes", "data.test=test", "data.shots=null", "data.max_rows=64", "data.max_test_rows=16",
+    "data.source=embedded:shapes", "data.test=test", "data.shots=null", "data.shots_seed=null",
+    "data.max_rows=64", "data.max_test_rows=16",
     "data.validation=16", "data.images={flip: true}", "training.epochs=null", "training.steps=4", "training.warmup=0",
     "training.global_batch=16", "training.micro_batch=8", "output.save_every=2", "evaluation.test_before=true",
 ]  # fmt: skip
@@ -145,4 +146,21 @@ def test_fixed_sizes_train_and_the_overview_says_what_merges(
 def test_a_search_that_noah_has_no_measure_for(more: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
         check_search(recipes.load("vit_fewshot_noah", more))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("adapter.supernet={ranks: [2]}", "supernet.ranks is not of method noah, whose supernet has sizes"),
+        ("adapter.method=glora", "supernet.sizes is not of method glora, whose supernet has modes and ranks"),
+        ("adapter.method=lora", "paths belongs to method glora, not to 'lora'"),
+        ("adapter.supernet={sizes: {lora: [2, 2]}}", "lora names a size twice: [2, 2]"),
+        ("adapter.supernet={sizes: {lra: [2]}}", "Did you mean 'lora'?"),
+        ("adapter.supernet={sizes: {prompt: [-1]}}", "got -1 (integer), expected greater than or equal to 0"),
+    ],
+)
+def test_sizes_that_are_none(more: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load("vit_fewshot_noah", [more])
     assert said in str(caught.value)
