@@ -72,7 +72,7 @@ def _held_out(source: str) -> float | str:
 
     Plain text is cut into rows of about 16,000 characters, so a small file has few.
     """
-    from glora_llm.data.sources import EMBEDDED
+    from glora_llm.data.local_sources import EMBEDDED
 
     if "validation" in EMBEDDED.get(source.removeprefix("embedded:"), ()) and source.startswith("embedded:"):
         return "validation"
