@@ -167,6 +167,8 @@ HUB = "fetched from the hub when training starts"
 def _describe_weights(plan: Plan) -> str:
     if plan.recipe.model.config is not None:
         return "random, drawn by the seed"
+    if plan.recipe.model.from_dense is not None:
+        return f"made of {plan.base.name} when training starts, once"
     if not plan.base.fingerprint:  # nothing was looked at
         return "a copy with a new head, made when training starts" if plan.recipe.head else HUB
     return f"{stored_bytes(plan.base.folder) / 1e6:,.1f} MB in safetensors files, whole"

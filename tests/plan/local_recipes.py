@@ -50,7 +50,8 @@ def benchmark_rows(data: DataSection, count: int, path: Path) -> str:
 def local(name: str, tmp_path: Path, *more: str) -> Recipe:
     """A shipped recipe on the tiny model and on rows of its format that lie here; nothing else is changed.
 
-    But for the rank of gains by blocks: a row of 64 inputs has one block, so there it is 1.
+    But for the rank of gains by blocks: a row of 64 inputs has one block, so there it is 1. And for the budget of a
+    sharing, of which two layers have few, and a teacher, which is the tiny model too.
     """
     plain = recipes.load(name)
 
@@ -62,13 +63,17 @@ def local(name: str, tmp_path: Path, *more: str) -> Recipe:
     model = TINY if plain.model.config is None else "model.tokenizer=train:300"
     changes = [model, f"data.source={source}", f"output.dir={tmp_path / 'run'}"]
     changes += ["data.subset=null", "data.columns=null"]
+    if plain.model.from_dense is not None:
+        changes.append("model.from_dense.budget=0.6")
+    if plain.training.distill is not None:
+        changes.append("training.distill.teacher=embedded:tiny-llama")
     if isinstance(plain.data.validation, int | str):
         changes.append("data.validation=12")
     if plain.data.test is not None:
         changes.append(f"data.test={write(9, tmp_path / 'test.jsonl')}")
     rank = 1 if plain.adapter.preset == "lossless4" else plain.adapter.rank
     changed = recipes.load(name, [*changes, f"adapter.rank={rank}", *more])
-    assert changed.training == plain.training
+    assert changed.training.model_copy(update={"distill": plain.training.distill}) == plain.training
     assert changed.adapter == plain.adapter.model_copy(update={"rank": rank})
     return changed
 

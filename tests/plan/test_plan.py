@@ -167,7 +167,8 @@ def test_every_recipe_dry_runs(name: str, tmp_path: Path, capsys: pytest.Capture
     assert lines["deepspeed"].startswith(f"{t.deepspeed}; ")
     assert lines["merge"] == "possible into a plain transformers model"
     assert lines["compute"].startswith(("float32 on ", "bfloat16 on "))
-    assert lines["weights"].endswith("in safetensors files, whole" if recipe.model.config is None else "by the seed")
+    origin = "in safetensors files, whole" if recipe.model.config is None else "by the seed"
+    assert lines["weights"].endswith("when training starts, once" if recipe.model.from_dense else origin)
     assert ("layers" in lines) == (not recipe.adapter.is_full)
     held_out = (recipe.data.validation is not None) + (recipe.data.test is not None)
     assert sum(line.startswith("data ") for line in text.splitlines()) == 1 + held_out
