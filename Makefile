@@ -49,9 +49,10 @@ test: $(STAMP)  ## all tests, in WORKERS processes (those that need a GPU are sk
 test-fast: $(STAMP)  ## the tests that neither launch ranks nor take long
 	@$(IN_VENV) python -m pytest -q -m "not slow and not launch and not reliability" $(TESTS)
 
-test-reliability: $(STAMP)  ## kill runs at every named place, fill their disks, signal them, and other tests of minutes
+test-reliability: $(STAMP)  ## kill runs at every named place, fill their disks; every method on every kind of model; other tests of minutes
 	@$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=5 \
 	  tests/reliability tests/compare/test_compare_launch.py tests/launch/test_extensions.py tests/run/test_answers_launch.py \
+	  tests/run/test_methods_walk.py \
 	  tests/scripts/test_gpu_check.py tests/test_no_network.py tests/training/test_heads_launch.py tests/training/test_loading_launch.py
 
 test-gpu: $(STAMP)  ## the tests marked gpu, each of which has a twin that `make test` runs on the CPU

@@ -1,6 +1,10 @@
-"""Write docs/recipe_reference.md and the tables of docs/tasks.md from glora_llm/schema/, or --check them."""
+"""Write docs/recipe_reference.md, the tables of docs/tasks.md and that of docs/methods.md, or --check them.
+
+The first two come from glora_llm/schema/, the last one from glora_llm/adapters/.
+"""
 
 import argparse
+import re
 import sys
 import types
 import typing
@@ -11,6 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from glora_llm.adapters.formulas import FORMULAS
+from glora_llm.adapters.methods import METHODS
 from glora_llm.schema import (
     DistillSection,
     FromDenseSection,
@@ -25,8 +31,8 @@ from glora_llm.schema.scores import SCORES
 from glora_llm.schema.vlora import VLoRARates
 
 TARGET = Path(__file__).parents[1] / "docs" / "recipe_reference.md"
-TASKS = TARGET.parent / "tasks.md"
-BEGIN = "<!-- made by `make docs` from glora_llm/schema/{} -->\n"
+TASKS, METHODS_PAGE = TARGET.parent / "tasks.md", TARGET.parent / "methods.md"
+BEGIN = "<!-- made by `make docs` from glora_llm/{} -->\n"
 END = "<!-- end -->"
 OPENING = """\
 # Recipe reference
@@ -67,7 +73,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 when the file is stale; write nothing")
     arguments = parser.parse_args()
-    pages = {TARGET: reference(), TASKS: tasks_page(TASKS.read_text(encoding="utf-8"))}
+    pages = {
+        TARGET: reference(),
+        TASKS: tasks_page(TASKS.read_text(encoding="utf-8")),
+        METHODS_PAGE: methods_page(METHODS_PAGE.read_text(encoding="utf-8")),
+    }
     if not arguments.check:
         for file, text in pages.items():
             file.write_text(text, encoding="utf-8")
@@ -90,10 +100,37 @@ def tasks_page(text: str) -> str:
         benchmarks.append("| " + " | ".join([*cells, ", ".join(one.metrics), one.paper]) + " |")
     scores = ["| score | better | meaning |", "|---|---|---|"]
     scores += [f"| `{name}` | {'higher' if one.higher else 'lower'} | {one.meaning} |" for name, one in SCORES.items()]
-    for source, table in (("benchmarks.py", benchmarks), ("scores.py", scores)):
-        before, begin, rest = text.partition(BEGIN.format(source))
-        text = before + begin + "\n".join(table) + "\n" + END + rest.partition(END)[2]
+    for source, table in (("schema/benchmarks.py", benchmarks), ("schema/scores.py", scores)):
+        text = _with_table(text, source, table)
     return text
+
+
+KINDS = {"text": "text", "classification": "heads", "images": "images"}
+
+
+def methods_page(text: str) -> str:
+    """Return docs/methods.md with its table made anew."""
+    table = ["| method | what is computed | trained | models | bases | merges | source |", "|" + "---|" * 7]
+    for name, method in METHODS.items():
+        formula, trained = FORMULAS[name]
+        number = re.fullmatch(r"\d{4}\.\d{5}", method.source)
+        cells = [
+            f"`{name}`",
+            f"`{formula}`",
+            trained,
+            ", ".join(KINDS[kind] for kind in method.kinds),
+            ", ".join(method.quantised) or "dense",
+            "no" if method.unmerged else "yes",
+            f"[{method.source}](https://arxiv.org/abs/{method.source})" if number else method.source,
+        ]
+        table.append("| " + " | ".join(cells) + " |")
+    return _with_table(text, "adapters/", table)
+
+
+def _with_table(text: str, source: str, table: list[str]) -> str:
+    """Return a page with the table made from `source` in the place of the one that it has."""
+    before, begin, rest = text.partition(BEGIN.format(source))
+    return before + begin + "\n".join(table) + "\n" + END + rest.partition(END)[2]
 
 
 def reference() -> str:

@@ -12,6 +12,7 @@ from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.adapters.noah import NoahLayer
 from glora_llm.adapters.peft_arguments import no_effect_is_an_error
+from glora_llm.adapters.places import is_layer_norm, layer_norm_names
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
 from glora_llm.adapters.prompts import accept_prompt, install_prompt
 from glora_llm.adapters.targets import name_linears, require_names
@@ -36,6 +37,9 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
     if section.is_full:
         return base.requires_grad_(True)
     from peft import get_peft_model
+
+    if section.method == "ln_tuning" and section.targets == "all-linear":
+        section = section.model_copy(update={"targets": layer_norm_names(base)})
 
     if genome is None and section.genome is not None:
         genome = read_genome(Path(section.genome))
@@ -62,6 +66,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
         freeze_rank_numbers(model)
     require_names(section, modules, linears)
     _require_matches(model, section, genome)
+    if section.method == "ln_tuning":
+        _require_norms(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"adapter.method {section.method} has no trainable parameter. {_why_none(section, genome)}")
     return model
@@ -89,6 +95,17 @@ def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome |
         if not any(re.search(pattern, name) for name in names):
             raise UserError(
                 f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
+            )
+
+
+def _require_norms(model: nn.Module) -> None:
+    """Check that LN tuning, which trains whole copies of its targets, has norms alone."""
+    for name, layer in tuner_layers(model).items():
+        target = layer.get_base_layer()
+        if not is_layer_norm(target):
+            raise UserError(
+                f"adapter.method ln_tuning trains layer norms, and {name} is a {type(target).__name__}. "
+                "Name norms in adapter.targets, or leave adapter.targets=all-linear: all of them are trained then."
             )
 
 

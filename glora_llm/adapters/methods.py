@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
     "hra": Method("2405.17484", quantised=NONE),
     "ia3": Method("2205.05638"),
     "lily": Method("2407.09946", "PEFT has no merge for it", up=("lily_B",)),
-    "ln_tuning": Method("2312.11420", quantised=NONE),
+    "ln_tuning": Method("2312.11420"),
     "loha": Method("2108.06098", quantised=("int8",), up=("hada_w1_a", "hada_w2_a")),
     "lokr": Method("2309.14859", quantised=("int8",), up=("lokr_w1_a", "lokr_w2_a")),
     "lora_dropout": Method("2404.09610", up=("lora_B",)),
@@ -129,6 +129,9 @@ METHODS: dict[str, Method] = {
     "compacter": _bottleneck("2106.04647", places="both", activation="gelu_new", kronecker=4),
     "adapter_fusion": Method("2005.00247", NONLINEAR, places=True),
 }
+
+# methods that keep, from their injection on, what they compute of the base's values (merge/derived.py)
+KEEP_BASE_VALUES = ("delora", "osf", "psoft", "supertuning")
 
 _BASE_VALUES = "it chooses what to train by the values of the base, which a plan without weights does not have"
 # methods of PEFT that do not train here -> why

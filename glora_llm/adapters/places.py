@@ -8,6 +8,7 @@ from torch import nn
 
 from glora_llm.errors import UserError
 from glora_llm.models.families import HEADS
+from glora_llm.training.sharding import whole_shape
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,29 @@ def outside_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
         parts = name.split(".")
         if module is not output and parts[0] not in HEADS and "base_layer" not in parts:
             yield name, module
+
+
+def is_norm(module: Any) -> bool:
+    """Tell whether a module is a norm with a weight (O) of its own."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and weight is not None and len(whole_shape(weight)) == 1
+
+
+def is_layer_norm(module: Any) -> bool:
+    """Tell whether a module is a norm that computes each sample by itself, as a batch norm does not."""
+    return is_norm(module) and not isinstance(module, nn.BatchNorm2d)
+
+
+def layer_norm_names(model: Any) -> list[str]:
+    """Return the full names of a model's layer norms (RMS norms too), but for those of heads.
+
+    Raises:
+        UserError: when it has none.
+    """
+    found = [name for name, module in outside_heads(model) if is_layer_norm(module)]
+    if not found:
+        raise UserError(f"adapter.method ln_tuning trains layer norms, and a {type(model).__name__} has none.")
+    return found
 
 
 def _has(block: nn.Module, parts: Parts) -> bool:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from glora_llm.adapters.places import outside_heads
+from glora_llm.adapters.places import is_norm, outside_heads
 from glora_llm.adapters.tuner import ALL, ModuleLayer, ModuleTuner, register
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.config import add_peft_type
@@ -121,10 +121,7 @@ class SSFModel(ModuleTuner):
 
 def is_place(module: Any) -> bool:
     """Tell whether a module is a linear, a convolution, or a norm with a weight (O) of its own."""
-    if isinstance(module, (SSFLayer, *LINEARS, *CONVOLUTIONS)):
-        return True
-    weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and weight is not None and len(whole_shape(weight)) == 1
+    return isinstance(module, (SSFLayer, *LINEARS, *CONVOLUTIONS)) or is_norm(module)
 
 
 def adds_one(norm: Any) -> bool:

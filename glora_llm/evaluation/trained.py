@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import glora_llm.adapters.own  # noqa: F401 - registers its methods
+from glora_llm.adapters.methods import KEEP_BASE_VALUES
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
 from glora_llm.adapters.prompts import accept_prompt, install_prompt
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, saved_config
@@ -143,6 +144,8 @@ def stream_adapted(
         UserError: when the folder holds nothing that was trained.
     """
     folder, section = _trained_base(plan, adapter), plan.recipe.model
+    if plan.recipe.adapter.method in KEEP_BASE_VALUES:
+        return None
     dtype = dtype or compute_dtype(section, where)
     hollow = hollow_model(folder, dtype, where)
     if hollow is None:

@@ -16,6 +16,7 @@ from glora_llm.evaluation.trained import NOT_ENDED, fits
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.path import PEFT_ROOT
 from glora_llm.launch.device import choose_device
+from glora_llm.merge.derived import derive
 from glora_llm.merge.frozen import trained_weight
 from glora_llm.merge.module_layers import merged_part, parts_of, with_real_norms
 from glora_llm.models.load import linear_names, meta_model
@@ -63,7 +64,7 @@ class AdapterLayers:
         self.parts = parts_of(self.layers)
         others = {name: layer for name, layer in self.layers.items() if not isinstance(layer, ModuleLayer)}
         odd = [name for name, layer in others.items() if not isinstance(layer.get_base_layer(), MATRICES)]
-        if odd:
+        if odd and recipe.adapter.method != "ln_tuning":  # whose norms are replaced
             raise UserError(
                 f"'{odd[0]}' is no linear, convolution or embedding, and only these can be merged from a run's files: "
                 "leave it out of the targets."
@@ -104,8 +105,10 @@ class AdapterLayers:
         return next((name for name, module in base.named_modules() if module is wanted), "")
 
     def replaced(self, name: str) -> Tensor | None:
-        """Return the trained tensor of `modules_to_save` that takes the place of the base's `name`, if there is one."""
-        return self.weights.get(PEFT_ROOT + name)
+        """Return the trained tensor of `modules_to_save`, or of a norm, that takes the place of the base's `name`."""
+        owner, _, kind = name.rpartition(".")
+        of_norm = self.weights.get(f"{PEFT_ROOT}{owner}.ln_tuning_layers.{kind}")
+        return self.weights.get(PEFT_ROOT + name) if of_norm is None else of_norm
 
     @torch.no_grad()
     def merged(self, name: str, w0: Tensor, b0: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +124,7 @@ class AdapterLayers:
         hollow = layer.base_layer
         layer.base_layer = dense_twin(hollow, w0, None if b0 is None else b0.to(w0.device, w0.dtype), torch.float32)
         layer.to(w0.device)  # the adapter's own tensors
+        derive(layer, self.model.peft_config["default"])
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
@@ -131,6 +135,8 @@ class AdapterLayers:
         layer.base_layer, layer.merged_adapters = hollow, []
         if hasattr(layer, "_unmerged"):
             layer._unmerged = []
+        if hasattr(layer, "_base_weight_before_merge"):  # HiRA and PEANuT would keep a copy of every weight
+            layer._base_weight_before_merge = None
         layer.to("cpu")
         return weight, bias
 

@@ -91,6 +91,7 @@ class Forecast:
         disk: bytes by what is written.
         time: of training; None where it cannot be said.
         fits: whether the peak, with a reserve, is within the device's memory; None: that is not known.
+        unmodelled: why the memory of a step is not among the phases, which are then the least; empty: it is.
         changes: settings that would fit, as written on a command line -> the peak then; empty where it fits.
     """
 
@@ -104,6 +105,7 @@ class Forecast:
     time: Duration
     fits: bool | None
     changes: dict[str, int]
+    unmodelled: str = ""
 
     @property
     def peak(self) -> Phase:
@@ -124,6 +126,7 @@ class Forecast:
             "time": dataclasses.asdict(self.time),
             "fits": self.fits,
             "changes": self.changes,
+            "unmodelled": self.unmodelled,
         }
 
 
@@ -135,16 +138,17 @@ def forecast(recipe: Recipe, folder: Path, machine: Machine, plan: Plan | None) 
         plan: with the data; None: every row is taken to be full.
 
     Raises:
-        UserError: when the method's memory cannot be computed, the batch does not divide, or an adapter does not fit.
+        UserError: when the batch does not divide, an adapter does not fit, or the model's step cannot be followed.
     """
-    require_traced(recipe)
     accumulation(recipe.training, machine.count)
     dtype = compute_dtype(recipe.model, torch.device("cpu")) if machine.on_cpu else gpu_dtype(recipe)
     bare = meta_model(recipe.model, folder)
     require_rank(recipe, bare)
     model = inject(bare, without_start(recipe.adapter), recipe.training.seed, 1)
     counts = trained_counts(model)
-    subject = subject_of(recipe, folder, machine, plan, dtype)
+    subject, unmodelled = subject_of(recipe, folder, machine, plan, dtype), unmodelled_step(recipe)
+    if unmodelled:
+        subject = dataclasses.replace(subject, steps=_no_steps())
     try:
         found = phases_of(subject)
     except NO_TRACE as error:
@@ -154,8 +158,10 @@ def forecast(recipe: Recipe, folder: Path, machine: Machine, plan: Plan | None) 
         ) from error
     peak = max(phase.total for phase in found)
     fits = None if machine.memory is None else peak + reserve(machine) <= machine.memory
+    if unmodelled and fits:
+        fits = None
     changes: dict[str, int] = {}
-    if fits is False:
+    if fits is False and not unmodelled:
 
         def peak_within(changed: Recipe) -> int | None:
             return _peak_within(changed, folder, machine, plan)
@@ -172,6 +178,7 @@ def forecast(recipe: Recipe, folder: Path, machine: Machine, plan: Plan | None) 
         time=duration(without_adapter(model), recipe, plan, machine.count, machine.name, machine.on_cpu, dtype),
         fits=fits,
         changes=changes,
+        unmodelled=unmodelled,
     )
 
 
@@ -216,17 +223,20 @@ def disk(subject: Subject, trained: int) -> dict[str, int]:
     }
 
 
-def require_traced(recipe: Recipe) -> None:
-    """Check that the memory of a recipe can be computed.
+def unmodelled_step(recipe: Recipe) -> str:
+    """Return why the memory of a recipe's step is not computed; empty: it is."""
+    method = recipe.adapter.method
+    if method in TRACED_METHODS:
+        return ""
+    return (
+        f"activations, logits and workspace of a step of adapter.method {method} are not computed, for this was never "
+        "compared with a real step"
+    )
 
-    Raises:
-        UserError: for adapter methods whose step is not followed.
-    """
-    if recipe.adapter.method not in TRACED_METHODS:
-        raise UserError(
-            f"The memory of adapter.method {recipe.adapter.method} is not computed; it is for: "
-            f"{', '.join(TRACED_METHODS)}."
-        )
+
+def _no_steps() -> dict[Purpose, StepParts]:
+    """Return steps that need nothing beside weights and gradients."""
+    return dict.fromkeys(("training", "scoring", "slopes"), StepParts())
 
 
 def require_rank(recipe: Recipe, model: Any) -> None:
@@ -253,8 +263,7 @@ def _peak_within(recipe: Recipe, folder: Path, machine: Machine, plan: Plan | No
     dtype = compute_dtype(recipe.model, torch.device("cpu")) if machine.on_cpu else gpu_dtype(recipe)
     changed = None if plan is None else dataclasses.replace(plan, recipe=recipe)
     subject = subject_of(recipe, folder, machine, changed, dtype)
-    nothing: dict[Purpose, StepParts] = dict.fromkeys(("training", "scoring", "slopes"), StepParts())
-    if largest(phases_of(dataclasses.replace(subject, steps=nothing))) > available:
+    if largest(phases_of(dataclasses.replace(subject, steps=_no_steps()))) > available:
         return None  # a step is followed only where the rest fits
     peak = largest(phases_of(subject))
     return peak if peak <= available else None

@@ -92,6 +92,9 @@ def _size(size: int) -> str:
 def _verdict(found: Forecast) -> list[str]:
     peak, memory = found.peak, found.machine.memory
     most = f"peak       {_size(peak.total)}, {'at rest' if peak.name == 'at rest' else f'while {peak.name}'}"
+    if found.unmodelled:
+        fits = f"; does NOT fit into {memory / GB:.1f} GB" if found.fits is False and memory is not None else ""
+        return [f"{most}, at least{fits}: {found.unmodelled}"]
     if memory is None:
         return [f"{most}; give --gpu-memory GB to be told whether it fits"]
     beside = "the imports" if found.machine.on_cpu else f"{RESERVE / GB:.0f} GB for CUDA's context and fragments"

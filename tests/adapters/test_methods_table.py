@@ -16,7 +16,7 @@ from glora_llm.evaluation.trained import _unpack
 from glora_llm.models.embedded import embedded_folder
 from glora_llm.models.load import load_base
 from glora_llm.schema import AdapterSection, ModelSection
-from tests.first_hour.test_methods import NEEDED
+from tests.run.methods_walk import NEEDED
 
 TRAINED = {name: method for name, method in METHODS.items() if name != "adapter_fusion"}  # of adapters: test_fusion
 IDS = torch.arange(24).reshape(2, 12)

@@ -41,6 +41,7 @@ PEFT_ARGUMENTS |= {
         ("repadapter", "adapter.peft={places: []}", "places is []; expected one or both of attention, feed_forward."),
         ("repadapter", "adapter.peft={scale: 0}", "scale is 0, and nothing would be trained"),
         ("repadapter", "adapter.targets=[norm]", "RepAdapter goes before attention and feed-forward modules, and"),
+        ("ln_tuning", "adapter.targets=[q_proj]", "adapter.method ln_tuning trains layer norms, and model.layers.0."),
     )
 }
 PEFT_ARGUMENTS |= {

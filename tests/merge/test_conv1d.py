@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from glora_llm.cli.main import main
 from glora_llm.models.load import load_base
 from glora_llm.models.resolve import ResolvedModel
 from tests.glora.test_merged_families import small
-from tests.in_process import alone, one_thread, train_in_process
+from tests.in_process import alone, one_thread
 from tests.merge.conftest import CPU, Train, Trained, logits
 
 __all__ = ["alone", "one_thread"]
@@ -47,11 +46,9 @@ def merged(trained: Trained, out: Path) -> Any:
         {"slots": SLOTS},
         pytest.param({"slots": SLOTS, "model": {"quantization": "nf4"}}, marks=pytest.mark.slow),
         {"slots": {"A": "lora", "B": "lora"}, "composition": "hadamard", "targets": ["c_attn", "wte", "wpe"]},
-        pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"method": "ssf", "model": {"quantization": "nf4"}}, marks=pytest.mark.slow),
-        pytest.param({"method": "repadapter"}, marks=pytest.mark.slow),
     ],
-    ids=["all slots", "nf4", "hadamard, with embeddings", "lora", "ssf on nf4", "repadapter"],
+    ids=["all slots", "nf4", "hadamard, with embeddings", "ssf on nf4"],
 )
 def test_it_merges_into_what_plain_transformers_loads(keys: Any, gpt2: Path, train: Train, tmp_path: Path) -> None:
     trained = train(**keys | {"model": {"name_or_path": str(gpt2), "dtype": "float32", **keys.get("model", {})}})
@@ -79,18 +76,3 @@ def test_an_adapted_embedding_is_no_longer_the_head(train: Train, tmp_path: Path
     again = merged(trained, tmp_path / "out")
     torch.testing.assert_close(logits(again), trained.logits(), rtol=1e-4, atol=2e-4)
     assert again.config.tie_word_embeddings is False
-
-
-def test_it_trains_and_resumes_bit_for_bit(gpt2: Path, tmp_path: Path) -> None:
-    more = [f"model.name_or_path={gpt2}", "training.steps=4", "training.schedule=constant", "data.max_rows=64",
-            "data.validation=8", "data.test=null", "training.warmup=0", "output.save_every=2",
-            "adapter.paths={c_attn: {A: lora, B: lora, C: vector, D: vector, E: vector}}"]  # fmt: skip
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert train_in_process("tiny_cpu", *more, f"output.dir={whole}") == 0
-    train_in_process("tiny_cpu", *more, f"output.dir={halves}", "output.stop_after=2")
-    assert not (halves / "adapter").exists()
-    assert train_in_process("tiny_cpu", *more, f"output.dir={halves}") == 0
-    one, other = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (whole, halves))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert any("slot_D" in name for name in one)
-    assert all(float(tensor.abs().max()) > 0 for tensor in one.values())

@@ -1,6 +1,6 @@
 """Convolutions as bases of GLoRA: a ResNet, and the patch embedding of a ViT; each trains, resumes and merges."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from transformers import (
 )
 
 from glora_llm.cli import main
-from tests.in_process import alone, one_thread, train_in_process
+from tests.in_process import alone, one_thread
+from tests.run.methods_walk import PIXELS, Kind, Walker
 
 __all__ = ["alone", "one_thread"]
 SMALL = [
-    "data.source=embedded:colours", "data.test=test", "data.images={size: 16}", "data.max_rows=96",
-    "data.validation=32", "data.max_test_rows=32", "training.epochs=null", "training.steps=4",
-    "training.global_batch=16", "training.micro_batch=8", "training.warmup=0", "training.schedule=constant",
-    "evaluation.every=null", "output.save_every=2",
+    "data.source=embedded:colours", "data.test=test", "data.images={size: 16}", "training.epochs=null",
+    "training.global_batch=16", "training.micro_batch=8",
 ]  # fmt: skip
 SLOTS = {"resnet": "{A: lora, B: lora}", "vit": "{A: lora, B: lora, C: vector, D: vector, E: vector}"}
 TARGETS = {"resnet": "[convolution]", "vit": "[projection, q_proj]"}
@@ -45,30 +44,23 @@ def base_model(kind: str) -> Any:
     return model
 
 
-@pytest.fixture
-def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    base_model(request.param).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+def make(kind: str, folder: Path) -> None:
+    base_model(kind).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("kind", "base"), [("resnet", "resnet"), ("vit", "vit")], indirect=["base"])
-def test_it_trains_resumes_and_merges(kind: str, base: Path, tmp_path: Path) -> None:
-    run, halves = tmp_path / "run", tmp_path / "halves"
-    more = [f"model.name_or_path={base}", *SMALL, f"adapter.targets={TARGETS[kind]}", f"adapter.slots={SLOTS[kind]}",
-            "adapter.rank=2"]  # fmt: skip
-    assert train_in_process("vit_cifar10_glora", *more, f"output.dir={run}") == 0
-    report = json.loads((run / "merged" / "merge_report.json").read_text())
-    assert report["max_abs_logit_diff"] < 1e-5 and report["tokens"] == 32
-
-    train_in_process("vit_cifar10_glora", *more, f"output.dir={halves}", "output.stop_after=2")
-    assert train_in_process("vit_cifar10_glora", *more, f"output.dir={halves}") == 0
-    one, other = (load_file(place / "adapter" / "adapter_model.safetensors") for place in (run, halves))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    adapted = [name for name in one if ".slot_A." in name]
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_it_trains_resumes_and_merges(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = Kind(
+        "vit_cifar10_glora", SMALL, AutoModelForImageClassification, PIXELS, partial(make, kind), claimed="images"
+    )
+    more = [f"adapter.targets={TARGETS[kind]}", f"adapter.slots={SLOTS[kind]}", "adapter.rank=2"]
+    run = Walker(images, tmp_path).walk("glora", tmp_path, capsys, *more)
+    adapted = [name for name in load_file(run / "adapter" / "adapter_model.safetensors") if ".slot_A." in name]
     assert len(adapted) == 2 * (6 if kind == "resnet" else 2)
 
-    plain = AutoModelForImageClassification.from_pretrained(run / "merged")
-    before, after = AutoModelForImageClassification.from_pretrained(base).state_dict(), plain.state_dict()
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    before = AutoModelForImageClassification.from_pretrained(tmp_path / "base").state_dict()
+    after = plain.state_dict()
     same = [name for name in before if torch.equal(before[name], after[name])]
     assert all(name in same for name in before if "running" in name or "num_batches" in name)
     changed = "embedder.embedder.convolution.weight" if kind == "resnet" else "patch_embeddings.projection.weight"
@@ -76,10 +68,13 @@ def test_it_trains_resumes_and_merges(kind: str, base: Path, tmp_path: Path) -> 
     assert plain.config.id2label == {0: "red", 1: "green", 2: "blue", 3: "yellow"}
 
 
-@pytest.mark.parametrize("base", ["resnet"], indirect=True)
-def test_what_a_resnet_refuses(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_resnet_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    make("resnet", base)
+
     def refused(*more: str) -> str:
-        options = [f"model.name_or_path={base}", *SMALL, *more, f"output.dir={tmp_path / 'run'}", "--dry-run"]
+        rows = ["data.max_rows=96", "data.validation=32", "training.steps=4", "training.warmup=0"]
+        options = [f"model.name_or_path={base}", *SMALL, *rows, *more, f"output.dir={tmp_path / 'run'}", "--dry-run"]
         assert main(["train", "--recipe", "vit_cifar10_glora", *options]) == 2
         return capsys.readouterr().err
 

@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import BertProcessing
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 from glora_llm.cli import main
@@ -25,9 +19,9 @@ from glora_llm.evaluation.trained import load_adapted
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
 from tests.in_process import alone, one_thread, train_in_process
+from tests.run.wordpiece import WORDS, small_wordpiece
 
 __all__ = ["alone", "one_thread"]
-WORDS = ("lost", "found", "late")
 SMALL = [
     "data.max_rows=null", "data.max_test_rows=null", "data.validation=16", "training.global_batch=16",
     "training.micro_batch=8", "training.warmup=0", "data.max_tokens=64", "data.prompt='Card {text}.'",
@@ -159,17 +153,6 @@ def test_an_encoder_gets_a_head_too(family: str, rows: list[str], tmp_path: Path
     assert inputs["input_ids"][0, 0] == tokenizer.cls_token_id
     with torch.no_grad():
         assert plain(**inputs).logits.argmax(-1).tolist() == [1, 2]
-
-
-def small_wordpiece() -> PreTrainedTokenizerFast:
-    """A tokenizer of words and digits with the special tokens of BERT around a text."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "card", ":", ".", *WORDS, *"0123456789"]
-    words += [f"##{digit}" for digit in range(10)]
-    whole = Tokenizer(WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    whole.normalizer, whole.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
-    whole.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return PreTrainedTokenizerFast(tokenizer_object=whole, **special)
 
 
 @pytest.mark.parametrize("task", ["auto", "classification"])

@@ -1,0 +1,75 @@
+"""One line of mathematics for each adapter method, and what of it is trained: columns of docs/methods.md.
+
+Letters: a layer computes W x + b, where W (O, I) and b (O) are frozen; A is (r, I) and B is (O, r); s is alpha / r; dW
+is what is added to W; `*` multiplies elements, and a vector on the left of a matrix its rows; ' transposes; h is the
+hidden state that a block's sublayer gives.
+"""
+
+_LOW_RANK = "A and B of each layer"
+_BOTTLENECK = "D, d, U, u of each place"
+_PROMPT = "the P rows"
+
+# method -> (what is computed, what is trained)
+FORMULAS: dict[str, tuple[str, str]] = {
+    "glora": ("(W + W A + B) x + W C + D b + E + b", "the slots A to E of each layer, each low-rank, vector or number"),
+    "full": ("W x + b", "every weight of the model"),
+    "lora": ("dW = s B A", _LOW_RANK),
+    "rslora": ("dW = (alpha / sqrt(r)) B A", _LOW_RANK),
+    "dora": ("W_new = m * V / norm(V), V = W + s B A, norms of rows", "A, B, m (O) of each layer"),
+    "adalora": ("dW = s B diag(l) A; the least important l of the model become 0", "A, B, l (r) of each layer"),
+    "beft": ("W x + b + d", "d (O) of each layer"),
+    "boft": ("W_new = m * (R_1 ... R_k W), R_i orthogonal, of permuted blocks", "the R_i, m (O) of each layer"),
+    "c3a": ("dW is made of circulant blocks", "the first row of each block"),
+    "deft": ("W_new = W - P relu(P)' W + P R", "P (O, r), R (r, I) of each layer"),
+    "delora": ("dW = (l / r) B N A diag(w), N scales each pair of factors to norm 1, w has the norms of W's columns",
+               "A, B, the number l of each layer"),
+    "fourierft": ("dW = c Re(IFFT2(F)), F is zero but for n entries", "the n entries of each layer"),
+    "gralora": ("dW in k x k blocks: block i, j is s B_ij A_ij of rank r / k", "A_ij, B_ij of each layer"),
+    "hira": ("dW = W * (s B A)", _LOW_RANK),
+    "hra": ("W_new = W H_1 ... H_r, H_i = I - 2 u_i u_i' / (u_i' u_i)", "u_1 ... u_r (I) of each layer"),
+    "ia3": ("l * (W x + b)", "l (O) of each layer"),
+    "lily": ("dW = c B A, B = p_1 B_1 + ... + p_n B_n, p = mean of softmax(R A x) over the tokens of a batch",
+             "A of neighbouring layers, B_1 ... B_n of all layers of one name, R (n, r)"),
+    "ln_tuning": ("g * norm(x) + c", "g and c of the norms"),
+    "loha": ("dW = s (B_1 A_1) * (B_2 A_2)", "A_1, B_1, A_2, B_2 of each layer"),
+    "lokr": ("dW = s W_1 (x) W_2, a Kronecker product, W_2 = B A where it is large", "W_1, and W_2 or A and B"),
+    "lora_dropout": ("dW = s (M B) (A N), M and N drop rows of B and columns of A; s B A when it is scored", _LOW_RANK),
+    "lors": ("dW = s (B A + B_0 A_0), A_0 and B_0 are shared by layers of one name and shape",
+             "A and B of each layer, A_0 and B_0 of each name"),
+    "miss": ("W x + b + D' z, z (r) is the sum of the pieces of r inputs of x", "D (r, O) of each layer"),
+    "noah": ("in each block prompts [P; x], dW = s B A of queries and values, h + U f(D h + d) + u, of searched sizes",
+             "P, A, B, D, d, U, u of each block; the sizes by a search"),
+    "oft": ("W_new = W R, R orthogonal, in blocks", "R of each layer"),
+    "osf": ("W_new = W_high + U diag(t) V, where that is W's singular value decomposition at the start",
+            "U, t, V of the small singular values; gradients orthogonal to W_high"),
+    "peanut": ("dW = (f(W' A') B')', f a nonlinearity", _LOW_RANK + ", layers between them where asked for"),
+    "p_tuning": ("[P; x]: P embedded tokens before the text, P = MLP(E) or LSTM(E)", "E and the MLP"),
+    "p_tuning_v2": ("[P_k; K], [P_v; V] in the attention of every layer", "P_k and P_v of every layer"),
+    "prefix_tuning": ("[P_k; K], [P_v; V] in the attention of every layer, all = MLP(E)", "E and the MLP"),
+    "prompt_tuning": ("[P; x]: P embedded tokens before the text", _PROMPT),
+    "periodic_lora": ("dW = s (B_1 A_1 + ... + B_k A_k + B A), a pair is frozen after each period", _LOW_RANK),
+    "psoft": ("dW = s B (R - I) A, A and B of W's singular value decomposition, R orthogonal (r, r)",
+              "R and two vectors (r) of each layer"),
+    "pvera": ("v * (B z), z normal with mean and log variance u * (A x); z is its mean when it is scored",
+              "u and v of each layer; A and B are random and frozen"),
+    "randlora": ("dW = s (B_1 L_1 A G_1 + ... + B_n L_n A G_n), L_i and G_i diagonal",
+                 "L_i, G_i of each layer; A and B_i are random and frozen"),
+    "repadapter": ("x + s (U (D x + d) + u) before attention and before the feed-forward network, U in blocks",
+                   _BOTTLENECK),
+    "road": ("R (W x + b), R turns and scales pairs of outputs", "an angle and a factor for each pair of outputs"),
+    "ssf": ("g * f(x) + c behind every linear, norm and patch embedding f", "g and c of each"),
+    "supertuning": ("dW = S + s B A, S is zero but for the places of W's 1 % largest", "S, A and B of each layer"),
+    "vpt": ("[P; x] at the input of every layer (deep) or of the first", "the P rows of each layer; the head"),
+    "vera": ("dW = v * B diag(u) A", "u and v of each layer; A and B are random and frozen"),
+    "waveft": ("dW = c IDWT(F), a wavelet transform, F is zero but for n entries", "the n entries of each layer"),
+    "houlsby": ("h + U gelu(D h + d) + u behind attention and behind the feed-forward network", _BOTTLENECK),
+    "pfeiffer": ("h + U relu(D h + d) + u behind the feed-forward network", _BOTTLENECK),
+    "adaptformer": ("h + 0.1 (U relu(D x + d) + u), x the input of the feed-forward network, h what it gives",
+                    _BOTTLENECK),
+    "parallel_adapter": ("h + 4 (U relu(D x + d) + u), x the input of the feed-forward network, h what it gives",
+                         _BOTTLENECK),
+    "compacter": ("as houlsby; D and U are sums of Kronecker products K_i (x) (v_i w_i)",
+                  "v_i, w_i, d, u of each place; the K_i of the model"),
+    "adapter_fusion": ("h + V (p_1 z_1 + ... + p_n z_n), z_i what adapter i adds, p = softmax of (Q h)' (K z_i)",
+                       "Q, K, V of each place; the adapters are frozen"),
+}  # fmt: skip
