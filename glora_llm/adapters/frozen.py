@@ -22,9 +22,9 @@ def load_frozen(model: Any, folder: Path) -> None:
         model: the PEFT model that `inject` returned.
         folder: that PEFT saved.
     """
-    from peft import set_peft_model_state_dict
-
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         saved: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys() if is_frozen(name)}  # noqa: SIM118
-    if saved:
-        set_peft_model_state_dict(model, saved)
+    for name, tensor in saved.items():  # PEFT's own function wants the modules that are saved in full beside them
+        owner, _, kind = name.rpartition(".")
+        past = model.get_submodule(f"{owner}.default")
+        setattr(past, kind, tensor.to(getattr(past, kind)))

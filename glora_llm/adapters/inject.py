@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
+from glora_llm.adapters.methods import LINEAR_ALONE
 from glora_llm.adapters.noah import NoahLayer
 from glora_llm.adapters.peft_arguments import no_effect_is_an_error
 from glora_llm.adapters.places import is_layer_norm, layer_norm_names
@@ -43,6 +45,7 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
 
     if genome is None and section.genome is not None:
         genome = read_genome(Path(section.genome))
+    check_linears(section, base)
     torch.manual_seed(seed)
     modules, linears = [name for name, _ in base.named_modules()], linear_suffixes(base)
     try:
@@ -96,6 +99,22 @@ def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome |
             raise UserError(
                 f"adapter.paths '{pattern}' matches none of the {len(names)} adapted layers, such as {names[0]}."
             )
+
+
+def check_linears(section: AdapterSection, base: nn.Module) -> None:
+    """Check that a method takes the linears of a model: of transformers' Conv1D (GPT-2) not all do.
+
+    Raises:
+        UserError: naming a linear.
+    """
+    is_concerned = section.method in LINEAR_ALONE and section.targets == "all-linear"
+    named = base.named_modules() if is_concerned else ()
+    transposed = next((name for name, module in named if isinstance(module, Conv1D)), None)
+    if transposed is not None:
+        raise UserError(
+            f"adapter.method {section.method} does not train this model: {transposed} is a Conv1D, a linear whose "
+            "weight is transposed, which PEFT does not adapt by it. Take another: glora, lora, dora, ia3, houlsby, ssf."
+        )
 
 
 def _require_norms(model: nn.Module) -> None:

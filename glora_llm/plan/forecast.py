@@ -19,7 +19,7 @@ from glora_llm.plan.batches import largest_micro_batch
 from glora_llm.plan.cpu_phases import cpu_phases
 from glora_llm.plan.duration import Duration, duration
 from glora_llm.plan.gpu_fit import NO_TRACE, fitting, gpu_dtype, in_words
-from glora_llm.plan.memory import GB, RESERVE, TRACED_METHODS, model_sizes
+from glora_llm.plan.memory import FOLLOWED_METHODS, GB, RESERVE, model_sizes
 from glora_llm.plan.phases import Phase, Subject, gpu_phases, merged_bytes
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.step_memory import Purpose, StepParts, without_start
@@ -226,12 +226,9 @@ def disk(subject: Subject, trained: int) -> dict[str, int]:
 def unmodelled_step(recipe: Recipe) -> str:
     """Return why the memory of a recipe's step is not computed; empty: it is."""
     method = recipe.adapter.method
-    if method in TRACED_METHODS:
+    if method in FOLLOWED_METHODS:
         return ""
-    return (
-        f"activations, logits and workspace of a step of adapter.method {method} are not computed, for this was never "
-        "compared with a real step"
-    )
+    return f"activations, logits and workspace of a step of adapter.method {method} are not computed"
 
 
 def _no_steps() -> dict[Purpose, StepParts]:

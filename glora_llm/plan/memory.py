@@ -27,6 +27,12 @@ FLOAT32 = 4  # bytes of an element
 MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw": 0.0, "paged_adamw_8bit": 0.0}
 MOMENTS["muon"] = 8.0  # at most: matrices of the layers have one moment, 4 bytes, and one of them is whole at a time
 TRACED_METHODS = ("glora", "lora", "rslora", "full")
+# and those whose step without values holds what a real one does (tests/plan/test_traced_methods.py), though of
+# most no whole run was measured: `glora-llm plan` computes them, and no launch is refused by it
+FOLLOWED_METHODS: tuple[str, ...] = (*TRACED_METHODS, "dora", "adalora", "beft", "boft", "c3a", "deft", "delora")
+FOLLOWED_METHODS += ("gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "lora_dropout", "lors", "miss", "oft", "osf")
+FOLLOWED_METHODS += ("peanut", "psoft", "pvera", "randlora", "repadapter", "road", "ssf", "supertuning", "vera")
+FOLLOWED_METHODS += ("houlsby", "pfeiffer", "adaptformer", "parallel_adapter", "compacter")
 
 
 @dataclass(frozen=True)

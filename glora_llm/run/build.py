@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import reads_base
-from glora_llm.adapters.inject import inject, searched_layers, without_adapter
+from glora_llm.adapters.inject import inject, searched_layers, tuner_layers, without_adapter
 from glora_llm.adapters.stateful import load_state, stateful_method
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
@@ -97,6 +97,8 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     if recipe.model.compile:
         load.compile_layers(bare)
     engine = Engine(objective_of(plan, bare, device), items, recipe.training, plan.deepspeed, device, penalty)
+    if engine.stage == 3 and recipe.adapter.method == "deft":
+        _gather_biases(model)
     if method is not None:
         method.attach(engine.whole)
         engine.after_step = method.step
@@ -115,6 +117,16 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     return TrainingParts(
         model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb, best
     )
+
+
+def _gather_biases(model: Any) -> None:
+    """Let ZeRO 3 hold the base's biases whole while DEFT's layers compute: they read them behind the base's own."""
+    from deepspeed.zero import register_external_parameter
+
+    for layer in tuner_layers(model).values():
+        bias = getattr(layer.get_base_layer(), "bias", None)
+        if bias is not None:
+            register_external_parameter(layer, bias)
 
 
 def describe_parts(parts: TrainingParts, adapter: AdapterSection, world_size: int) -> list[str]:

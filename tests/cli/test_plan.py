@@ -74,6 +74,18 @@ def test_a_configuration_without_weights_and_data_is_enough(tmp_path: Path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_whose_step_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rest is told, as the least; it is not said that it fits."""
+    arguments = ["--recipe", "tiny_cpu", "adapter.method=fourierft", "adapter.slots=null", "--gpus", "1"]
+    assert main(["plan", *arguments, "--gpu-memory", "24"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    said = "at least: activations, logits and workspace of a step of adapter.method fourierft are not computed"
+    assert said in printed and "fits" not in printed and "activations " not in printed.partition("peak ")[0]
+    assert main(["plan", *arguments, "--gpu-memory", "1.0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["unmodelled"] and found["changes"] == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,7 +96,6 @@ def test_a_configuration_without_weights_and_data_is_enough(tmp_path: Path, caps
         (["--recipe", "tiny_cpu", "--gpu-memory", "inf"], "--gpu-memory is 'inf'"),
         (["--recipe", "tiny_cpu", "--gpus", "3"], "Use global_batch 12 or 24"),
         (["--recipe", "tiny_cpu", "adapter.rank=1000"], "Set adapter.rank to 64 or less"),
-        (["--recipe", "tiny_cpu", "adapter.method=vera", "adapter.slots=null"], "adapter.method vera is not computed"),
         (["--recipe", "tiny_cpu", "training.lrr=1"], "Did you mean 'lr'?"),
         (["--recipe", "llama2_glora", "--gpus", "1"], "the hub cannot be reached"),
         (["--recipe", "vit_cifar10_dense"], "Give data that are here"),
