@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from glora_llm.adapters.inject import without_adapter
 from glora_llm.models.random_llama import TINY, llama_config
 from glora_llm.plan import step_memory
 from glora_llm.plan.live_storages import LiveStorages
@@ -21,7 +22,7 @@ def real_peak(shape: StepShape) -> int:
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.normal_(0, 0.02) if tensor.is_floating_point() else tensor.zero_()
-    objective: Any = shape.objective(step_memory.without_adapter(model)).train()
+    objective: Any = shape.objective(without_adapter(model)).train()
     batch = step_memory._full_batch(shape)
     for parameter in objective.parameters():
         if parameter.requires_grad:
