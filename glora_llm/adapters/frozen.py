@@ -1,4 +1,4 @@
-"""What an adapter holds beside its trained parameters, and its folder too: the factors that PeriodicLoRA unloaded."""
+"""Frozen tensors of an adapter, saved in its folder beside the trained ones: the factors that PeriodicLoRA unloaded."""
 
 from pathlib import Path
 from typing import Any

@@ -51,7 +51,7 @@ class LoraDropoutConfig(FactorsConfig):
 
 
 class Sample:
-    """Which mask of the ensemble the layers of one adapter compute with.
+    """The mask of the ensemble that the layers of one adapter compute with.
 
     Attributes:
         number: of the mask; None: plain A and B.

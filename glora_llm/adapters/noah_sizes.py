@@ -92,7 +92,7 @@ class NoahConfig(PeftConfig):
 
     @property
     def choices(self) -> SlotChoices | None:
-        """What each slot may be in a supernet, the largest first; None where the sizes are fixed."""
+        """The choices of each slot in a supernet, the largest first; None where the sizes are fixed."""
         return None if self.supernet is None else size_choices(self.supernet.get("sizes"))
 
     def path_of(self, name: str) -> LayerPath:

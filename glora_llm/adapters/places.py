@@ -1,4 +1,4 @@
-"""Where in a transformer block a method goes: the attention and feed-forward modules, found by their names."""
+"""The places of a method in a transformer block: attention and feed-forward modules, found by their names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

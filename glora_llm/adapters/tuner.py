@@ -1,4 +1,4 @@
-"""What this trainer's own PEFT methods beside GLoRA share: a layer around any module, and the tuner that puts it there.
+"""Base classes of this trainer's own PEFT methods beside GLoRA: a layer around any module, and its tuner.
 
 A method is one file: a configuration, a subclass of `ModuleLayer` with its mathematics, a subclass of `ModuleTuner`
 with its places, and `register`. Saving, loading, several adapters, disabling and unloading are PEFT's own.

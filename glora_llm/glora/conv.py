@@ -41,7 +41,7 @@ CONVOLVE = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.c
 
 
 class Geometry(NamedTuple):
-    """Where the kernel of a convolution lies: everything but its weight."""
+    """Strides, padding, dilation and groups of a convolution: everything but its weight."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]

@@ -20,7 +20,7 @@ SlotChoices = dict[str, tuple[SlotSpec, ...]]  # slot -> what it may be, the lar
 
 
 class SearchedLayer(Protocol):
-    """What the sampler and the search know of a layer of a supernet: one of GLoRA's, or a block of NOAH's.
+    """A layer of a supernet as the sampler and the search see it: one of GLoRA's, or a block of NOAH's.
 
     Attributes:
         choices: adapter -> what each of its slots may be.

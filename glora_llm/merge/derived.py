@@ -1,4 +1,4 @@
-"""What methods of PEFT keep of the values of a layer's weight from the moment at which they are injected.
+"""Values that methods of PEFT derive from a layer's weight when they are injected, and keep.
 
 A merge injects the adapter into a model without weights, and gives each layer its weight when its turn comes: then
 this is computed again. None of it is saved, for it follows from the base.

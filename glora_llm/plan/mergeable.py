@@ -1,4 +1,4 @@
-"""Whether the adapter of a run can be merged into a model that plain transformers loads: its biases decide."""
+"""Check that a run's adapter can be merged into a model that plain transformers loads: its biases decide."""
 
 from typing import Any
 

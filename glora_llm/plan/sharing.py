@@ -1,4 +1,4 @@
-"""Which layers of a run's model share what, read from its shapes: no weight is loaded."""
+"""The layers of a run's model that share weights, read from its shapes: no weight is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

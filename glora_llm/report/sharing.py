@@ -1,4 +1,4 @@
-"""Which layers of a VLoRA run share what, and the size of each increment by layer and step: a table and a picture."""
+"""Table and picture of the layers of a VLoRA run that share weights, and of each increment's size by layer and step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
