@@ -121,7 +121,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
 
 def _gather_biases(model: Any) -> None:
     """Let ZeRO 3 hold the base's biases whole while DEFT's layers compute: they read them behind the base's own."""
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero import register_external_parameter
 
     for layer in tuner_layers(model).values():
         bias = getattr(layer.get_base_layer(), "bias", None)

@@ -89,7 +89,7 @@ def _make_gpt2(folder: Path) -> None:
 def _make_bert(folder: Path) -> None:
     """An encoder without a head for classes; its dropout is on."""
     tokenizer = small_wordpiece()
-    BertForMaskedLM(BertConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=130)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=160)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -151,7 +151,7 @@ class Walker:
         """A method that has no meaning for the model: one message, exit code 2, nothing written."""
         assert self.train(method, f"output.dir={out / 'run'}", "merge.after_training=false") == 2
         message = said.readouterr().err
-        assert reason in message and message.count("error: ") == 1 and not (out / "run").exists()
+        assert reason in message and message.count("error:") == 1 and not (out / "run").exists()
 
     def walk(self, method: str, out: Path, said: pytest.CaptureFixture[str], *more: str) -> Path:
         """Train, resume, score, count and merge a method; return its run.
@@ -217,8 +217,9 @@ class Walker:
         plain, report = read(merged, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         hidden_merged, logits_merged = self.outputs(plain)
-        tolerance = 2e-4 * max(1.0, float(hidden.abs().max()))  # FourierFT's steps make large numbers
-        assert (hidden - self.outputs(read(self.base))[0]).abs().max() > 5 * tolerance
+        tolerance = 2e-4 * max(1.0, float(hidden.abs().max()) / 4)  # FourierFT's steps make large numbers
+        changed = (hidden - self.outputs(read(self.base))[0]).abs().max()
+        assert changed > 2 * tolerance, (changed, tolerance)
         torch.testing.assert_close(hidden_merged, hidden, rtol=1e-4, atol=tolerance)
         torch.testing.assert_close(logits_merged, logits, rtol=1e-4, atol=tolerance)
 
