@@ -156,7 +156,7 @@ def _away_from_orthogonal_columns(weight: float, b: Tensor) -> Tensor:
 
 
 class _Whole:
-    """What PEFT's allocator reads and prunes in the place of a model: whole values by name, each with its gradient.
+    """A stand-in for the model that PEFT's allocator reads and prunes: whole values by name, each with its gradient.
 
     Args:
         values: of the factors, by their names in the base model.

@@ -76,7 +76,7 @@ class BlockLayer(ModuleLayer):
 
 @dataclass
 class Made:
-    """What the layers of one adapter share while they are put into a model.
+    """Values that the layers of one adapter share while they are put into a model.
 
     Args:
         width: of the hidden states.

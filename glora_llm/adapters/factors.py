@@ -1,4 +1,4 @@
-"""What the relatives of LoRA share whose increment is a sum of products of two factors: PEFT's LoRA does the rest.
+"""Base classes of LoRA's relatives whose increment is a sum of products of two factors; PEFT's LoRA does the rest.
 
 dW = s (B A + further B_k A_k), s = alpha / r. A method is one file: a configuration, a `FactorsVariant` that names its
 factors, and a `FactorsModel` that adds what a layer holds beside A and B. PEFT's layers for dense, 4-bit and 8-bit

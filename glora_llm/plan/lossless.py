@@ -1,4 +1,4 @@
-"""Whether an adapter can be merged into nf4 without a change of any 4-bit code."""
+"""Check that an adapter can be merged into nf4 without a change of any 4-bit code."""
 
 from collections.abc import Mapping
 from typing import Any

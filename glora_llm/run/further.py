@@ -1,4 +1,4 @@
-"""What a run trains after its search: the genome, further from the weights that it inherits, or anew."""
+"""Training after a search: of the genome, further from the weights that it inherits, or anew."""
 
 from collections.abc import Callable
 from pathlib import Path

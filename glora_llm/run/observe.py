@@ -1,4 +1,4 @@
-"""What a run notes beside its losses: increments of VLoRA, terms of a distillation, and what it is measured by."""
+"""Values that a run logs beside its losses: increments of VLoRA, terms of a distillation, and its reference."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which layers share a base, and how much of the difference is kept: the least loss under a budget of parameters.
+"""Choose the layers that share a base, and the ranks of their differences: the least loss under a budget of parameters.
 
 The loss of a linear of layer l, in a group whose base is the mean of its weights and whose increments have rank r, is
 

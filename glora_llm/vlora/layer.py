@@ -148,7 +148,7 @@ class VLoRALinear(nn.Linear):
 
     @property
     def has_gains(self) -> bool:
-        """Whether the increment is more than low rank."""
+        """True if the increment has gains or a diagonal beside its low-rank part."""
         return any(self._parameters[name] is not None for name in FACTORS[2:])
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ PARTS = ("b", "a", "gain", "gain", "gain")  # of a rate, in the order of FACTORS
 
 
 class Rate(NamedTuple):
-    """How one parameter is trained.
+    """Learning rate and weight decay of one parameter.
 
     Args:
         lr_factor: multiplies training.lr.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class Added(NamedTuple):
-    """What one layer adds: B (O, r), A (r, I) and, where it has them, g (O), h (I) and d (min(O, I))."""
+    """The increment of one layer: B (O, r), A (r, I) and, where it has them, g (O), h (I) and d (min(O, I))."""
 
     up: Tensor
     down: Tensor

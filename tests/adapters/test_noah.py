@@ -1,6 +1,5 @@
 """NOAH's blocks against a naive forward pass; a subnet of the supernet against a model that has those sizes alone."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from glora_llm.glora.supernet import set_paths
 from glora_llm.schema import AdapterSection, SearchSection, SupernetSection
 from glora_llm.search.space import space_of
 from tests.adapters.module_models import perturb
+from tests.in_process import one_thread  # noqa: F401 - a fixture
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 ALL: Any = {"adapter": [6, 3, 0], "lora": [4, 2, 0], "prompt": [5, 2, 0]}
@@ -29,14 +29,6 @@ GENOME = genome_from_json(
     '{"vit.layers.0": {"adapter": 3, "prompt": 2}, "vit.layers.2": {"adapter": 6, "lora": 2, "prompt": 5}}'
 )
 LABELS = torch.tensor([0, 1, 2, 0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vit() -> Any:

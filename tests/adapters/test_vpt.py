@@ -1,7 +1,6 @@
 """Visual prompts against a naive forward pass, and in a run of image classification."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,10 @@ from glora_llm.adapters.inject import inject
 from glora_llm.adapters.weights import load_start, save_adapter, trainables
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.schema import AdapterSection
+from tests.in_process import one_thread  # noqa: F401 - a fixture
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 PROMPTS = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vit() -> Any:
