@@ -30,6 +30,7 @@ def add_command(commands: Any, style: Any) -> None:
     cost = command.add_mutually_exclusive_group(required=True)
     cost.add_argument("--budget", metavar="N", help="trained parameters of each method, such as 0.3M")
     cost.add_argument("--time", metavar="SECONDS", help="of training, at the recipe's rank")
+    command.add_argument("--nearest", action="store_true", help="let methods in that come no nearer than 25 %% to it")
     command.add_argument("--seeds", metavar="N", default="3", help="from training.seed on (default: %(default)s)")
     command.add_argument("--rates", metavar="LIST", help="learning rates (default: 5e-4 to 2e-2; of full lower ones)")
     command.add_argument("--score", metavar="NAME", help="that decides (default: the benchmark's first, else loss)")
@@ -49,6 +50,7 @@ def compare(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         methods=arguments.methods,
         budget=arguments.budget,
+        nearest=arguments.nearest,
         seconds=arguments.time,
         seeds=arguments.seeds,
         rates=arguments.rates,

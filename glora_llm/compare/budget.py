@@ -169,5 +169,6 @@ def require_near(fits: dict[Contender, Fit], budget: int) -> None:
     advice = f"--budget {max(above)}" if above else "a smaller --budget"
     raise UserError(
         f"--budget {budget:,} is met within {TOLERANCE:.0%} by no value of {', '.join(one.name for one in far)}. "
-        f"Nearest: {listed}. Give {advice}, or fewer modules for all methods: 'adapter.targets=[q_proj, v_proj]'."
+        f"Nearest: {listed}. Give {advice}, fewer modules for all methods ('adapter.targets=[q_proj, v_proj]'), or "
+        "--nearest, which takes each method at its nearest."
     )

@@ -49,7 +49,7 @@ def compare(request: Request) -> int:
         plan = make_plan(request.recipe, world_size=1)
         contests = [_enter(request, plan, contender) for contender in request.contenders]
         fits = {contest.contender: contest.fit for contest in contests if contest.fit}
-        if request.budget is not None:
+        if request.budget is not None and not request.nearest:
             require_near(fits, request.budget)
         if not fits:
             raise UserError("\n".join(f"{contest.contender.name} cannot run: {contest.why}" for contest in contests))

@@ -2,7 +2,6 @@
 
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 import psutil
 
+from glora_llm.compare.starting import Forked, NewInterpreter, Started, Starter
 from glora_llm.errors import UserError
 from glora_llm.launch.launcher import COMMAND, STARTER, written
 from glora_llm.launch.run_lock import RunLock
@@ -76,8 +76,11 @@ class Pool:
         for place in places:
             self.free.put(place)
         self.ending = threading.Event()
-        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.running: dict[int, Started] = {}
         self.lock = threading.Lock()
+        on_gpus = any("CUDA_VISIBLE_DEVICES" in place for place in places)
+        threads = places[0].get("OMP_NUM_THREADS", "1")
+        self.starter: Starter = NewInterpreter() if on_gpus else Forked(threads)
         self.busy_seconds, self.busy_since = 0.0, 0.0
 
     def run(self, arguments: Sequence[str], folder: Path, log: Path, begin: Callable[[], None]) -> tuple[int, float]:
@@ -95,11 +98,10 @@ class Pool:
         try:
             self._wait_for(folder)
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as output:
-                began = time.monotonic()
-                process = self._start(arguments, place, output)
-                begin()
-                return self._wait(process), time.monotonic() - began
+            began = time.monotonic()
+            process = self._start(arguments, place, log)
+            begin()
+            return self._wait(process), time.monotonic() - began
         finally:
             self.free.put(place)
 
@@ -117,24 +119,21 @@ class Pool:
             if self.ending.wait(POLL_SECONDS):
                 raise Ending
 
-    def _start(self, arguments: Sequence[str], place: Mapping[str, str], output: object) -> "subprocess.Popen[bytes]":
+    def _start(self, arguments: Sequence[str], place: Mapping[str, str], log: Path) -> Started:
         environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCH}
         environment |= {STARTER: str(os.getpid()), COMMAND: written(sys.orig_argv, os.environ)} | dict(place)
-        command = [sys.executable, "-m", "glora_llm", *arguments]
         with self.lock:
             if self.ending.is_set():
                 raise Ending
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,  # type: ignore[call-overload]
-                start_new_session=True,
-            )  # fmt: skip
+            process = self.starter.start(arguments, environment, log)
             if not self.running:
                 self.busy_since = time.monotonic()
             self.running[process.pid] = process
         return process
 
-    def _wait(self, process: "subprocess.Popen[bytes]") -> int:
-        code = process.wait()
+    def _wait(self, process: Started) -> int:
+        while (code := self._poll(process)) is None:
+            time.sleep(POLL_SECONDS)
         with self.lock:
             del self.running[process.pid]
             if not self.running:
@@ -142,6 +141,10 @@ class Pool:
         if self.ending.is_set() and code == EXIT_CODE:
             raise Ending
         return code
+
+    def _poll(self, process: Started) -> int | None:
+        with self.lock:  # starting a process of multiprocessing polls the others
+            return process.poll()
 
     @contextmanager
     def ended_with_this(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ class Request:
         recipe: with the user's overrides.
         contenders: the methods.
         budget: trained parameters; None: equal time.
+        nearest: a method that misses the budget by more than a quarter takes part at its nearest.
         seconds: of training; None: equal parameters.
         seeds: how many.
         rates: that are tried; None: those of each method.
@@ -42,6 +43,7 @@ class Request:
     recipe: Recipe
     contenders: list[Contender]
     budget: int | None
+    nearest: bool
     seconds: float | None
     seeds: int
     rates: tuple[float, ...] | None
@@ -108,8 +110,9 @@ def read_budget(text: str | None) -> int | None:
 
 
 def read_request(  # noqa: PLR0913 - an option each
-    *, name: str, overrides: Sequence[str], methods: str, budget: str | None, seconds: str | None, seeds: str,
-    rates: str | None, score: str | None, forgetting: str | None, out: Path | None, jobs: str | None,
+    *, name: str, overrides: Sequence[str], methods: str, budget: str | None, nearest: bool, seconds: str | None,
+    seeds: str, rates: str | None, score: str | None, forgetting: str | None, out: Path | None,
+    jobs: str | None,
 ) -> Request:  # fmt: skip
     """Return the options of a command line.
 
@@ -117,10 +120,13 @@ def read_request(  # noqa: PLR0913 - an option each
         UserError: with everything that is wrong.
     """
     recipe = recipes.load(name, overrides)
+    if nearest and budget is None:
+        raise UserError("--nearest is about --budget, and there is --time, of which every method gets the same.")
     chosen, main = contenders(methods), _main_score(recipe, score)
     text = SHIPPED if forgetting is None and recipe.data.format != "images" and not recipe.head else forgetting
     request = Request(
         name=Path(name).stem, recipe=recipe, contenders=chosen, budget=read_budget(budget),
+        nearest=nearest,
         seconds=number_above_zero(seconds, "--time", "seconds of training above 0, such as 600"),
         seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),
         score=main, forgetting=None if text == "none" else text, out=out or Path("runs") / f"compare-{Path(name).stem}",

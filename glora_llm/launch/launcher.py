@@ -24,6 +24,7 @@ class Launcher:
     Attributes:
         parent: launch.py or torchrun; None without a launcher.
         runner: what started launch.py on this machine, and what the user sees; None where there is none.
+        starter: the process that GLORA_STARTER numbers; None: there is none, or it ended before.
         command: the command line that the user gave, as a shell takes it.
     """
 
@@ -36,18 +37,34 @@ class Launcher:
                 self.runner = _runner(self.parent)
             except psutil.Error:  # it ends just now: `is_gone` will say so
                 self.runner = None
+        self.starter = _process(os.environ[STARTER]) if STARTER in os.environ else None
         self.command = _command(os.environ, self.runner or self.parent)
 
     def is_gone(self) -> bool:
         """Tell whether the launcher ended while this process runs."""
         if self.parent is None:
-            return os.environ.get(STARTER, str(os.getppid())) != str(os.getppid())
+            return STARTER in os.environ and not _lives(self.starter)
         try:
             return os.getppid() != self.parent.pid or (
                 self.runner is not None and self.parent.ppid() != self.runner.pid
             )
         except psutil.Error:
             return True
+
+
+def _process(number: str) -> psutil.Process | None:
+    try:
+        return psutil.Process(int(number))
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _lives(process: psutil.Process | None) -> bool:
+    """Tell whether a process runs still: one that nobody has waited for yet (a zombie) does not."""
+    try:
+        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _runner(parent: psutil.Process) -> psutil.Process | None:

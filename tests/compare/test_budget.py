@@ -108,7 +108,7 @@ def test_a_budget_that_no_rank_meets_names_the_nearest_of_each() -> None:
         require_near(fits, 900)
     for part in (
         "--budget 900 is met within 25% by no value of glora.",
-        "Nearest: lora 1,000 (rank 1); glora 3,000 (rank 1). Give --budget 3000, or fewer modules",
+        "Nearest: lora 1,000 (rank 1); glora 3,000 (rank 1). Give --budget 3000, fewer modules",
     ):
         assert part in str(error.value)
     assert "ia3" not in str(error.value), "it has no knob, and is taken as it is"
