@@ -32,7 +32,8 @@ def add_command(commands: Any, style: Any) -> None:
     cost.add_argument("--time", metavar="SECONDS", help="of training, at the recipe's rank")
     command.add_argument("--nearest", action="store_true", help="let methods in that come no nearer than 25 %% to it")
     command.add_argument("--seeds", metavar="N", default="3", help="from training.seed on (default: %(default)s)")
-    command.add_argument("--rates", metavar="LIST", help="learning rates (default: 5e-4 to 2e-2; of full lower ones)")
+    command.add_argument("--rates", metavar="LIST", help="learning rates (default: 5e-4 to 2e-2)")
+    command.add_argument("--full-rates", metavar="LIST", help="of full and osf (default: 1e-5 to 5e-4)")
     command.add_argument("--score", metavar="NAME", help="that decides (default: the benchmark's first, else loss)")
     command.add_argument("--forgetting", metavar="SOURCE", help="other text (default: the shipped one), or none")
     command.add_argument("--out", metavar="DIR", type=Path, help="default: runs/compare-NAME")
@@ -54,6 +55,7 @@ def compare(arguments: argparse.Namespace) -> int:
         seconds=arguments.time,
         seeds=arguments.seeds,
         rates=arguments.rates,
+        full_rates=arguments.full_rates,
         score=arguments.score,
         forgetting=arguments.forgetting,
         out=arguments.out,

@@ -112,7 +112,7 @@ class _Search:
         while value <= self.most:
             found, start = self.at(value), self.at(before)
             assert start is not None
-            if found is not None:
+            if found is not None and found != start:
                 if self.is_below(value) != self.is_below(low):
                     return value
                 if abs(found - self.budget) >= abs(start - self.budget):
@@ -120,6 +120,8 @@ class _Search:
                 slope = (found - start) / (value - before)
                 met = value + math.ceil((self.budget - found) / slope)  # where the line meets the budget
                 before, value = value, max(value + 1, min(met, self.most))
+            elif found is not None or 2 * before not in self.known:
+                value = 2 * (before if found is None else value)  # no divisor of a width, or no more than before
             elif value - before > 1:
                 value = (before + value) // 2  # too large for the layers: nearer
             else:

@@ -14,7 +14,7 @@ from glora_llm import recipe as recipes
 from glora_llm.adapters.methods import check_method
 from glora_llm.atomic import write_text
 from glora_llm.compare.budget import TOLERANCE, require_near, solve
-from glora_llm.compare.contenders import Contender
+from glora_llm.compare.contenders import WHOLE, Contender
 from glora_llm.compare.course import Course, NotRun, Setting
 from glora_llm.compare.pool import Pool, in_parallel, slots
 from glora_llm.compare.progress import Progress
@@ -88,7 +88,8 @@ class Comparison:
         return sum(halved) + len(counts) * more
 
     def _rates(self, contest: Contest) -> tuple[float, ...]:
-        return self.request.rates or contest.contender.rates
+        is_whole = contest.contender.method in WHOLE
+        return (self.request.full_rates if is_whole else self.request.rates) or contest.contender.rates
 
     def run(self) -> int:
         """Run what is missing, print the table, and return the exit code."""
@@ -203,6 +204,7 @@ def _settings(request: Request, plan: Plan) -> dict[str, Any]:
         "methods": [contender.name for contender in request.contenders],
         "seeds": request.seeds,
         "rates": request.rates,
+        "full_rates": request.full_rates,
         "forgetting": request.forgetting,
         "base": plan.base.fingerprint,
         "data": data,

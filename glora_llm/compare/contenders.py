@@ -14,11 +14,13 @@ PRESETS = tuple(f"glora:{name}" for name in get_args(Preset))
 KNOBS = {
     **dict.fromkeys(["fourierft", "waveft"], "n_frequency"),
     **{"c3a": "block_size", "boft": "boft_block_size", "vpt": "num_tokens"},
-    **dict.fromkeys(["prompt_tuning", "p_tuning_v2"], "num_virtual_tokens"),
+    "p_tuning_v2": "num_virtual_tokens",
     **dict.fromkeys(["p_tuning", "prefix_tuning"], "encoder_hidden_size"),  # of the MLP that gives the prompt
 }
 WITHOUT_KNOB: tuple[str, ...] = ("full", "ia3", "ln_tuning", "beft", "road", "osf", "ssf", "adapter_fusion")
 WITHOUT_KNOB += ("glora:bitfit", "glora:ssf", "glora:ia3_like")
+WITHOUT_KNOB += ("prompt_tuning",)  # as many parameters as a LoRA's would be a prompt of some thousand tokens
+WHOLE = ("full", "osf")  # train whole weights, at a fraction of an adapter's rate
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)  # of adapters
 FULL_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of a model that is trained as a whole
 
@@ -46,7 +48,7 @@ class Contender:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates that are tried where the user names none."""
-        return FULL_RATES if self.method == "full" else RATES
+        return FULL_RATES if self.method in WHOLE else RATES
 
     def settings(self, base: AdapterSection, value: int | None, targets: str | None = None) -> dict[str, Any]:
         """Return the adapter section as plain values.

@@ -33,6 +33,7 @@ class Request:
         seconds: of training; None: equal parameters.
         seeds: how many.
         rates: that are tried; None: those of each method.
+        full_rates: that are tried instead for methods that train whole weights; None: those of each method.
         score: that decides.
         forgetting: source of the other text; None: none.
         out: folder of the comparison.
@@ -47,6 +48,7 @@ class Request:
     seconds: float | None
     seeds: int
     rates: tuple[float, ...] | None
+    full_rates: tuple[float, ...] | None
     score: str
     forgetting: str | None
     out: Path
@@ -60,8 +62,8 @@ class Request:
         return f"{self.seconds:g} s of training"
 
 
-def read_rates(text: str | None) -> tuple[float, ...] | None:
-    """Return the learning rates of `--rates`, from the lowest.
+def read_rates(text: str | None, option: str = "--rates") -> tuple[float, ...] | None:
+    """Return the learning rates of an option, from the lowest.
 
     Raises:
         UserError: for something that is no rate, and a rate that stands there twice.
@@ -75,9 +77,9 @@ def read_rates(text: str | None) -> tuple[float, ...] | None:
         except ValueError:
             rate = math.nan
         if not 0 < rate <= LARGEST_RATE:
-            raise UserError(f"--rates: '{part.strip()}' is no learning rate; expected some as 5e-4,1e-3,2e-3.")
+            raise UserError(f"{option}: '{part.strip()}' is no learning rate; expected some as 5e-4,1e-3,2e-3.")
         if rate in rates:
-            raise UserError(f"--rates names {part.strip()} twice.")
+            raise UserError(f"{option} names {part.strip()} twice.")
         rates.append(rate)
     return tuple(sorted(rates))
 
@@ -111,8 +113,8 @@ def read_budget(text: str | None) -> int | None:
 
 def read_request(  # noqa: PLR0913 - an option each
     *, name: str, overrides: Sequence[str], methods: str, budget: str | None, nearest: bool, seconds: str | None,
-    seeds: str, rates: str | None, score: str | None, forgetting: str | None, out: Path | None,
-    jobs: str | None,
+    seeds: str, rates: str | None, full_rates: str | None, score: str | None, forgetting: str | None,
+    out: Path | None, jobs: str | None,
 ) -> Request:  # fmt: skip
     """Return the options of a command line.
 
@@ -129,6 +131,7 @@ def read_request(  # noqa: PLR0913 - an option each
         nearest=nearest,
         seconds=number_above_zero(seconds, "--time", "seconds of training above 0, such as 600"),
         seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),
+        full_rates=read_rates(full_rates, "--full-rates"),
         score=main, forgetting=None if text == "none" else text, out=out or Path("runs") / f"compare-{Path(name).stem}",
         jobs=read_count(jobs, "--jobs", 10_000),
     )  # fmt: skip
