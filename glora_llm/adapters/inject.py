@@ -25,6 +25,8 @@ from glora_llm.glora.path import PEFT_ROOT, Genome
 from glora_llm.glora.supernet import SearchedLayer, require_known
 from glora_llm.schema import AdapterSection
 
+FROZEN_TENSORS = ("delora_w_norm", "pvera_A", "pvera_B", "vera_A", "vera_B")  # buffers of PEFT's layers
+
 
 def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, genome: Genome | None = None) -> Any:
     """Return the base as a PeftModel that trains the adapter alone, or for method full the base itself, trained.
@@ -126,6 +128,17 @@ def _require_norms(model: nn.Module) -> None:
                 f"adapter.method ln_tuning trains layer norms, and {name} is a {type(target).__name__}. "
                 "Name norms in adapter.targets, or leave adapter.targets=all-linear: all of them are trained then."
             )
+
+
+def match_frozen_tensors(model: nn.Module) -> None:
+    """Give the frozen tensors of DeLoRA, VeRA and PVeRA the dtype of what they train: their layers multiply both as they are.
+
+    DeepSpeed trains in the dtype of the model above stage 0, and PEFT keeps these in float32.
+    """
+    for layer in tuner_layers(model).values():
+        tensors = {name: tensor for name, tensor in layer.named_buffers() if name.startswith(FROZEN_TENSORS)}
+        for tensor in tensors.values():
+            tensor.data = tensor.data.to(next(each.dtype for each in layer.parameters() if each.requires_grad))
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:

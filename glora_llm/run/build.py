@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import reads_base
-from glora_llm.adapters.inject import inject, searched_layers, tuner_layers, without_adapter
+from glora_llm.adapters.inject import inject, match_frozen_tensors, searched_layers, tuner_layers, without_adapter
 from glora_llm.adapters.stateful import load_state, stateful_method
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
@@ -97,6 +97,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     if recipe.model.compile:
         load.compile_layers(bare)
     engine = Engine(objective_of(plan, bare, device), items, recipe.training, plan.deepspeed, device, penalty)
+    match_frozen_tensors(model)
     if engine.stage == 3 and recipe.adapter.method == "deft":
         _gather_biases(model)
     if method is not None:

@@ -32,6 +32,7 @@ REFUSED |= {("bert", name): "from which the head of an encoder" for name in PROM
 # of `make test`: each method where it is at home, and two that no other test of a run has
 FIRST = [("llama" if "text" in method.kinds else "vit", name) for name, method in METHODS.items()]
 ALSO = [("gpt2", "glora"), ("bert", "adapter_fusion")]
+MIXED = ("delora", "pvera", "vera")  # PEFT keeps frozen tensors of theirs in float32
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,16 @@ def test_it_trains_resumes_and_merges_or_says_why_not(
     run = walker(model).walk(name, tmp_path, capsys, *more)
     if (model, name) in FIRST and name != "full":
         walker(model).require_trained_on(run, name, *more)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in MIXED else pytest.mark.reliability)
+        for name, method in METHODS.items()
+        if "text" in method.kinds
+    ],
+)
+def test_it_trains_in_bfloat16(name: str, walker: Callable[[str], Walker], tmp_path: Path) -> None:
+    more = ["model.dtype=bfloat16", "training.deepspeed=zero1", "merge.after_training=false"]
+    assert walker("llama").train(name, *more, f"output.dir={tmp_path / 'run'}", "training.steps=1") == 0
