@@ -8,14 +8,15 @@
   python scripts/bench_methods.py latency                         # of each method that few_shot and sst2 trained
   python scripts/bench_methods.py table                           # of what has ended
 
-FOLDER holds cifar10 (train.parquet, test.parquet) and sst2 (train.parquet, validation.parquet). What is done is not done
-again; --seeds adds seeds. The middle four are `glora-llm compare`, whose command is printed.
+FOLDER holds cifar10 (train.parquet, test.parquet) and sst2 (train.parquet, validation.parquet). What is done is not
+done again; --seeds adds seeds. The middle four are `glora-llm compare`, whose command is printed.
 """
 
 import argparse
 import json
 import shlex
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -23,9 +24,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import bench_fewshot
 import torch
-from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the script is run by its path
 
 from glora_llm.adapters.methods import METHODS
 from glora_llm.cli import main as glora_llm
@@ -36,6 +37,7 @@ from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.models.load import load_base
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
+from scripts import bench_fewshot
 
 FAMILIES = (
     "lora,rslora,dora,lora_dropout,periodic_lora,lors,adalora,glora,full,ia3,ln_tuning,repadapter,ssf,houlsby,pfeiffer,"
@@ -140,21 +142,21 @@ def measure(out: Path, task: str) -> None:
     (out / task / "latency.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def ratio(plan: Plan, model: nn.Module) -> float:
+def ratio(plan: Plan, model: Any) -> float:
     """Return the seconds of a model's pass over those of its base: the median of alternating passes."""
     section = plan.recipe.model.model_copy(update={"dtype": "float32"})
     base = load_base(section, plan.base.folder, torch.device("cpu")).eval()
     model.set_attn_implementation("sdpa")
     base.set_attn_implementation("sdpa")
     if plan.recipe.data.format == "images":
-        inputs = {"pixel_values": torch.zeros(16, 3, base.config.image_size, base.config.image_size)}
+        inputs: dict[str, Any] = {"pixel_values": torch.zeros(16, 3, base.config.image_size, base.config.image_size)}
     else:
         inputs = {"input_ids": torch.arange(64)[None], "use_cache": False}
     seconds = [[passed(one, inputs) for one in (base, model)] for _ in range(ROUNDS + 2)][2:]
     return statistics.median(own for _, own in seconds) / statistics.median(first for first, _ in seconds)
 
 
-def passed(model: nn.Module, inputs: dict[str, Any]) -> float:
+def passed(model: Any, inputs: dict[str, Any]) -> float:
     """Return the seconds of a forward pass."""
     began = time.perf_counter()
     model(**inputs)

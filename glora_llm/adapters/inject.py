@@ -131,7 +131,7 @@ def _require_norms(model: nn.Module) -> None:
 
 
 def match_frozen_tensors(model: nn.Module) -> None:
-    """Give the frozen tensors of DeLoRA, VeRA and PVeRA the dtype of what they train: their layers multiply both as they are.
+    """Give the frozen tensors of DeLoRA, VeRA and PVeRA the dtype of what they train: their layers multiply the two.
 
     DeepSpeed trains in the dtype of the model above stage 0, and PEFT keeps these in float32.
     """

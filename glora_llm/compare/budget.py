@@ -17,6 +17,7 @@ from glora_llm.schema import AdapterSection
 
 TOLERANCE = 0.25  # share of the budget by which the nearest may miss it
 MOST = 65_536  # a knob's largest value
+FLAT = 2  # a knob that changes nothing up to so many times its value is taken to change nothing
 COUNTS = 60  # models that are counted for one method at most
 
 
@@ -120,6 +121,8 @@ class _Search:
                 slope = (found - start) / (value - before)
                 met = value + math.ceil((self.budget - found) / slope)  # where the line meets the budget
                 before, value = value, max(value + 1, min(met, self.most))
+            elif found is not None and value >= FLAT * before:
+                return None
             elif found is not None or 2 * before not in self.known:
                 value = 2 * (before if found is None else value)  # no divisor of a width, or no more than before
             elif value - before > 1:

@@ -11,6 +11,7 @@ from tests.bad_input.head_cases import HEADS
 from tests.bad_input.launch_cases import COMMANDS, ENVIRONMENT, OUTPUT
 from tests.bad_input.link_cases import LINKS
 from tests.bad_input.model_cases import CONFIGS
+from tests.bad_input.noah_cases import NOAH
 from tests.bad_input.number_cases import NUMBERS
 from tests.bad_input.peft_cases import PEFT_ARGUMENTS
 from tests.bad_input.prompt_cases import PROMPTS
@@ -43,6 +44,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "arguments of PEFT's methods": PEFT_ARGUMENTS,
     "prompts": PROMPTS,
     "bottleneck adapters, fusion": BOTTLENECKS,
+    "NOAH": NOAH,
     "genome files": GENOMES,
     "DeepSpeed files": DEEPSPEED,
     "layers that share weights; Muon": SHARING,
