@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Protocol
 
-IMPORTED = "glora_llm.compare.imported"  # the module that the forking process imports once
+IMPORTED = "glora_llm.run.imported"  # the module that the forking process imports once
 
 
 class Started(Protocol):
