@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -93,9 +94,8 @@ def _run(arguments: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    from glora_llm.cli import main
-
+    sys.argv = ["glora-llm", *arguments]
     try:
-        sys.exit(main(arguments))
+        runpy.run_module("glora_llm", run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # a process of the fork server ends without
