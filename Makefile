@@ -17,7 +17,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 COUNT_GPUS := import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-reliability test-gpu gpu-check lint peft-suite bench docs clean
+.PHONY: help install quickstart test test-fast test-reliability test-gpu gpu-check lint peft-suite bench bench-vlora docs clean
 
 help:  ## show this list
 	@echo 'make TARGET   (RECIPE=$(RECIPE) ARGS="section.key=value ..." RANKS=$(RANKS) DEVICE=$(DEVICE) TESTS=$(TESTS) PYTHON=$(PYTHON))'
@@ -71,10 +71,13 @@ lint: $(STAMP)  ## ruff, its formatter and mypy
 peft-suite: $(STAMP)  ## PEFT's own generic tests on GLoRA, against the failures that are expected (fetches PEFT's source)
 	@$(IN_VENV) python scripts/peft_suite.py --workers $(WORKERS)
 
-bench: $(STAMP)  ## every scripts/bench_*.py
-	@for script in scripts/bench_*.py; do \
+bench: $(STAMP)  ## every scripts/bench_*.py, but bench_vlora_forms.py: bench-vlora
+	@for script in $(filter-out scripts/bench_vlora_forms.py,$(wildcard scripts/bench_*.py)); do \
 	  echo "python $$script"; $(IN_VENV) python $$script || exit 1; \
 	done
+
+bench-vlora: $(STAMP)  ## scripts/bench_vlora_forms.py: days; ARGS="text --forms dense paper" takes a part
+	@$(IN_VENV) python scripts/bench_vlora_forms.py $(ARGS)
 
 docs: $(STAMP)  ## write docs/recipe_reference.md and the tables of docs/tasks.md from the schema
 	@$(BIN)/python scripts/make_reference.py

@@ -12,7 +12,6 @@ IMAGES = (
 )
 WIDE_ATTENTION = "{q_proj: 6, k_proj: 6, v_proj: 6, o_proj: 6, gate_proj: 3, up_proj: 3, down_proj: 3}"
 ALL_GAINS = "vlora.gains=[row, column, diagonal]"
-KEPT = ["merge.after_training=false", "output.save_every=100", "output.keep=1"]
 # Dense models of other sizes -> (what changes, their bytes: `equal` to those of the form `paper`; `middle`: the
 # geometric mean of those and the dense model's). Their sizes are solved for, and counted, before the first run.
 TWINS = {
@@ -20,6 +19,32 @@ TWINS = {
     "dense-shallow": ("depth", "equal"),
     "dense-middle": ("width", "middle"),
 }
+FORMS: dict[str, list[str]] = {  # of models that are trained from random weights -> what each changes
+    "dense": [],
+    **{name: [] for name in TWINS},
+    "dense-muon": ["training.optimizer=muon"],
+    "paper": [],
+    "gains-row-column": ["vlora.gains=[row, column]"],
+    "gains-diagonal": ["vlora.gains=[diagonal]"],
+    "gains-all": [ALL_GAINS],
+    "attention-wider": [f"vlora.layers_per_compound={WIDE_ATTENTION}"],
+    "cycle": ["vlora.sharing=cycle"],
+    "star": ["vlora.topology=star"],
+    "all-add": ["vlora.increments=all"],
+    "start-kaiming": ["vlora.start=kaiming"],
+    "start-small": ["vlora.start=small"],
+    "norms-spread": ["vlora.norm_spread=0.1"],
+    "rates-auto": ["vlora.lr_factors=auto"],
+    "rates-b4": ["vlora.lr_factors={b: 4}"],
+    "rates-b16": ["vlora.lr_factors={b: 16}"],
+    "rates-base-half": ["vlora.lr_factors={base: 0.5}"],
+    "rates-gain4": ["vlora.gains=[row, column]", "vlora.lr_factors={gain: 4}"],
+    "no-decay": ["vlora.decay_increments=false"],
+    "rank-16": ["vlora.rank=16"],
+    "muon": ["training.optimizer=muon"],
+    "muon-gains-rates": ["training.optimizer=muon", ALL_GAINS, "vlora.lr_factors=auto"],
+}
+KEPT = ["merge.after_training=false", "output.save_every=100", "output.keep=1"]
 
 
 @dataclass(frozen=True)
@@ -59,31 +84,7 @@ TABLES: dict[str, Table] = {
             f"model.config={TEXT}", "model.tokenizer=train:4000", "data.max_tokens=128", "data.max_test_rows=500",
             "training.global_batch=8", "training.micro_batch=8", "data.validation=null", "evaluation.every=null", *KEPT,
         ],
-        forms={
-            "dense": [],
-            **{name: [] for name in TWINS},
-            "dense-muon": ["training.optimizer=muon"],
-            "paper": [],
-            "gains-row-column": ["vlora.gains=[row, column]"],
-            "gains-diagonal": ["vlora.gains=[diagonal]"],
-            "gains-all": [ALL_GAINS],
-            "attention-wider": [f"vlora.layers_per_compound={WIDE_ATTENTION}"],
-            "cycle": ["vlora.sharing=cycle"],
-            "star": ["vlora.topology=star"],
-            "all-add": ["vlora.increments=all"],
-            "start-kaiming": ["vlora.start=kaiming"],
-            "start-small": ["vlora.start=small"],
-            "norms-spread": ["vlora.norm_spread=0.1"],
-            "rates-auto": ["vlora.lr_factors=auto"],
-            "rates-b4": ["vlora.lr_factors={b: 4}"],
-            "rates-b16": ["vlora.lr_factors={b: 16}"],
-            "rates-base-half": ["vlora.lr_factors={base: 0.5}"],
-            "rates-gain4": ["vlora.gains=[row, column]", "vlora.lr_factors={gain: 4}"],
-            "no-decay": ["vlora.decay_increments=false"],
-            "rank-16": ["vlora.rank=16"],
-            "muon": ["training.optimizer=muon"],
-            "muon-gains-rates": ["training.optimizer=muon", ALL_GAINS, "vlora.lr_factors=auto"],
-        },
+        forms=FORMS,
         steps=1500,
         lr="1e-3",
         scores=("test/bits_per_byte", "test/loss"),
@@ -100,14 +101,7 @@ TABLES: dict[str, Table] = {
             "training.micro_batch=64", "training.warmup=0.1", "evaluation.every=null", *KEPT,
         ],
         paper=["vlora.rank=4"],
-        forms={
-            "dense": [],
-            **{name: [] for name in TWINS},
-            "paper": [],
-            "gains-all": [ALL_GAINS],
-            "start-small": ["vlora.start=small"],
-            "rates-auto": ["vlora.lr_factors=auto"],
-        },
+        forms={form: FORMS[form] for form in ("dense", *TWINS, "paper", "gains-all", "start-small", "rates-auto")},
         steps=9000,
         lr="1e-3",
         scores=("test/accuracy",),
