@@ -72,7 +72,7 @@ class Pool:
 
     def __init__(self, places: Sequence[Mapping[str, str]]):
         self.jobs = len(places)
-        self.free: queue.Queue[Mapping[str, str]] = queue.Queue()
+        self.free: queue.Queue[Mapping[str, str] | None] = queue.Queue()  # None: no trial begins any more
         for place in places:
             self.free.put(place)
         self.ending = threading.Event()
@@ -106,12 +106,11 @@ class Pool:
             self.free.put(place)
 
     def _take(self) -> Mapping[str, str]:
-        while not self.ending.is_set():
-            try:
-                return self.free.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-        raise Ending
+        place = self.free.get()
+        if place is None:
+            self.free.put(None)  # for the next thread that waits
+            raise Ending
+        return place
 
     def _wait_for(self, folder: Path) -> None:
         limit = time.monotonic() + LOCK_SECONDS
@@ -160,6 +159,7 @@ class Pool:
     def end(self) -> None:
         """Let no further trial begin, and tell those that run to end."""
         self.ending.set()
+        self.free.put(None)
         with self.lock:
             for pid in self.running:
                 _tell(pid)

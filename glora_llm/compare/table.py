@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -79,15 +81,7 @@ def _judged(contest: Contest, setting: Setting, best: Contest | None) -> dict[st
         return {"verdict": "best", "p_value": None, "p_seeds": None, "test": ""}
     seeds = over_seeds(_scores(best, setting), _scores(contest, setting))
     name = setting.score.rpartition("/")[2]  # of several test sets: their split stands before it
-    paired = [
-        [row_scores(result.folder, name, result.test(setting.score)) for result in one.outcome.finals]
-        for one in (best, contest)
-        if one.outcome is not None
-    ]
-    usable = [[one for one in scores if one is not None] for scores in paired]
-    by_rows: PairedTest | None = None
-    if all(len(found) == len(scores) for found, scores in zip(usable, paired, strict=True)):
-        by_rows = over_rows(usable[0], usable[1])
+    by_rows = _over_rows(_finals(best, setting), _finals(contest, setting), name)
     chosen = by_rows or seeds
     behind = chosen.p_value is not None and chosen.p_value <= LEVEL
     return {
@@ -96,6 +90,22 @@ def _judged(contest: Contest, setting: Setting, best: Contest | None) -> dict[st
         "p_seeds": seeds.p_value,
         "test": chosen.name,
     }
+
+
+Finals = tuple[tuple[Path, float | None], ...]  # folder and test score of each seed's run
+
+
+def _finals(contest: Contest, setting: Setting) -> Finals:
+    assert contest.outcome is not None
+    return tuple((result.folder, result.test(setting.score)) for result in contest.outcome.finals)
+
+
+@cache  # the table is written whenever a method has ended, and runs that have ended do not change
+def _over_rows(best: Finals, other: Finals, name: str) -> PairedTest | None:
+    """Test two methods over the rows of their runs; None where these have no rows of the score."""
+    found = [[row_scores(folder, name, score) for folder, score in finals] for finals in (best, other)]
+    first, second = ([one for one in scores if one is not None] for scores in found)
+    return over_rows(first, second) if len(first) == len(best) and len(second) == len(other) else None
 
 
 def _scores(contest: Contest, setting: Setting) -> list[float]:
