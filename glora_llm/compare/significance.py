@@ -2,7 +2,8 @@
 
 Rows: of one seed and a score that is right or wrong, the exact binomial test of the rows on which the two differ
 (McNemar); else a sign-flip permutation test of the differences. A row that several seeds score counts once, with its
-mean difference. Seeds: Student's t-test of the paired differences. All by scipy, two-sided.
+mean difference. Seeds: Student's t-test of the paired differences. All by scipy, two-sided. The p-values of several
+methods against the best are corrected for their number (Holm).
 """
 
 import json
@@ -128,6 +129,18 @@ def _sign_flips(differences: NDArray[np.float64]) -> float:
         rng=np.random.default_rng(0),
     )
     return float(result.pvalue)
+
+
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number: the chance that any of them is so small though all are level.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statistics 6 (1979).
+    """
+    found, largest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        found[place] = largest
+    return found
 
 
 def over_seeds(best: Sequence[float], other: Sequence[float]) -> PairedTest:

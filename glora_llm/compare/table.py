@@ -10,7 +10,7 @@ from typing import Any
 from glora_llm.compare.budget import Fit
 from glora_llm.compare.contenders import Contender
 from glora_llm.compare.course import Outcome, Setting, rate_text
-from glora_llm.compare.significance import LEVEL, PairedTest, over_rows, over_seeds, row_scores
+from glora_llm.compare.significance import LEVEL, PairedTest, corrected, over_rows, over_seeds, row_scores
 from glora_llm.compare.trial import Result
 
 WIDTH = 150  # columns of the table where there is no terminal
@@ -42,7 +42,11 @@ def rows(contests: Sequence[Contest], setting: Setting) -> list[dict[str, Any]]:
     scored = [contest for contest in contests if contest.outcome and not contest.why]
     best = min(scored, key=lambda contest: setting.better(mean(_scores(contest, setting)), setting.score), default=None)
     targets = _targets(scored)
-    return [_row(contest, setting, best, targets) for contest in contests]
+    found = [_row(contest, setting, best, targets) for contest in contests]
+    tested = [row for row in found if row.get("p_value") is not None]
+    for row, p_value in zip(tested, corrected([row["p_value"] for row in tested]), strict=True):
+        row |= {"p_value": p_value, "verdict": "behind" if p_value <= LEVEL else "level"}
+    return found
 
 
 def _row(contest: Contest, setting: Setting, best: Contest | None, targets: Sequence[float]) -> dict[str, Any]:
@@ -76,16 +80,15 @@ def _row(contest: Contest, setting: Setting, best: Contest | None, targets: Sequ
 
 
 def _judged(contest: Contest, setting: Setting, best: Contest | None) -> dict[str, Any]:
-    """Return verdict and p-values of a method against the one with the best mean."""
+    """Return the p-values of a method against the one with the best mean, not corrected for their number."""
     if contest is best or best is None:
         return {"verdict": "best", "p_value": None, "p_seeds": None, "test": ""}
     seeds = over_seeds(_scores(best, setting), _scores(contest, setting))
     name = setting.score.rpartition("/")[2]  # of several test sets: their split stands before it
     by_rows = _over_rows(_finals(best, setting), _finals(contest, setting), name)
     chosen = by_rows or seeds
-    behind = chosen.p_value is not None and chosen.p_value <= LEVEL
     return {
-        "verdict": "behind" if behind else "level",
+        "verdict": "level",  # until its p-value says otherwise
         "p_value": chosen.p_value,
         "p_seeds": seeds.p_value,
         "test": chosen.name,
@@ -193,7 +196,8 @@ def notes(content: Mapping[str, Any]) -> list[str]:
     ran = [row for row in methods if "mean" in row]
     tests = dict.fromkeys(row["test"] for row in ran if row["test"])
     if tests:
-        lines.append(f"p against the best mean: {'; '.join(tests)}. level: p > {LEVEL:g}, or not tested.")
+        lines.append(f"p against the best mean, corrected for the number of methods: {'; '.join(tests)}.")
+        lines.append(f"level: p > {LEVEL:g}, or not tested.")
     if any(row["lr_at_edge"] for row in ran):
         lines.append("*: the best rate is at the edge of those that were tried; name farther ones by --rates.")
     if ran:

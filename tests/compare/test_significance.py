@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from glora_llm.compare.significance import RowScores, over_rows, over_seeds, row_scores
+from glora_llm.compare.significance import RowScores, corrected, over_rows, over_seeds, row_scores
 
 
 def right(share: float, rows: int, seed: int) -> RowScores:
@@ -74,3 +74,9 @@ def test_rows_are_those_that_add_up_to_the_score(name: str, score: float, value:
     assert found.is_binary == (name != "loss")
     assert row_scores(tmp_path, name, 0.123) is None and row_scores(tmp_path / "none", name, score) is None
     assert row_scores(tmp_path, "f1", score) is None
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    assert corrected([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09]), "as R's p.adjust"
+    assert corrected([0.5, 0.001]) == pytest.approx([0.5, 0.002]) and corrected([0.9, 0.8]) == [1.0, 1.0]
+    assert corrected([]) == []
