@@ -18,6 +18,19 @@ STEPS, SAVED, GLOBAL_BATCH = 4, 2, 8
 KINDS: dict[str, tuple[str, list[str]]] = {
     "adapter": ("tiny_cpu", ["adapter.dropout=0.1"]),
     "whole model": ("tiny_cpu", ["adapter.method=full", "adapter.slots=null", "training.lr=1e-3"]),
+    "distilled": (
+        "tiny_cpu",
+        [
+            "adapter.method=full",
+            "adapter.slots=null",
+            "training.lr=1e-3",
+            "model.gradient_checkpointing=true",
+            "data.format=text",
+            "data.prompt=null",
+            "model.from_dense={budget: 0.8, calibration_rows: 2}",
+            "training.distill={teacher: 'embedded:tiny-llama', states: 0.1}",
+        ],
+    ),
     "supernet": ("tiny_cpu_search", ["search=null", "adapter.targets=[k_proj, down_proj]"]),
 }
 

@@ -21,6 +21,7 @@ from glora_llm.vlora import increments
 from tests.vlora.conftest import shared, small_llama, twin
 
 STEPS, ACCUMULATION, LR, DECAY = 2, 2, 0.1, 0.5
+BY_KIND = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 4, "gate_proj": 2, "up_proj": 2, "down_proj": 2}
 FORMS: dict[str, dict[str, Any]] = {
     "chain": {},
     "chain-thin": {"form": "thin"},
@@ -28,15 +29,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "gains": {"gains": ["row", "column", "diagonal"], "increments": "all", "sharing": "cycle"},
     "muon": {"gains": ["row"], "form": "auto"},
     "gains-thin": {"gains": ["row", "column", "diagonal"], "form": "thin"},
+    "star-gains": {"gains": ["row", "column", "diagonal"], "topology": "star", "base_gradient": "first"},
+    "kinds": {"layers_per_compound": BY_KIND, "gains": {"q_proj": ["diagonal"], "down_proj": ["row", "column"]}},
+    "means": {"topology": "star", "increments": "all"},  # the groups of a budget
 }
 CHECKPOINTING = {"none": None, "non-reentrant": False, "reentrant": True}
+EVERY = [(0, "none"), (1, "non-reentrant"), (2, "none"), (3, "non-reentrant")]
 SCENARIOS = {
     "chain": [(0, "none"), (0, "reentrant"), (1, "non-reentrant"), *product((2, 3), CHECKPOINTING)],
     "chain-thin": [(3, "non-reentrant")],
     "star-first": [(2, "reentrant"), (3, "none"), (3, "non-reentrant")],
     "gains": [(0, "none"), (1, "non-reentrant"), (2, "non-reentrant"), (3, "none"), (3, "non-reentrant")],
     "muon": [(stage, "none") for stage in range(4)],
-    "gains-thin": [(2, "none"), (3, "non-reentrant")],
+    "gains-thin": EVERY,
+    "star-gains": EVERY,
+    "kinds": EVERY,
+    "means": [*EVERY, (3, "none")],
 }
 
 
@@ -47,9 +55,10 @@ def batch(step: int, part: int, rank: int) -> Tensor:
 
 
 def model_of(form: str) -> Any:
-    """Return the model of a scenario: all linears of 4 layers in one compound, in a cycle in two."""
+    """Return the model of a scenario: all linears of 4 layers in one compound, else as the form says."""
     model, size = small_llama(), 2 if "sharing" in FORMS[form] else 4
-    return shared(model, model.model.layers, layers_per_compound=size, **{"form": "composed", **FORMS[form]})
+    keys = {"layers_per_compound": size, "form": "composed", **FORMS[form]}
+    return shared(model, model.model.layers, **keys)
 
 
 def config(stage: int) -> dict[str, Any]:
@@ -136,7 +145,8 @@ def trained(
             worst["gradient"] = max(worst["gradient"], error(got, grads[step][name]))
         engine.step()
     sizes = increments(model)
-    assert len(sizes) == (28 if "increments" in FORMS[form] else 21) and all(size.norm > 0 for size in sizes.values())
+    wanted = 28 if "increments" in FORMS[form] else 18 if form == "kinds" else 21
+    assert len(sizes) == wanted and all(size.norm > 0 for size in sizes.values())
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
         for name, value in model.named_parameters():
             worst["weight"] = max(worst["weight"], error(value.detach(), weights[name]))

@@ -99,8 +99,13 @@ def test_other_stages_train_the_same(stage: str, run: Path, text: Path, tmp_path
 
 
 def test_a_teacher_in_four_bits(run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And where three kinds of linears alone may share."""
     more = ["training.distill.quantization=nf4", "training.deepspeed=zero3", "merge.after_training=false"]
-    assert command(tmp_path / "run", text, *more) == 0
+    assert command(tmp_path / "run", text, *more, "model.from_dense.targets=[q_proj, up_proj, down_proj]") == 0
+    sharing = read_sharing(tmp_path / "run" / "model")
+    assert isinstance(sharing, UnequalSharing)
+    kinds = {group.linear for group in sharing.groups}
+    assert kinds == {"self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"}
     said = capsys.readouterr().out
     assert "truncated SVD alone" in said and "1.000 x the teacher's" in said
     exact, rounded = (
@@ -145,6 +150,10 @@ def test_a_teacher_with_another_tokenizer(text: Path, tmp_path: Path, capsys: py
         (["--budget", "0.5", "--data", "x.jsonl"], "give --steps N"),
         (["--budget", "x", "--data", "x.jsonl", "--steps", "5"], "--budget is 'x'"),
         (["--budget", "1.5", "--data", "x.jsonl", "--steps", "5"], "model.from_dense.budget"),
+        (
+            ["--budget", "0.5", "--data", "x.jsonl", "--steps", "5", "--base", "first"],
+            "--base is for --rank: with --budget the layers that share follow",
+        ),
         (["--rank", "4", "--distill"], "--data, --steps, --distill and overrides train a model of --budget"),
     ],
 )
