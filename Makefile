@@ -71,8 +71,10 @@ lint: $(STAMP)  ## ruff, its formatter and mypy
 peft-suite: $(STAMP)  ## PEFT's own generic tests on GLoRA, against the failures that are expected (fetches PEFT's source)
 	@$(IN_VENV) python scripts/peft_suite.py --workers $(WORKERS)
 
-bench: $(STAMP)  ## every scripts/bench_*.py, but bench_vlora_forms.py: bench-vlora
-	@for script in $(filter-out scripts/bench_vlora_forms.py,$(wildcard scripts/bench_*.py)); do \
+# Whole matrices of trainings: bench-vlora, and bench_methods.py by its parts.
+LONG := scripts/bench_vlora_forms.py scripts/bench_methods.py
+bench: $(STAMP)  ## every scripts/bench_*.py, but those that take days: bench_vlora_forms.py, bench_methods.py
+	@for script in $(filter-out $(LONG),$(wildcard scripts/bench_*.py)); do \
 	  echo "python $$script"; $(IN_VENV) python $$script || exit 1; \
 	done
 

@@ -75,3 +75,14 @@ def number_above_zero(text: str | None, option: str, expected: str) -> float | N
     if not 0 < value < math.inf:
         raise UserError(f"{option} is '{text}'; expected {expected}.")
     return value
+
+
+def whole_number(text: str, option: str) -> int:
+    """Return the number above 0 that an option of the command line gives.
+
+    Raises:
+        UserError: when it is none, or has more than 15 digits.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= 15) or int(text) < 1:
+        raise UserError(f"{option} is '{text[:80]}'; expected a whole number above 0.")
+    return int(text)

@@ -11,12 +11,15 @@ from-dense  SmolLM2-135M at 50 % of its linears, trained on FOLDER/wikitext2, 8 
 dense-narrow and dense-shallow are saved in as many bytes as the form `paper`, dense-middle lies between; their sizes
 are solved for first. Each run is a command of the package in a process and on a thread of its own. A finished run is
 not repeated and a stopped one goes on from its checkpoint, so the command may be stopped (Ctrl-C, SIGTERM) and started.
-Prints a Markdown table; --figure draws score against bytes; --list prints the forms and what each changes;
---table-only trains nothing. `plateau`: the first step from which on the mean training loss of 10 steps is below the
-entropy of single tokens (6.51 nats; 2.303 of classes). `to dense-narrow's loss`: seconds of training steps, by seed.
+Runs of other --overrides lie in a folder of their own. Prints a Markdown table; --figure draws score against bytes;
+--list prints the forms and what each changes; --table-only trains nothing. `plateau`: the first step from which on the
+mean training loss of 10 steps is below the entropy of single tokens (6.51 nats; 2.303 of classes). `to dense-narrow's
+loss`: seconds of training steps, by seed.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,14 +44,17 @@ def main() -> int:
         return 2
     forms = arguments.forms or list(table.forms)
     steps, lr = arguments.steps or table.steps, arguments.lr or table.lr
-    out = arguments.out / arguments.table / f"{steps}-steps-lr-{lr}-{arguments.dtype}"
+    changed = hashlib.sha256(json.dumps(arguments.overrides).encode()).hexdigest()[:8] if arguments.overrides else ""
+    out = (
+        arguments.out / arguments.table / "-".join(filter(None, (f"{steps}-steps-lr-{lr}-{arguments.dtype}", changed)))
+    )
     failed: list[Path] = []
     if not arguments.table_only:
         absent = missing(table)
         if absent:
             print(f"error: GLORA_DATA must name a folder that holds {absent}", file=sys.stderr)
             return 2
-        twins = solve_twins(table, arguments.out / arguments.table / "twins.json") if set(forms) & set(TWINS) else {}
+        twins = solve_twins(table, arguments.overrides, out / "twins.json") if set(forms) & set(TWINS) else {}
         shared = [f"training.steps={steps}", f"training.lr={lr}", f"model.dtype={arguments.dtype}"]
         runs: list[Run] = [  # all forms of a seed first: a stopped command leaves a whole comparison
             (out / f"{form}-{seed}", command(table, form, seed, [*shared, *arguments.overrides], twins))

@@ -7,7 +7,7 @@ from typing import Any
 from glora_llm.cli.vlora_from_dense import train_smaller
 from glora_llm.cli.vlora_show import add_show
 from glora_llm.cli.vlora_twin import add_twin
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, whole_number
 from glora_llm.schema.vlora import VLORA_CHOICES
 
 BASES = ("first", "mean")
@@ -59,9 +59,9 @@ def from_dense(arguments: argparse.Namespace) -> int:
         return train_smaller(arguments)
     if arguments.data or arguments.steps or arguments.distill or arguments.overrides:
         raise UserError("--data, --steps, --distill and overrides train a model of --budget SHARE; --rank writes one.")
-    ranks = [None if part == "full" else _number(part, "--rank") for part in arguments.rank.split(",")]
+    ranks = [None if part == "full" else whole_number(part, "--rank") for part in arguments.rank.split(",")]
     given = arguments.layers_per_compound or "4"
-    size = None if given == "all" else _number(given, "--layers-per-compound")
+    size = None if given == "all" else whole_number(given, "--layers-per-compound")
     from glora_llm.launch.quiet import quiet_libraries
 
     quiet_libraries()
@@ -74,9 +74,3 @@ def from_dense(arguments: argparse.Namespace) -> int:
     config = VLoRAConfig(targets, size, topology=arguments.topology or "chain", increments=adding)
     from_dense_command(arguments.model, config, ranks, arguments.out, base)
     return 0
-
-
-def _number(text: str, option: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{option} is '{text}'; expected a whole number above 0.")
-    return int(text)

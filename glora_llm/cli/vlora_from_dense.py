@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm import recipe as recipes
-from glora_llm.errors import UserError, number_above_zero
+from glora_llm.errors import UserError, number_above_zero, whole_number
 from glora_llm.schema import Recipe
 
 SHARE, SMALL_SHARE, SMALL_TEXT = 0.02, 0.1, 1_000_000  # of the rows, of a file of fewer bytes
@@ -43,10 +43,8 @@ def smaller_recipe(arguments: argparse.Namespace) -> Recipe:
         raise UserError(f"{what} text: give --data FILE (or a recipe with model.from_dense).")
     if arguments.steps is None:
         raise UserError("--budget trains the smaller model on: give --steps N, the optimizer steps.")
-    if not (arguments.steps.isascii() and arguments.steps.isdecimal()) or int(arguments.steps) < 1:
-        raise UserError(f"--steps is '{arguments.steps}'; expected a whole number above 0.")
+    steps = whole_number(arguments.steps, "--steps")
     budget = number_above_zero(arguments.budget, "--budget", "a share of the linears' parameters, such as 0.5")
-    steps = int(arguments.steps)
     training: dict[str, Any] = {"global_batch": 16, "micro_batch": 4, "steps": steps, "lr": 5e-4, "warmup": 0.05}
     if arguments.distill:
         training["distill"] = {"teacher": arguments.model}

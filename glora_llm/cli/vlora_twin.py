@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glora_llm import recipe
-from glora_llm.errors import UserError
+from glora_llm.errors import UserError, whole_number
 from glora_llm.schema import Recipe
 
 TWIN = """\
@@ -51,17 +51,6 @@ def twin(arguments: argparse.Namespace) -> int:
 
     print_twin(name, checked, arguments.by, size, multiple)
     return 0
-
-
-def whole_number(text: str, option: str) -> int:
-    """Return the number above 0 that an option gives.
-
-    Raises:
-        UserError: when it is none.
-    """
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise UserError(f"{option} is '{text}'; expected a whole number above 0.")
-    return int(text)
 
 
 def _recipe(name: str, overrides: list[str]) -> tuple[str, Recipe]:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from glora_llm.vlora import (
 )
 from glora_llm.vlora.compound import lay_out_compounds
 from glora_llm.vlora.config import names
+from glora_llm.vlora.groups import Group
 
 OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
 CODE = "1"  # raised whenever `made_of_dense` would make another model of the same weights
@@ -187,6 +189,15 @@ def _print_groups(sharing: UnequalSharing, fits: Sequence[IncrementFit]) -> None
     """Print for every linear how many layers share, at which ranks, and the error of the outputs that is left."""
     print(f"  {'linear':24s} layers x rank of each group, and what is lost of the outputs (mean, largest)")
     for name in dict.fromkeys(group.linear for group in sharing.groups):
-        groups = " ".join(f"{g.count}x{g.rank or 'dense'}" for g in sharing.groups if g.linear == name)
+        groups = _in_words([group for group in sharing.groups if group.linear == name])
         lost = [fit.weight_error for fit in fits if fit.linear == name] or [0.0]
         print(f"  {name:24s} {groups}: {100 * sum(lost) / len(lost):.1f} %, {100 * max(lost):.1f} %", flush=True)
+
+
+def _in_words(groups: Sequence[Group]) -> str:
+    """Return the groups of one linear, from the first layer on: `2x33, 8 dense, 15x87`."""
+    words: list[str] = []
+    for count, alike in groupby(groups, key=lambda group: group.count):
+        mine = list(alike)
+        words += [f"{len(mine)} dense"] if count == 1 else [f"{count}x{group.rank}" for group in mine]
+    return ", ".join(words)

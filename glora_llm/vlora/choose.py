@@ -212,6 +212,11 @@ def _require_reachable(search: Search) -> None:
         least += int(smallest[search.layers])
     if least <= search.budget:
         return
+    if least == search.dense:
+        raise UserError(
+            f"Sharing makes none of these linears smaller (layers: {search.layers}): every group takes as many "
+            "parameters as its weights. Choose a model with more layers, or wider ones."
+        )
     shares = ["", ""]
     if search.dense is not None:
         shares = [f" ({100 * size / search.dense:.2f} % of the linears)" for size in (search.budget, least)]

@@ -29,14 +29,14 @@ def command(table: Table, form: str, seed: int, settings: list[str], twins: dict
 
     Args:
         settings: of all runs, behind those of the table.
-        twins: name of a dense model of another size -> its sizes.
+        twins: name of a dense model of another size -> its sizes, which nothing else may change.
     """
-    own = [*table.forms[form], *settings, f"training.seed={seed}"]
+    own = [*table.forms[form], *settings, *twins.get(form, []), f"training.seed={seed}"]
     if not table.shared:
         words = [MODEL, "--budget", BUDGET, "--data", table.files[0], "--steps", str(table.steps), "--distill"]
         return [sys.executable, "-m", "glora_llm", "vlora", "from-dense", *words, *table.common, *own]
     if form.startswith("dense"):
-        return [sys.executable, "train.py", "--recipe", table.dense, *table.common, *twins.get(form, []), *own]
+        return [sys.executable, "train.py", "--recipe", table.dense, *table.common, *own]
     return [sys.executable, "train.py", "--recipe", table.shared, *table.common, *table.paper, *own]
 
 
@@ -92,8 +92,13 @@ def _start(folder: Path, words: list[str]) -> "subprocess.Popen[bytes]":
         )
 
 
-def solve_twins(table: Table, file: Path) -> dict[str, list[str]]:
-    """Return name -> overrides of the dense models of other sizes, solved for once and kept in a file."""
+def solve_twins(table: Table, changes: list[str], file: Path) -> dict[str, list[str]]:
+    """Return name -> overrides of the dense models of other sizes, solved for once and kept in a file.
+
+    Args:
+        changes: further settings of all runs, which may be of the model.
+        file: of a name that these settings tell from others.
+    """
     if not table.shared:
         return {}
     if file.is_file():
@@ -106,7 +111,7 @@ def solve_twins(table: Table, file: Path) -> dict[str, list[str]]:
     from glora_llm.plan.subjects import not_here, subject_here
     from glora_llm.plan.twin import count, find_twin
 
-    checked = recipes.load(table.shared, [*table.common, *table.paper])
+    checked = recipes.load(table.shared, [*table.common, *table.paper, *changes])
     folder, _ = subject_here(checked, 1, not_here(checked))
     config = load_config(folder)
     equal = sum(parameter.numel() for parameter in meta_model(checked.model, folder).parameters())

@@ -69,6 +69,13 @@ SMALLER: dict[str, Case] = {
     "a budget without steps": bad(
         "--budget trains the smaller model on: give --steps N", "--budget", "0.5", "--data", "x.jsonl", command=COMMAND
     ),
+    "a budget for steps that are no whole number": bad(
+        "--steps is '1e3'; expected a whole number above 0",
+        "--budget", "0.5", "--data", "x.jsonl", "--steps", "1e3", command=COMMAND,
+    ),
+    "a budget for a model of one layer": bad(
+        "Sharing makes none of these linears smaller (layers: 1)", HERE, FULL, HALF, change=config(num_hidden_layers=1)
+    ),
     "distillation without data": bad(
         "--distill learns from a teacher's answers to text: give --data FILE", *BUDGET, "--distill", command=COMMAND
     ),

@@ -1,4 +1,4 @@
-"""Every change of 1, 2 and 4 processes, to every ZeRO stage, of an adapter, a whole model and a supernet."""
+"""Every change of 1, 2 and 4 processes, to every ZeRO stage: an adapter, a whole or distilled model, a supernet."""
 
 from pathlib import Path
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,16 @@ def test_every_form_is_a_recipe_of_its_own(name: str) -> None:
 def test_the_dense_twins_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("GLORA_DATA", str(tmp_path / "absent"))
-    text = TABLES["text"]
+    table = TABLES["text"]
     small = (
         "{model_type: llama, hidden_size: 64, intermediate_size: 160, num_hidden_layers: 12, num_attention_heads: 4}"
     )
-    table = replace(text, common=[*text.common, f"model.config={small}", "model.tokenizer=train:300"])
-    twins = solve_twins(table, tmp_path / "twins.json")
-    assert list(twins) == list(TWINS) and solve_twins(table, tmp_path / "twins.json") == twins
+    changes = [f"model.config={small}", "model.tokenizer=train:300"]
+    twins = solve_twins(table, changes, tmp_path / "twins.json")
+    assert list(twins) == list(TWINS) and solve_twins(table, changes, tmp_path / "twins.json") == twins
     counts = {}
     for form in ("paper", "dense", *TWINS):
-        recipe = recipe_of(command(table, form, 0, [], twins))
+        recipe = recipe_of(command(table, form, 0, changes, twins))
         folder, _ = subject_here(recipe, 1, "the text is not here")
         counts[form] = sum(parameter.numel() for parameter in meta_model(recipe.model, folder).parameters())
     for form in ("dense-narrow", "dense-shallow"):

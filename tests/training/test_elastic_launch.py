@@ -21,8 +21,6 @@ CHANGES = [
     Change(Launched("whole model", 2, "zero3"), Launched("whole model", 1, "zero1")),
     Change(Launched("whole model", 2, "zero3"), Launched("whole model", 4, "zero1")),
     Change(Launched("distilled", 2, "zero3"), Launched("distilled", 1, "zero1")),
-    Change(Launched("distilled", 2, "zero3"), Launched("distilled", 4, "zero3")),
-    Change(Launched("distilled", 2, "zero1"), Launched("distilled", 1, "zero3")),
     Change(Launched("supernet", 2, "zero2"), Launched("supernet", 1, "zero2")),
     Change(Launched("supernet", 2, "zero2"), Launched("supernet", 4, "zero3")),
 ]

@@ -219,6 +219,11 @@ def test_a_budget_that_no_sharing_meets_names_the_nearest() -> None:
         choose_groups(list(model), list(WIDTHS), nearest - 2e-3, {})
 
 
+def test_one_layer_cannot_share() -> None:
+    with pytest.raises(UserError, match=r"Sharing makes none of these linears smaller \(layers: 1\)"):
+        choose_groups(list(stack(1)), list(WIDTHS), 0.5, {})
+
+
 def test_costs_that_share_no_unit_are_rounded_up() -> None:
     draw = np.random.default_rng(0)
     offered = [
