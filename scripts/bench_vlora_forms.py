@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # scripts/vlora_forms is no part of the package
 
+from glora_llm.errors import UserError  # noqa: E402
 from scripts.vlora_forms.forms import TABLES, TWINS, Table  # noqa: E402
 from scripts.vlora_forms.runs import Run, command, run_all, solve_twins  # noqa: E402
 
@@ -110,4 +111,8 @@ def report(out: Path, table: Table, forms: list[str], seeds: list[int], figure: 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -90,6 +90,16 @@ def test_the_same_command_goes_on_bit_for_bit(run: Path, text: Path, tmp_path: P
     assert json.loads((out / "summary.json").read_text())["teacher"]
 
 
+def test_what_was_lost_is_said_though_the_merged_model_is_refused(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "merged")
+    assert command(tmp_path / "run", text, "merge.dtype=bfloat16", "merge.min_top1_agreement=1") == 1
+    said = capsys.readouterr()
+    assert "check failed: top-1 agreement" in said.err and "trained on" in said.out
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
 def test_other_stages_train_the_same(stage: str, run: Path, text: Path, tmp_path: Path) -> None:
     assert command(tmp_path / "run", text, f"training.deepspeed={stage}", "merge.after_training=false") == 0
