@@ -84,5 +84,6 @@ def whole_number(text: str, option: str) -> int:
         UserError: when it is none, or has more than 15 digits.
     """
     if not (text.isascii() and text.isdecimal() and len(text) <= 15) or int(text) < 1:
-        raise UserError(f"{option} is '{text[:80]}'; expected a whole number above 0.")
+        most = " of 15 digits at most" if len(text) > 15 else ""
+        raise UserError(f"{option} is '{text[:80]}'; expected a whole number above 0{most}.")
     return int(text)

@@ -68,7 +68,7 @@ def from_dense(arguments: argparse.Namespace) -> int:
     from glora_llm.models.from_dense import from_dense_command
     from glora_llm.vlora import VLoRAConfig
 
-    targets = arguments.targets.split(",") if arguments.targets else None
+    targets = None if arguments.targets is None else arguments.targets.split(",")
     base = arguments.base or BASES[0]
     adding = "all" if base == "mean" else "next"  # a layer whose weight is the base could not leave the mean
     config = VLoRAConfig(targets, size, topology=arguments.topology or "chain", increments=adding)

@@ -53,7 +53,7 @@ def smaller_recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.distill:
         training["distill"] = {"teacher": arguments.model}
     dense: dict[str, Any] = {"budget": budget}
-    if arguments.targets:
+    if arguments.targets is not None:
         dense["targets"] = arguments.targets.split(",")
     values: dict[str, Any] = {
         "description": f"{arguments.model} at {arguments.budget} of its linears, trained on",
@@ -67,7 +67,12 @@ def smaller_recipe(arguments: argparse.Namespace) -> Recipe:
         "merge": {"after_training": True, "dtype": "float32"},
         "output": {"dir": str(arguments.out), "save_every": max(1, steps // 10), "keep": 2},
     }  # fmt: skip
-    return recipes.from_values(values, arguments.overrides, "vlora from-dense")
+    checked = recipes.from_values(values, arguments.overrides, "vlora from-dense")
+    if checked.model.from_dense is None:
+        raise UserError(
+            "model.from_dense=null would train the dense model as it is. Take it away, or train with `glora-llm train`."
+        )
+    return checked
 
 
 def _held_out(source: str) -> float | str:

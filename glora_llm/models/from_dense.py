@@ -30,6 +30,7 @@ from glora_llm.vlora import (
     choose_groups,
     from_dense,
     groups_from_dense,
+    require_budget,
 )
 from glora_llm.vlora.compound import lay_out_compounds
 from glora_llm.vlora.config import names
@@ -139,6 +140,7 @@ def _make_groups(
 ) -> None:
     model = load_base(section, source, choose_device())
     linears = _shared_linears(model, settings.targets)
+    require_budget(list(layers(model)), linears, settings.budget)  # before the minutes that the rest takes
     scales = input_scales(model, linears, rows)
     print(
         f"choosing which layers share weights, and ranks, for {100 * settings.budget:.4g} % of the linears", flush=True

@@ -143,7 +143,7 @@ def find_twin(config: Any, wanted: int, by: str = "width", multiple: int = 8) ->
         multiple: of which the feed-forward size, and by width the size of a head, are multiples (heads: of 2 at least).
 
     Raises:
-        UserError: when no such model comes within 2 %; it names the nearest.
+        UserError: when no such model comes within 2 %; it names the nearest. Or when no width has such heads.
     """
     before = Shape.of(config)
     candidates = _by_width(config, before, multiple) if by == "width" else _by_depth(config, before)
@@ -227,7 +227,11 @@ def _chosen(candidates: Iterable[_Candidate], wanted: int, multiple: int) -> Sha
         rank = (is_far, miss if is_far else abs(math.log(f / one.ratio)) + one.distance)
         if best is None or rank < best[0]:
             best = (rank, replace(one.shape, feed_forward=f))
-    assert best is not None  # both ways give at least the model's own shape
+    if best is None:  # of widths alone
+        raise UserError(
+            f"No hidden size up to {WIDEST} times the model's has heads whose size is a multiple of {multiple}. Give a "
+            "smaller --multiple."
+        )
     return best[1]
 
 

@@ -6,7 +6,7 @@
 `to_dense` writes a plain model out again.
 """
 
-from glora_llm.vlora.choose import choose_groups
+from glora_llm.vlora.choose import choose_groups, require_budget
 from glora_llm.vlora.compound import make_compounds
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.convert import Increment, IncrementFit, from_dense, increments, m_steps, to_dense
@@ -38,6 +38,7 @@ __all__ = [
     "make_groups",
     "matrix_count",
     "parameter_count",
+    "require_budget",
     "to_dense",
     "vlora_layers",
 ]

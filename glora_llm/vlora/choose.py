@@ -64,6 +64,17 @@ def choose_groups(
             known[group.linear].decompose(group)
 
 
+def require_budget(layers: Sequence[nn.Module], linears: Sequence[str], budget: float) -> None:
+    """Check, by sizes alone, that some groups come within a budget; arguments are as of `choose_groups`.
+
+    Raises:
+        UserError: when none do; it names the nearest.
+    """
+    known = {name: LinearLosses(layers, name, None) for name in linears}
+    dense = len(layers) * sum(one.full for one in known.values())
+    Search({name: one.candidates for name, one in known.items()}, len(layers), int(budget * dense), dense)
+
+
 def _counted(candidates: Sequence[Candidate]) -> str:
     shared = [group for group in candidates if group.count > 1]
     ranks, exact = sum(len(group.ranks) for group in shared), sum(group.exact for group in shared)

@@ -28,6 +28,12 @@ def teacher(folder: Path) -> None:
     file.write_text(json.dumps(values), encoding="utf-8")
 
 
+def some_text(folder: Path) -> None:
+    """Write 20 rows of text."""
+    rows = (json.dumps({"text": f"The {number} brown foxes jump over lazy dogs."}) for number in range(20))
+    (folder / "text.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+
 def unlike() -> Change:
     """Return what makes a model whose feed-forward sizes differ from layer to layer."""
     per_layer = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
@@ -75,6 +81,17 @@ SMALLER: dict[str, Case] = {
     ),
     "a budget for a model of one layer": bad(
         "Sharing makes none of these linears smaller (layers: 1)", HERE, FULL, HALF, change=config(num_hidden_layers=1)
+    ),
+    "a budget whose section is taken away": bad(
+        "model.from_dense=null would train the dense model as it is",
+        *BUDGET, "--data", "rows.jsonl", "model.from_dense=null", command=COMMAND,
+    ),
+    "a budget for linears without a name": bad(
+        "No layer has a linear ''", *BUDGET, "--data", "text.jsonl", "--targets=", change=some_text, command=COMMAND,
+    ),
+    "a twin whose heads have no width": bad(
+        "has heads whose size is a multiple of 100000", "vlora_lm_tiny", "--multiple", "100000",
+        command=("vlora", "twin"),
     ),
     "distillation without data": bad(
         "--distill learns from a teacher's answers to text: give --data FILE", *BUDGET, "--distill", command=COMMAND

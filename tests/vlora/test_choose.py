@@ -19,6 +19,7 @@ from glora_llm.vlora import (
     group_losses,
     groups_from_dense,
     make_groups,
+    require_budget,
 )
 from glora_llm.vlora.choose import Search
 from glora_llm.vlora.group_losses import Candidate, LinearLosses
@@ -213,7 +214,11 @@ def test_a_budget_that_no_sharing_meets_names_the_nearest() -> None:
     model = stack(4)
     with pytest.raises(UserError, match=r"The nearest has \d+ \(\d+\.\d+ % of the linears\), --budget") as told:
         choose_groups(list(model), list(WIDTHS), 0.3, {})
+    with pytest.raises(UserError) as early:
+        require_budget(list(model), list(WIDTHS), 0.3)
+    assert str(early.value) == str(told.value)
     nearest = float(str(told.value).rpartition("--budget ")[2].rstrip("."))
+    require_budget(list(model), list(WIDTHS), nearest)
     assert choose_groups(list(model), list(WIDTHS), nearest, {}).groups
     with pytest.raises(UserError):
         choose_groups(list(model), list(WIDTHS), nearest - 2e-3, {})
