@@ -2,7 +2,6 @@
 values; it trains language models, those with a head, and image classifiers.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,20 +15,13 @@ from glora_llm.evaluation.trained import _unpack
 from glora_llm.models.embedded import embedded_folder
 from glora_llm.models.load import load_base
 from glora_llm.schema import AdapterSection, ModelSection
+from tests.in_process import one_thread  # noqa: F401 - a fixture
 from tests.run.methods_walk import NEEDED
 
 TRAINED = {name: method for name, method in METHODS.items() if name != "adapter_fusion"}  # of adapters: test_fusion
 IDS = torch.arange(24).reshape(2, 12)
 CPU = torch.device("cpu")
 OF_TEXT = [name for name, method in TRAINED.items() if "text" in method.kinds]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def section(name: str) -> AdapterSection:

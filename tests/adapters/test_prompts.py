@@ -1,6 +1,6 @@
 """Prompts of PEFT on packed rows: loss, gradients and scores are those of PEFT's own forward pass, sample by sample."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from glora_llm.models.attention import SEGMENTS, packed_arguments, register
 from glora_llm.plan.trained_counts import trained_counts
 from glora_llm.schema import AdapterSection
 from glora_llm.training.objectives import CausalLMObjective, TokenScores
+from tests.in_process import one_thread  # noqa: F401 - a fixture
 
 WORDS, PROMPT = 64, 4
 CASES = [*PROMPT_METHODS, "lstm"]
@@ -43,12 +44,8 @@ Make = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def registered() -> None:
     register()
-    yield
-    torch.set_num_threads(before)
 
 
 def section(name: str) -> AdapterSection:
