@@ -66,7 +66,7 @@ TASKS = {
         "training.micro_batch=16", "training.steps=100", "evaluation.every=50",
     ],
     "all_images": [
-        *IMAGES, "--methods", f"{FAMILIES},noah,vpt", "data.shots=null", "training.global_batch=32",
+        *IMAGES, "--methods", f"{FAMILIES},noah,vpt", "data.shots=null", "data.shots_seed=null", "training.global_batch=32",
         "training.micro_batch=32", "training.steps=300", "evaluation.every=100",
     ],
     "sst2": [
