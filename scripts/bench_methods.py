@@ -66,8 +66,8 @@ TASKS = {
         "training.micro_batch=16", "training.steps=100", "evaluation.every=50",
     ],
     "all_images": [
-        *IMAGES, "--methods", f"{FAMILIES},noah,vpt", "data.shots=null", "data.shots_seed=null", "training.global_batch=32",
-        "training.micro_batch=32", "training.steps=300", "evaluation.every=100",
+        *IMAGES, "--methods", f"{FAMILIES},noah,vpt", "data.shots=null", "data.shots_seed=null",
+        "training.global_batch=32", "training.micro_batch=32", "training.steps=300", "evaluation.every=100",
     ],
     "sst2": [
         *TEXT, "data.source=sst2/train.parquet", "data.test=sst2/validation.parquet",
@@ -172,7 +172,7 @@ def table(out: Path) -> str:
         for task in TIMED
         if (out / task / "latency.json").is_file()
     }
-    lines = [f"({date.today()}, {next(each['hardware'] for each in found.values() if each['methods'])})", ""]
+    lines = [f"({date.today()}, {next(each['hardware']['cpu'] for each in found.values() if each['methods'])})", ""]
     for kind, tasks in (("images", ("few_shot", "all_images")), ("text", ("sst2", "banking77"))):
         names = [name for name in METHODS if any(name in columns[task] for task in tasks)]
         timed = next(task for task in tasks if task in TIMED)
