@@ -5,6 +5,7 @@
   GLORA_DATA=FOLDER python scripts/bench_methods.py all_images    # all 20,000 of them
   GLORA_DATA=FOLDER python scripts/bench_methods.py sst2          # SmolLM2-135M
   python scripts/bench_methods.py banking77                       # shipped with the package
+  GLORA_DATA=FOLDER python scripts/bench_methods.py noah          # searched: its weights inherited, and trained anew
   python scripts/bench_methods.py latency                         # of each method that few_shot and sst2 trained
   python scripts/bench_methods.py table                           # of what has ended
 
@@ -76,6 +77,15 @@ TASKS = {
     ],
     "banking77": TEXT,
 }  # fmt: skip
+NOAH = [
+    "adapter.supernet={sizes: {adapter: [0, 5, 10, 25], lora: [0, 2, 4, 8], prompt: [0, 5, 10, 25]}}", "data.shots=16",
+    "data.validation=400", "data.test=test", "data.max_test_rows=1000",
+    f"data.images={{crop_padding: 2, flip: true, {bench_fewshot.SCALE}}}", "training.global_batch=16",
+    "training.micro_batch=16", "training.epochs=null", "training.steps=300", "training.lr=1e-3",
+    "training.weight_decay=0.0001", "search.budget=40k", "search.population=20", "search.parents=5",
+    "search.generations=6", "search.retrain_steps=100", "search.retrain_lr=1e-3", "evaluation.batch=100",
+    "output.save_every=300",
+]  # fmt: skip
 TIMED = {"few_shot": "16 images of 32 x 32 pixels", "sst2": "64 tokens"}
 ROUNDS = 15
 BASE_STEPS = 9000
@@ -84,7 +94,7 @@ BASE_STEPS = 9000
 def main() -> int:
     """Do what the first argument says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["base", *TASKS, "latency", "table"])
+    parser.add_argument("what", choices=["base", *TASKS, "noah", "latency", "table"])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_methods"))
     parser.add_argument("--seeds", default="3")
     arguments = parser.parse_args()
@@ -92,6 +102,8 @@ def main() -> int:
     if arguments.what == "base":
         data = bench_fewshot.split(out / "data")
         print(bench_fewshot.train_base(out / "base", data / "first", BASE_STEPS))
+    elif arguments.what == "noah":
+        print(noah(out))
     elif arguments.what == "latency":
         for task in TIMED:
             measure(out, task)
@@ -109,6 +121,18 @@ def compare(out: Path, task: str, seeds: str) -> int:
         command += [f"model.name_or_path={out / 'base' / 'model'}", f"data.source={out / 'data' / 'second'}"]
     print("glora-llm", shlex.join(command), flush=True)
     return glora_llm(command)
+
+
+def noah(out: Path) -> str:
+    """Search NOAH's structure on three draws of images; return the test accuracies in Markdown."""
+    lines = ["| draw | all of the supernet | found, inherited | found, trained anew |", "|---|---|---|---|"]
+    for draw in range(3):
+        place = [f"model.name_or_path={out / 'base' / 'model'}", f"data.source={out / 'data' / 'second'}"]
+        draws = [f"data.shots_seed={draw}", f"training.seed={draw}"]
+        summary = bench_fewshot.train(out / f"noah-{draw}", "vit_fewshot_noah", *NOAH, *place, *draws)
+        scores = [summary[key]["test/accuracy"] for key in ("test", "test_genome", "test_retrained")]
+        lines.append(f"| {draw} | {' | '.join(f'{score:.3f}' for score in scores)} |")
+    return "\n".join(lines)
 
 
 def comparison(out: Path, task: str) -> dict[str, Any]:
