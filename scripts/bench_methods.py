@@ -16,12 +16,11 @@ done again; --seeds adds seeds. The middle four are `glora-llm compare`, whose c
 import argparse
 import json
 import shlex
-import statistics
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from glora_llm.launch.quiet import quiet_libraries
 from glora_llm.models.load import load_base
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
+from glora_llm.report import timing
 from scripts import bench_fewshot
 
 FAMILIES = (
@@ -87,7 +87,7 @@ NOAH = [
     "output.save_every=300",
 ]  # fmt: skip
 TIMED = {"few_shot": "16 images of 32 x 32 pixels", "sst2": "64 tokens"}
-ROUNDS = 15
+ROUNDS = 25
 BASE_STEPS = 9000
 
 
@@ -167,7 +167,7 @@ def measure(out: Path, task: str) -> None:
 
 
 def ratio(plan: Plan, model: Any) -> float:
-    """Return the seconds of a model's pass over those of its base: the median of alternating passes."""
+    """Return the seconds of a model's pass over those of its base: the median over rounds of one pass of each."""
     section = plan.recipe.model.model_copy(update={"dtype": "float32"})
     base = load_base(section, plan.base.folder, torch.device("cpu")).eval()
     model.set_attn_implementation("sdpa")
@@ -176,15 +176,8 @@ def ratio(plan: Plan, model: Any) -> float:
         inputs: dict[str, Any] = {"pixel_values": torch.zeros(16, 3, base.config.image_size, base.config.image_size)}
     else:
         inputs = {"input_ids": torch.arange(64)[None], "use_cache": False}
-    seconds = [[passed(one, inputs) for one in (base, model)] for _ in range(ROUNDS + 2)][2:]
-    return statistics.median(own for _, own in seconds) / statistics.median(first for first, _ in seconds)
-
-
-def passed(model: Any, inputs: dict[str, Any]) -> float:
-    """Return the seconds of a forward pass."""
-    began = time.perf_counter()
-    model(**inputs)
-    return time.perf_counter() - began
+    steps = {"own": partial(model, **inputs), "base": partial(base, **inputs)}
+    return timing.ratio(timing.interleaved(steps, ROUNDS), "own", "base")
 
 
 def table(out: Path) -> str:
@@ -192,7 +185,7 @@ def table(out: Path) -> str:
     found = {task: comparison(out, task) for task in TASKS}
     columns = {task: {row["name"]: row for row in each["methods"]} for task, each in found.items()}
     times = {
-        task: json.loads((out / task / "latency.json").read_text())
+        task: json.loads((out / task / "latency.json").read_text(encoding="utf-8"))
         for task in TIMED
         if (out / task / "latency.json").is_file()
     }

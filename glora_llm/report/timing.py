@@ -3,13 +3,13 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 Times = dict[str, list[float]]
 
 
 def interleaved(
-    steps: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    steps: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> Times:
     """Return seconds of every run by name; each round runs everything once, and the first round is left out.
 
