@@ -14,6 +14,7 @@ done again; --seeds adds seeds. The middle four are `glora-llm compare`, whose c
 """
 
 import argparse
+import gc
 import json
 import shlex
 import sys
@@ -176,6 +177,7 @@ def ratio(plan: Plan, model: Any) -> float:
         inputs: dict[str, Any] = {"pixel_values": torch.zeros(16, 3, base.config.image_size, base.config.image_size)}
     else:
         inputs = {"input_ids": torch.arange(64)[None], "use_cache": False}
+    gc.freeze()  # a collection before each pass would take longer than the pass
     steps = {"own": partial(model, **inputs), "base": partial(base, **inputs)}
     return timing.ratio(timing.interleaved(steps, ROUNDS), "own", "base")
 
