@@ -17,7 +17,7 @@ from glora_llm.schema import AdapterSection
 
 TOLERANCE = 0.25  # share of the budget by which the nearest may miss it
 MOST = 65_536  # a knob's largest value
-FLAT = 2  # a knob that changes nothing up to so many times its value is taken to change nothing
+FLAT = 4  # a knob that changes nothing up to so many times its value is taken to change nothing
 COUNTS = 60  # models that are counted for one method at most
 
 

@@ -74,6 +74,12 @@ def only_divisors(value: int) -> int:
     return 576 * 576 // value
 
 
+def blocks(value: int) -> int:
+    if value < 4 or 192 % value:
+        raise UserError(f"{value} is no block of these layers")
+    return 106_168_320 // value
+
+
 def up_to_64(value: int) -> int:
     if value > 64:
         raise UserError("too large")
@@ -88,11 +94,24 @@ def up_to_64(value: int) -> int:
         (lambda value: 1000 * value, 300, 1, 2),
         (lambda value: value * value, 5000, 71, 20),
         (only_divisors, 50_000, 6, 12),
+        (blocks, 600_000, 192, 25),
+        (lambda value: 100 * (value // 3), 1000, 31, 20),
         (up_to_64, 6350, 63, 8),
         (up_to_64, 100_000, 64, 20),
-        (lambda value: 5, 100, 1, 2),
+        (lambda value: 5, 100, 1, 3),
     ],
-    ids=["line", "line with a start", "below all", "square", "falling", "with an end", "above all", "flat"],
+    ids=[
+        "line",
+        "line with a start",
+        "below all",
+        "square",
+        "falling",
+        "blocks",
+        "steps",
+        "with an end",
+        "above all",
+        "flat",
+    ],
 )
 def test_the_nearest_value_is_found_with_few_counts(
     count: Callable[[int], int], budget: int, value: int, most_calls: int
