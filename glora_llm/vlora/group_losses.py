@@ -1,4 +1,4 @@
-"""What groups of layers lose by sharing, for every rank: decomposed, or estimated where nobody would choose them.
+"""The losses of groups of layers that share, for every rank: decomposed, or estimated where nobody would choose them.
 
 The loss of a linear of layer l, in a group of c layers whose base M is the mean of their weights and whose increments
 have rank r, is
