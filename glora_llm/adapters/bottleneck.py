@@ -1,6 +1,6 @@
 """Bottleneck adapters: a small network with one hidden layer of r units, put into every block of a frozen transformer.
 
-A(h) = s U f(D h + d) + u, with D (r, I) and U (O, r). Where they sit, and what h is:
+A(h) = s (U f(D h + d) + u), with D (r, I) and U (O, r). Where they sit, and what h is:
 
 - `houlsby` (arXiv 1902.00751): behind attention and behind the feed-forward network, before each residual
   sum: y + A(y), f = GELU. (The authors train the norms too: adapter.modules_to_save.)
@@ -85,6 +85,8 @@ class BottleneckConfig(PeftConfig):
                 f"kronecker {self.kronecker} must divide the adapter's rank, which is {self.rank}: its matrices are "
                 f"Kronecker products with ({self.kronecker}, {self.kronecker}) on the left."
             )
+        if not self.scale:
+            raise AdapterError("scale is 0, and nothing would be trained: take another, or leave it out.")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout is {self.dropout}; expected at least 0 and less than 1.")
         activation_of(self.activation)
@@ -152,7 +154,7 @@ class BottleneckLayer(BlockLayer):
         self.rules[adapter_name] = config.made.rule
 
     def change(self, adapter_name: str, hidden: Tensor) -> Tensor:
-        """Return s U f(D h), (..., O), of h (..., I)."""
+        """Return s (U f(D h + d) + u), (..., O), of h (..., I)."""
         activation, scale, rate = self.settings[adapter_name]
         more = (self.rules[adapter_name](),) if adapter_name in self.rules else ()
         narrow = dropout(activation(self.bottleneck_down[adapter_name](hidden, *more)), rate, self.training)

@@ -19,6 +19,7 @@ METHOD = "adapter_fusion"
 KEY = "adapter.peft.adapters"
 ALIKE = ("rank", "parallel", "activation")  # of the adapters' configurations
 KINDS = ("down.weight", "down.bias", "up.weight", "up.bias")
+FOLLOWS = ("activation", "bottleneck", "count", "digests", "parallel", "target_modules")  # of the configuration
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,11 @@ def check_sources(section: AdapterSection, fingerprint: str = "") -> None:
     """
     if section.method != METHOD:
         return
-    given = (section.peft or {}).get("adapters", [])
+    arguments = section.peft or {}
+    for name in FOLLOWS:
+        if name in arguments:
+            raise UserError(f"adapter.peft.{name} follows from the adapters that are fused: take it away.")
+    given = arguments.get("adapters", [])
     if not isinstance(given, list) or not all(isinstance(folder, str) for folder in given):
         raise UserError(f"{KEY}: got {given!r}; expected a list of adapter folders.")
     for folder in read_sources(given).folders:

@@ -52,13 +52,12 @@ NONLINEAR = (
 
 def _bottleneck(source: str, **arguments: Any) -> Method:
     """Return a preset of the bottleneck adapters in `bottleneck`."""
-    return Method(source, NONLINEAR, arguments, places=True, tuner="bottleneck")
+    up = tuple(f"bottleneck_up.default.{name}" for name in ("weight", "left", "right"))  # dense, or Compacter's
+    return Method(source, NONLINEAR, arguments, places=True, tuner="bottleneck", up=up)
 
 
-FOUR_BITS, NONE = (
-    ("nf4", "fp4"),
-    (),
-)  # PEFT's layer reads the weight as a matrix of numbers, which int8 or 4 bits are not
+# of layers of PEFT that read the weight as a matrix of numbers, which int8 is not, or 4 bits neither
+FOUR_BITS, NONE = ("nf4", "fp4"), ()
 PROMPT_STAYS = (
     "its prompt stands before every sample, and no weight of a plain model holds that. PEFT loads the folder "
     "RUN/adapter on the base as it is"
@@ -89,7 +88,7 @@ METHODS: dict[str, Method] = {
     "beft": Method("2509.15974", "it gives a bias to every layer, and a LLaMA's linears have none"),
     "boft": Method("2311.06243"),
     "c3a": Method("2407.19342", quantised=FOUR_BITS),
-    "deft": Method("PEFT's documentation", quantised=NONE),
+    "deft": Method("PEFT's documentation", quantised=NONE, up=("deft_P",)),
     "delora": Method("2503.18225", quantised=NONE, up=("delora_B",)),
     "fourierft": Method("2405.03003"),
     "gralora": Method("2505.20355", quantised=FOUR_BITS, up=("gralora_B",)),
@@ -103,10 +102,15 @@ METHODS: dict[str, Method] = {
     "lora_dropout": Method("2404.09610", up=("lora_B",)),
     "lors": Method("2403.04303", up=("lora_B", "lora_shared.default.up")),
     "miss": Method("2409.15371"),
-    "noah": Method("2206.04673", MODULES_STAY, places=True, kinds=("images",)),
+    "noah": Method(
+        *("2206.04673", MODULES_STAY),
+        places=True,
+        kinds=("images",),
+        up=("query_up", "value_up", "noah_parts.default.up"),
+    ),
     "oft": Method("2306.07280", arguments={"oft_block_size": 0}),
     "osf": Method("2504.07097", quantised=NONE),
-    "peanut": Method("2410.01870", quantised=NONE),
+    "peanut": Method("2410.01870", quantised=NONE, up=("peanut_B",)),
     "p_tuning": _prompt("2103.10385", num_virtual_tokens=20),
     "p_tuning_v2": _prompt("2110.07602", "prefix_tuning", num_virtual_tokens=20, prefix_projection=False),
     "prefix_tuning": _prompt("2101.00190", num_virtual_tokens=10, prefix_projection=True, encoder_hidden_size=512),
@@ -115,7 +119,7 @@ METHODS: dict[str, Method] = {
     "psoft": Method("openreview.net, FSHrinMArK", quantised=NONE),
     "pvera": Method("2512.07703", arguments={"save_projection": False}),
     "randlora": Method("2502.00987"),
-    "repadapter": Method("2302.08106", places=True),
+    "repadapter": Method("2302.08106", places=True, up=("repadapter_block.default.up",)),
     "road": Method("2409.00119"),
     "ssf": Method("2210.08823", places=True),
     "supertuning": Method("2607.09287", quantised=NONE, up=("supertuning_lora_B",)),

@@ -71,6 +71,8 @@ class NoahConfig(PeftConfig):
         for name, size in self.sizes.items():
             if type(size) is not int or size < 0:
                 raise AdapterError(f"adapter.peft.{name} is {size}; expected its size, a whole number from 0.")
+        if not self.scale:
+            raise AdapterError("scale is 0, and LoRA would not be trained: its size 0 leaves it out.")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout is {self.dropout}; expected at least 0 and less than 1.")
         activation_of(self.activation)

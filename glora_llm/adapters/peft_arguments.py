@@ -15,6 +15,8 @@ OWNED = {
     "peft_type": "adapter.method",
     "auto_mapping": "adapter.method",
     "base_model_name_or_path": "the model section",
+    "genome": "adapter.genome",
+    "supernet": "adapter.paths and adapter.supernet",
 }
 NO_EFFECT = (  # warnings of PEFT about what was given and does nothing
     ".*did not match any targeted module.*",

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from glora_llm.adapters.places import is_norm, outside_heads
 from glora_llm.adapters.tuner import ALL, ModuleLayer, ModuleTuner, register
@@ -26,7 +28,7 @@ from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 from glora_llm.training.sharding import whole_shape
 
 SSF = add_peft_type("SSF")
-CHANNELS_SECOND = (*CONVOLUTIONS, nn.BatchNorm2d)  # (B, O, height, width); all others (..., O)
+CHANNELS_SECOND = (*CONVOLUTIONS, _BatchNorm, _InstanceNorm, nn.GroupNorm)  # (B, O, ...); all others (..., O)
 
 
 @dataclass
@@ -83,7 +85,7 @@ class SSFLayer(ModuleLayer):
 
     def adapt_output(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return gamma * y + beta, computed in the wider of the two dtypes, in that of y."""
-        shape = (-1, 1, 1) if isinstance(self.base_layer, CHANNELS_SECOND) else (-1,)
+        shape = (-1, *(1,) * (y.dim() - 2)) if has_channels_second(self.base_layer) else (-1,)
         scale = self.ssf_scale[adapter_name].view(shape)
         if adapter_name not in self.ssf_shift:
             return (y * scale).to(y.dtype)
@@ -124,9 +126,17 @@ def is_place(module: Any) -> bool:
     return isinstance(module, (SSFLayer, *LINEARS, *CONVOLUTIONS)) or is_norm(module)
 
 
+def has_channels_second(module: Any) -> bool:
+    """Tell whether a module gives (B, O, ...), as convolutions and their norms do, and not (..., O).
+
+    ConvNeXt's layer norms do either, by an attribute.
+    """
+    return isinstance(module, CHANNELS_SECOND) or getattr(module, "data_format", "") == "channels_first"
+
+
 def adds_one(norm: Any) -> bool:
     """Tell whether a norm multiplies by 1 + weight, as Gemma's do: found by running it with a weight of zeros."""
-    if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d):
+    if isinstance(norm, (nn.LayerNorm, *CHANNELS_SECOND)):
         return False
     twin, width = copy.copy(norm), _width(norm)
     twin._parameters = {name: None if p is None else torch.zeros(width) for name, p in norm._parameters.items()}

@@ -62,6 +62,30 @@ def batch(family: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     return {"input_ids": torch.arange(16).reshape(2, 8) + 3}
 
 
+def require_learning(model: Any, naive: Any, family: str) -> None:
+    """Require that a model learns, and that each step is that of the formula written out.
+
+    Args:
+        naive: returns a fresh base that computes with the trained parameters of `model` by the formula.
+    """
+    given = batch(family)
+    labels = given.get("input_ids", torch.tensor([0, 1]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss, expected = (one(**given, labels=labels).loss for one in (model, naive()))
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+        wanted = torch.autograd.grad(expected, list(trained.values()))
+        optimizer.zero_grad()
+        loss.backward()
+        for (name, parameter), gradient in zip(trained.items(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10, msg=name)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
 def perturb(model: torch.nn.Module, by: float = 0.1) -> None:
     """Move every trained parameter by a seeded random value, so that none is at its start."""
     generator = torch.Generator().manual_seed(2)

@@ -18,6 +18,7 @@ from glora_llm.adapters.methods import METHODS, unmerged
 from glora_llm.adapters.weights import save_adapter, trainables
 from glora_llm.errors import UserError
 from glora_llm.schema import AdapterSection
+from tests.adapters.module_models import tiny_model
 from tests.adapters.test_inject import llama
 from tests.adapters.test_stateful import Training
 
@@ -240,7 +241,7 @@ def test_only_linears_are_adapted() -> None:
         inject(llama(), section, seed=0, steps=20)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.up])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.up and not method.places])
 def test_the_larger_rate_of_loraplus_is_of_the_factors_that_end_in_the_outputs(name: str) -> None:
     """By shape: of all trained tensors with a side of the rank, those with one of the outputs."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -257,8 +258,22 @@ def test_the_larger_rate_of_loraplus_is_of_the_factors_that_end_in_the_outputs(n
     derived = {
         key for key, p in model.named_parameters()
         if len(sides.get(p, ())) > 1 and of_rank & set(sides[p]) and of_outputs & set(sides[p])
+        and "peanut_A" not in key  # reads the outputs of W
     }  # fmt: skip
     assert ups == derived and ups
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.up and method.places])
+def test_the_larger_rate_of_loraplus_is_of_up_projections(name: str) -> None:
+    """By shape, too: (width, r); Compacter's are factors of Kronecker products."""
+    family = "llama" if "text" in METHODS[name].kinds else "vit"
+    section = AdapterSection(method=name, rank=8)
+    model = inject(tiny_model(family), section, seed=0, steps=20)
+    items = trainables(model, section, 8.0)
+    ups = {tuple(item.parameter.shape) for item in items if item.lr_factor == 8.0}
+    assert ups == {"compacter": {(4, 2, 1), (4, 1, 8)}, "repadapter": {(32, 4)}}.get(name, {(32, 8)})
+    others = {tuple(item.parameter.shape) for item in items if item.lr_factor == 1.0}
+    assert others and not ups & others
 
 
 def test_methods_without_two_factors_have_no_loraplus() -> None:

@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from glora_llm.adapters.repadapter import RepAdapterConfig, RepAdapterLayer
 from glora_llm.errors import AdapterError, UserError
-from tests.adapters.module_models import FAMILIES, SIZES, batch, perturb, tiny_model
+from tests.adapters.module_models import FAMILIES, SIZES, batch, perturb, require_learning, tiny_model
 
 INPUTS = {  # the linears that read the adapted inputs of a block, in the order of the model
     "llama": {"self_attn": ["q_proj", "k_proj", "v_proj"], "mlp": ["gate_proj", "up_proj"]},
@@ -41,17 +41,15 @@ def naive(adapter: Any, x: Tensor) -> Tensor:
     return x + adapter.scale * up.transpose(1, 2).reshape(x.shape)
 
 
-@torch.no_grad()
-def by_hooks(family: str, model: Any) -> Tensor:
-    """Return the logits of a fresh base whose linears are given the adapted input, each by itself."""
+def by_hooks(family: str, model: Any) -> Any:
+    """Return a fresh base whose linears are given the adapted input, each by itself."""
     fresh = tiny_model(family)
     for name, layer in layers_of(model).items():
         for reader in layer.readers:
             linear = fresh.get_submodule(f"{name}.{reader}".rstrip("."))
             adapter = layer.repadapter_block["default"]
             linear.register_forward_pre_hook(lambda _, x, adapter=adapter: (naive(adapter, x[0]),))
-    logits: Tensor = fresh(**batch(family)).logits
-    return logits
+    return fresh
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +58,7 @@ def test_formula_and_merge(family: str) -> None:
     model = adapted(family, scale=0.5, groups=4)
     plain = tiny_model(family)(**batch(family)).logits
     logits = model(**batch(family)).logits
-    torch.testing.assert_close(logits, by_hooks(family, model), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits, by_hooks(family, model)(**batch(family)).logits, rtol=1e-12, atol=1e-12)
     assert (logits - plain).abs().max() > 1e-3
     for name, layer in layers_of(model).items():
         assert layer.readers == next(found for part, found in INPUTS[family].items() if name.endswith(f".{part}"))
@@ -73,6 +71,15 @@ def test_formula_and_merge(family: str) -> None:
     merged = model.merge_and_unload()
     assert not any(isinstance(module, RepAdapterLayer) for module in merged.modules())
     torch.testing.assert_close(merged(**batch(family)).logits, logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_it_learns_as_the_formula(family: str) -> None:
+    """From the authors' start, at which U is zero."""
+    torch.manual_seed(0)
+    config = RepAdapterConfig(scale=5.0, groups=4)
+    model = get_peft_model(tiny_model(family), config, autocast_adapter_dtype=False).double()
+    require_learning(model, lambda: by_hooks(family, model), family)
 
 
 @pytest.mark.parametrize(("places", "count"), [(["attention"], 2), (["feed_forward", "attention"], 4)])

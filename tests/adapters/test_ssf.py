@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 from glora_llm.adapters.ssf import SSFConfig, SSFLayer, adds_one
 from glora_llm.errors import AdapterError
-from tests.adapters.module_models import FAMILIES, batch, perturb, tiny_model
+from tests.adapters.module_models import FAMILIES, batch, perturb, require_learning, tiny_model
 
 
 def adapted(family: str, **settings: Any) -> tuple[Any, Any]:
@@ -19,9 +20,8 @@ def adapted(family: str, **settings: Any) -> tuple[Any, Any]:
     return base, model.eval()
 
 
-@torch.no_grad()
-def by_hooks(family: str, model: Any) -> Tensor:
-    """Return the logits of a fresh base whose modules' outputs are scaled and shifted by hand."""
+def by_hooks(family: str, model: Any) -> Any:
+    """Return a fresh base whose modules' outputs are scaled and shifted by hand."""
     fresh, held = tiny_model(family), dict(model.get_base_model().named_modules())
 
     def behind(scale: Tensor, shift: Tensor | None) -> Any:
@@ -36,8 +36,7 @@ def by_hooks(family: str, model: Any) -> Tensor:
         if isinstance(layer, SSFLayer):
             shift = layer.ssf_shift.get("default")
             module.register_forward_hook(behind(layer.ssf_scale["default"], shift))
-    logits: Tensor = fresh(**batch(family)).logits
-    return logits
+    return fresh
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,7 +45,7 @@ def test_formula_and_merge(family: str) -> None:
     base, model = adapted(family)
     plain = tiny_model(family)(**batch(family)).logits
     logits = model(**batch(family)).logits
-    torch.testing.assert_close(logits, by_hooks(family, model), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits, by_hooks(family, model)(**batch(family)).logits, rtol=1e-12, atol=1e-12)
     assert (logits - plain).abs().max() > 1e-3
     with model.disable_adapter():
         assert torch.equal(model(**batch(family)).logits, plain)
@@ -58,6 +57,38 @@ def test_formula_and_merge(family: str) -> None:
     merged = model.merge_and_unload()
     assert type(merged) is type(base) and not any(isinstance(m, SSFLayer) for m in merged.modules())
     torch.testing.assert_close(merged(**batch(family)).logits, logits, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_it_learns_as_the_formula(family: str) -> None:
+    model = get_peft_model(tiny_model(family), SSFConfig(), autocast_adapter_dtype=False).double()
+    require_learning(model, lambda: by_hooks(family, model), family)
+
+
+@pytest.mark.parametrize(
+    ("base", "shape"),
+    [
+        (nn.Conv1d(3, 4, 2, bias=False), (2, 3, 6)),
+        (nn.Conv3d(3, 4, 2), (2, 3, 4, 4, 4)),
+        (nn.BatchNorm1d(4), (2, 4, 6)),
+        (nn.BatchNorm1d(4), (2, 4)),
+        (nn.GroupNorm(2, 4), (2, 4, 3, 3)),
+        (ConvNextLayerNorm(4, data_format="channels_first"), (2, 4, 3, 4)),
+        (nn.LayerNorm(4), (2, 3, 4)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_channels_are_where_the_layer_has_them(base: Any, shape: tuple[int, ...]) -> None:
+    """As what the layer computes with the merged values."""
+    layer: Any = SSFLayer(base.double().eval().requires_grad_(False))
+    layer.update_layer("default", SSFConfig(init_std=0.5))
+    layer.double().set_adapter("default")
+    x = torch.randn(shape, dtype=torch.float64)
+    adapted = layer(x)
+    assert (adapted - base(x)).abs().max() > 0.05
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted, rtol=1e-10, atol=1e-10)
 
 
 def test_places_of_the_paper() -> None:

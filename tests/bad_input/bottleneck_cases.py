@@ -44,8 +44,15 @@ def adapter(name: str, place: str = "mlp", wide: int = 64, run: dict[str, Any] |
     return change
 
 
-def fusion(says: str, *folders: str, change: Change | None = None, more: tuple[str, ...] = ()) -> Case:
-    """Return a case that fuses folders; `first` and `second` go together."""
+def fusion(
+    says: str, *folders: str, change: Change | None = None, more: tuple[str, ...] = (), beside: str = ""
+) -> Case:
+    """Return a case that fuses folders; `first` and `second` go together.
+
+    Args:
+        more: changes of the recipe.
+        beside: further arguments of adapter.peft.
+    """
 
     def write(folder: Path) -> None:
         adapter("first")(folder)
@@ -53,7 +60,7 @@ def fusion(says: str, *folders: str, change: Change | None = None, more: tuple[s
         if change is not None:
             change(folder)
 
-    given = f"adapter.peft={{adapters: [{', '.join(folders)}]}}"
+    given = f"adapter.peft={{adapters: [{', '.join(folders)}]{beside}}}"
     return bad(says, "adapter.method=adapter_fusion", given, *more, change=write)
 
 
@@ -67,6 +74,9 @@ BOTTLENECKS: dict[str, Case] = {
         "activation 'rellu' is unknown. Did you mean 'relu'?",
         "adapter.method=pfeiffer",
         "adapter.peft={activation: rellu}",
+    ),
+    "parallel_adapter: scale 0": bad(
+        "scale is 0, and nothing would be trained", "adapter.method=parallel_adapter", "adapter.peft={scale: 0}"
     ),
     "compacter: n does not divide the rank": bad(
         "kronecker 4 must divide the adapter's rank, which is 6:", "adapter.method=compacter", "adapter.rank=6"
@@ -113,6 +123,12 @@ BOTTLENECKS: dict[str, Case] = {
         "(2, 4, 64) fits this model: they were trained on",
         *("one", "two"),
         change=lambda folder: [adapter(name, wide=32)(folder) for name in ("one", "two")],
+    ),
+    "fusion: a number of adapters beside them": fusion(
+        "adapter.peft.count follows from the adapters that are fused: take it away.",
+        "first",
+        "second",
+        beside=", count: 3",
     ),
     "fusion: targets beside the adapters'": fusion(
         "a fusion goes where its adapters are. Take it away.", "first", "second", more=("adapter.targets=[q_proj]",)

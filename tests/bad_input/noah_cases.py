@@ -38,6 +38,11 @@ NOAH: dict[str, Case] = {
         "adapter.peft.prompt is -1; expected its size, a whole number from 0.",
         "adapter={method: noah, peft: {prompt: -1}}",
     ),
+    "noah: a genome among PEFT's arguments": noah(
+        "adapter.peft.genome follows from adapter.genome: take it away.",
+        "adapter={method: noah, peft: {genome: {vit.layers.0: {lora: 2}}}}",
+    ),
+    "noah: a scale of 0": noah("scale is 0, and LoRA would not be trained", "adapter={method: noah, peft: {scale: 0}}"),
     "noah: a part that there is not": noah(
         "adapter.peft.prompts: NoahConfig has no such argument. Did you mean 'prompt'?",
         "adapter={method: noah, peft: {prompts: 3}}",
