@@ -16,32 +16,28 @@ Every adapter begins as nothing: U and u are zero. Activations are all that it s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from peft import PeftConfig
 from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from glora_llm.adapters.block_tuner import BlockLayer, BlockTuner
+from glora_llm.adapters.module_config import ModuleConfig, require_dropout
 from glora_llm.adapters.projections import DenseProjection, KroneckerProjection, KroneckerRule, draw
-from glora_llm.adapters.tuner import ALL, register
+from glora_llm.adapters.tuner import register
 from glora_llm.errors import AdapterError, UserError, nearest
 from glora_llm.glora.config import add_peft_type
 
-BOTTLENECK: PeftType = add_peft_type("BOTTLENECK")
 PLACES = ("attention", "feed_forward", "both")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
-    """Configuration of bottleneck adapters, as `get_peft_model` takes it.
+class BottleneckConfig(ModuleConfig):
+    """Configuration of bottleneck adapters; what it shares with others is in `ModuleConfig`.
 
     Args:
-        target_modules: names, one regular expression, or `all-linear` for the method's places in every block.
-        exclude_modules: names that are left out.
-        modules_to_save: modules trained and saved in full.
         rank: r, units of the hidden layer.
         places: `attention`, `feed_forward` or `both`.
         parallel: A is given the input of the place and added to its output; else it is given that output.
@@ -54,9 +50,7 @@ class BottleneckConfig(PeftConfig):
         init_weights: True: the adapter changes nothing at the start; False: every number of it starts at random.
     """
 
-    target_modules: str | list[str] | None = field(default=ALL)
-    exclude_modules: str | list[str] | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
+    own_type: ClassVar[PeftType] = add_peft_type("BOTTLENECK")
     rank: int = 8
     places: str = "feed_forward"
     parallel: bool = False
@@ -70,9 +64,6 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = BOTTLENECK
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if self.places not in PLACES:
             raise AdapterError(f"places is '{self.places}'; expected {', '.join(PLACES[:-1])} or {PLACES[-1]}.")
         if self.rank < 1 or self.kronecker < 0 or self.kronecker_rank < 1:
@@ -87,8 +78,7 @@ class BottleneckConfig(PeftConfig):
             )
         if not self.scale:
             raise AdapterError("scale is 0, and nothing would be trained: take another, or leave it out.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout is {self.dropout}; expected at least 0 and less than 1.")
+        require_dropout(self.dropout)
         activation_of(self.activation)
 
 

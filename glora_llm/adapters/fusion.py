@@ -7,9 +7,8 @@ heads and other modules that were saved beside them are not taken along.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from peft import PeftConfig
 from peft.utils import PeftType
 from torch import Tensor, nn
 
@@ -17,23 +16,20 @@ from glora_llm.adapters.block_tuner import BlockLayer, BlockTuner
 from glora_llm.adapters.bottleneck import activation_of
 from glora_llm.adapters.fused import FrozenAdapters, FusionAttention
 from glora_llm.adapters.fusion_sources import KEY, METHOD, Sources, read_sources
+from glora_llm.adapters.module_config import ModuleConfig
 from glora_llm.adapters.projections import draw
-from glora_llm.adapters.tuner import ALL, register
+from glora_llm.adapters.tuner import register
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.config import add_peft_type
 
-ADAPTER_FUSION: PeftType = add_peft_type("ADAPTER_FUSION")
-
 
 @dataclass
-class AdapterFusionConfig(PeftConfig):
-    """Configuration of a fusion, as `get_peft_model` takes it.
+class AdapterFusionConfig(ModuleConfig):
+    """Configuration of a fusion; its target modules are the places of its adapters.
 
     Args:
         adapters: folders of two or more bottleneck adapters of one base and shape; all else follows from them. Of a
             saved fusion they say where its adapters came from, and are not read again.
-        target_modules: the places of the adapters.
-        modules_to_save: modules trained and saved in full.
         count: N, of adapters.
         bottleneck: r of each.
         parallel: they are given the input of their places, not the output.
@@ -42,10 +38,8 @@ class AdapterFusionConfig(PeftConfig):
         init_weights: False: every trained number starts at random.
     """
 
+    own_type: ClassVar[PeftType] = add_peft_type("ADAPTER_FUSION")
     adapters: list[str] = field(default_factory=list)
-    target_modules: str | list[str] | None = field(default=ALL)
-    exclude_modules: str | list[str] | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
     count: int = 0
     bottleneck: int = 0
     parallel: bool = False
@@ -55,18 +49,15 @@ class AdapterFusionConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = ADAPTER_FUSION
         self._sources: Sources | None = None
         if not self.count:
             try:
                 self._sources = found = read_sources(self.adapters)
             except UserError as error:
                 raise AdapterError(str(error)) from None
-            self.target_modules = list(found.places)
+            self.target_modules = set(found.places)  # type: ignore[assignment]
             self.count, self.bottleneck = len(found.folders), found.rank
             self.parallel, self.activation, self.digests = found.parallel, found.activation, list(found.digests)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
 
     @property
     def sources(self) -> Sources | None:

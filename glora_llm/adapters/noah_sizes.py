@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft.utils import PeftType
 from torch import Tensor, nn
 
 from glora_llm.adapters.bottleneck import activation_of
-from glora_llm.adapters.tuner import ALL
+from glora_llm.adapters.module_config import ModuleConfig, require_dropout
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.config import add_peft_type
 from glora_llm.glora.path import (
@@ -28,12 +28,10 @@ from glora_llm.glora.supernet import SlotChoices, require_known
 from glora_llm.schema import AdapterSection
 from glora_llm.schema.slots import NOAH_SIZES, SIZED_PARTS, SIZED_SLOTS
 
-NOAH = add_peft_type("NOAH")
-
 
 @dataclass
-class NoahConfig(PeftConfig):
-    """Configuration of NOAH, as `get_peft_model` takes it.
+class NoahConfig(ModuleConfig):
+    """Configuration of NOAH; its places are all blocks.
 
     Args:
         rank: size of the adapter, of LoRA and of the prompts of every block, where nothing else is said.
@@ -45,11 +43,10 @@ class NoahConfig(PeftConfig):
         scale: s.
         activation: f, by its name in transformers.
         dropout: of the hidden units of the adapter.
-        target_modules: all-linear or None: all blocks; else the names of some.
-        modules_to_save: modules trained and saved in full: the head.
         patch_size: S of the prompts' start; None: that of the model.
     """
 
+    own_type: ClassVar[PeftType] = add_peft_type("NOAH")
     rank: int = field(default=8)
     adapter: int | None = field(default=None)
     lora: int | None = field(default=None)
@@ -59,22 +56,16 @@ class NoahConfig(PeftConfig):
     scale: float = field(default=1.0)
     activation: str = field(default="quick_gelu")
     dropout: float = field(default=0.0)
-    target_modules: str | list[str] | None = field(default=ALL)
-    modules_to_save: list[str] | None = field(default=None)
     patch_size: int | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = NOAH
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         for name, size in self.sizes.items():
             if type(size) is not int or size < 0:
                 raise AdapterError(f"adapter.peft.{name} is {size}; expected its size, a whole number from 0.")
         if not self.scale:
             raise AdapterError("scale is 0, and LoRA would not be trained: its size 0 leaves it out.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout is {self.dropout}; expected at least 0 and less than 1.")
+        require_dropout(self.dropout)
         activation_of(self.activation)
         try:
             self._genome = None if self.genome is None else genome_from_slots(self.genome)

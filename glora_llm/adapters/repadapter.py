@@ -12,52 +12,45 @@ zero at the start, so that nothing is changed; `s` was chosen from 0.1, 0.5, 1, 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft.utils import PeftType
 from torch import Tensor, nn
 
+from glora_llm.adapters.module_config import ModuleConfig, require_dropout
 from glora_llm.adapters.places import FAMILIES, blocks
-from glora_llm.adapters.tuner import ALL, ModuleLayer, ModuleTuner, register
+from glora_llm.adapters.tuner import ModuleLayer, ModuleTuner, register
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.config import add_peft_type
 from glora_llm.models.matrices import LINEARS, matrix_shape
 
-REPADAPTER = add_peft_type("REPADAPTER")
 PLACES = ("attention", "feed_forward")
 
 
 @dataclass
-class RepAdapterConfig(PeftConfig):
-    """Configuration of RepAdapter, as `get_peft_model` takes it.
+class RepAdapterConfig(ModuleConfig):
+    """Configuration of RepAdapter; target modules that are named are such as self_attn or mlp.
 
     Args:
-        target_modules: `all-linear`: the inputs that `places` says; or names of such modules (self_attn, mlp).
         places: `attention` and `feed_forward` (the authors' RepBlock); attention alone is their RepAttn.
         r: width of the adapter.
         groups: g, the number of blocks of U; it divides r and the model's width.
         scale: s.
         dropout: of the r hidden values.
         with_bias: train d and u.
-        modules_to_save: modules trained and saved in full.
     """
 
-    target_modules: str | list[str] | None = field(default=ALL)
-    exclude_modules: str | list[str] | None = field(default=None)
+    own_type: ClassVar[PeftType] = add_peft_type("REPADAPTER")
     places: list[str] = field(default_factory=lambda: list(PLACES))
     r: int = 8
     groups: int = 2
     scale: float = 1.0
     dropout: float = 0.0
     with_bias: bool = True
-    modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = REPADAPTER
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if not self.places or set(self.places) - set(PLACES):
             raise AdapterError(f"places is {list(self.places)}; expected one or both of {', '.join(PLACES)}.")
         if self.r < 1 or self.groups < 1 or self.r % self.groups:
@@ -66,8 +59,7 @@ class RepAdapterConfig(PeftConfig):
             )
         if not self.scale:
             raise AdapterError("scale is 0, and nothing would be trained; the authors chose it from 0.1 to 10.")
-        if not 0 <= self.dropout < 1:
-            raise AdapterError(f"dropout is {self.dropout}; expected from 0 to below 1.")
+        require_dropout(self.dropout)
 
 
 class RepAdapter(nn.Module):

@@ -11,49 +11,41 @@ Source: arXiv 2210.08823, equation 3 (the operation) and 5 (the merge); both sta
 """
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from glora_llm.adapters.module_config import ModuleConfig
 from glora_llm.adapters.places import is_norm, outside_heads
-from glora_llm.adapters.tuner import ALL, ModuleLayer, ModuleTuner, register
+from glora_llm.adapters.tuner import ModuleLayer, ModuleTuner, register
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora.config import add_peft_type
 from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 from glora_llm.training.sharding import whole_shape
 
-SSF = add_peft_type("SSF")
 CHANNELS_SECOND = (*CONVOLUTIONS, _BatchNorm, _InstanceNorm, nn.GroupNorm)  # (B, O, ...); all others (..., O)
 
 
 @dataclass
-class SSFConfig(PeftConfig):
-    """Configuration of SSF, as `get_peft_model` takes it.
+class SSFConfig(ModuleConfig):
+    """Configuration of SSF; its places are linears, norms and convolutions outside of the head.
 
     Args:
-        target_modules: names, one regular expression, or `all-linear`: all places of the paper, which are linears,
-            norms and convolutions outside of the head.
         shift_without_bias: train beta also behind linears and convolutions that have no bias.
         init_std: standard deviation of the start of gamma around 1 and of beta around 0; 0: nothing is changed.
-        modules_to_save: modules trained and saved in full.
     """
 
-    target_modules: str | list[str] | None = field(default=ALL)
-    exclude_modules: str | list[str] | None = field(default=None)
+    own_type: ClassVar[PeftType] = add_peft_type("SSF")
     shift_without_bias: bool = True
     init_std: float = 0.02
-    modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = SSF
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if not 0 <= self.init_std < 1:
             raise AdapterError(f"init_std is {self.init_std}; expected a standard deviation from 0 to below 1.")
 

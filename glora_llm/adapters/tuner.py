@@ -10,17 +10,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from glora_llm.adapters.module_config import ALL, ModuleConfig
 from glora_llm.errors import AdapterError, UserError
 from glora_llm.glora import dense_model
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.models.matrices import MATRICES, dense_twin
-
-ALL = "all-linear"  # of adapter.targets: all places of the method
 
 
 class ModuleLayer(nn.Module, BaseTunerLayer):
@@ -272,6 +270,6 @@ def with_values(module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: t
     return twin
 
 
-def register(name: str, config: type[PeftConfig], model: type[ModuleTuner]) -> None:
+def register(name: str, config: type[ModuleConfig], model: type[ModuleTuner]) -> None:
     """Make a method known to PEFT; its type was added by `add_peft_type`, for the configuration to name it."""
     register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)

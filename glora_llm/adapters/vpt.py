@@ -14,47 +14,42 @@ Letters: B images, T tokens, P prompts, H hidden, S side of a patch in pixels.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
+from peft.utils import PeftType
 from torch import Tensor, nn
 
+from glora_llm.adapters.module_config import ModuleConfig, require_dropout
 from glora_llm.adapters.tuner import ModuleLayer, ModuleTuner, register
 from glora_llm.errors import UserError
 from glora_llm.glora.config import add_peft_type
 
-VPT = add_peft_type("VPT")
 FAMILIES = ("vit",)  # their head reads the class token alone, the first one
 
 
 @dataclass
-class VPTConfig(PeftConfig):
-    """Configuration of visual prompts.
+class VPTConfig(ModuleConfig):
+    """Configuration of visual prompts; its places are the layers that follow from `deep`.
 
     Args:
         num_tokens: P, prompts of a layer.
         deep: new prompts at every layer in the place of what the last one made of its own; False: at the first alone.
         dropout: of the prompts, in training.
-        target_modules: all-linear or None: the layers that follow from `deep`; else their names.
-        modules_to_save: modules trained and saved in full: the head.
         patch_size: S; None: that of the model.
     """
 
+    own_type: ClassVar[PeftType] = add_peft_type("VPT")
     num_tokens: int = field(default=10)
     deep: bool = field(default=True)
     dropout: float = field(default=0.0)
-    target_modules: str | list[str] | None = field(default="all-linear")
-    modules_to_save: list[str] | None = field(default=None)
     patch_size: int | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = VPT
         if self.num_tokens < 1:
             raise UserError(f"adapter.peft.num_tokens is {self.num_tokens}; a prompt has 1 token or more.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter.peft.dropout is {self.dropout}; expected a share from 0 to below 1.")
+        require_dropout(self.dropout)
 
 
 class VPTLayer(ModuleLayer):

@@ -58,7 +58,7 @@ def extract(supernet: Path, genome: Path, out: Path) -> None:
         raise UserError(f"{supernet} holds no adapter: the run has not ended. Train on.")
     paths = read_genome(genome)
     config = json.loads((supernet / "adapter_config.json").read_text(encoding="utf-8"))
-    inherited = noah_sizes.inherit if config["peft_type"] == noah_sizes.NOAH.value else inherit
+    inherited = noah_sizes.inherit if config["peft_type"] == noah_sizes.NoahConfig.own_type.value else inherit
     weights = inherited(load_file(file), paths)
     if not any(True for path in paths.values() for _ in path.active()):
         raise UserError(f"{genome}: every slot of every layer is none, and that is the base model as it was.")
