@@ -13,8 +13,9 @@ three instead, and fills the blocks up to it; here any block may have none, so t
 The search is evolution under a limit on parameters, as for GLoRA's supernets.
 
 Defaults are those of the authors' code: sizes 5, 10, 50 and 100, f = QuickGELU, s = 1. Their code differs in this: its
-LoRA has one A for queries, keys and values; the prompts of the last block that has some stay among the tokens; prompts
-and adapters begin as normal draws of 0.02, where here prompts begin as VPT's do and U and B as zero.
+LoRA is on keys too, with one A for all three; the prompts of the last block that has some stay among the tokens;
+prompts begin by Xavier's rule and linears as normal draws of 0.02, where here prompts begin as VPT's do and U and B
+as zero; it drops a tenth of the prompts and of LoRA's input, not only of the adapter's hidden units (adapter.dropout).
 
 Letters: B images, T tokens, H hidden, I and O inputs and outputs of a linear.
 """
