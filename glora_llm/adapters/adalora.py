@@ -97,6 +97,19 @@ class AdaLoRA:
         self.steps_done, self.config.rank_pattern = values["step"], values["rank_pattern"] or None
 
 
+def require_budget(config: Any) -> None:
+    """Check that ranks are taken away, and not given: PEFT does not, and fails once it prunes.
+
+    Raises:
+        UserError: when the ranks at the end are more than those at the start.
+    """
+    if config.target_r > config.init_r:
+        raise UserError(
+            f"adapter.peft.target_r is {config.target_r} and init_r is {config.init_r}: AdaLoRA takes ranks away, from "
+            "init_r in every layer down to target_r on average. Set target_r to less."
+        )
+
+
 def freeze_rank_numbers(model: nn.Module) -> None:
     """Freeze what the scale is divided by, which PEFT lets go of on a model without weights."""
     for name, parameter in model.named_parameters():

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 import glora_llm.adapters.own  # noqa: F401 - registers its methods
+from glora_llm.adapters.adalora import AdaLoRA, require_budget
 from glora_llm.adapters.methods import METHODS, check_method
 from glora_llm.adapters.peft_arguments import check_arguments, no_effect_is_an_error
 from glora_llm.adapters.prompt_arguments import PROMPT_METHODS, check_prompt
@@ -157,9 +158,12 @@ def _peft_config(section: AdapterSection, shared: dict[str, Any], steps: int) ->
     values = {name: value for name, value in (shared | wanted).items() if name in fields} | given
     try:
         with no_effect_is_an_error(given):
-            return config_class(**values)
+            made = config_class(**values)
     except AdapterError as error:  # of a configuration of our own
         raise UserError(f"adapter.method {section.method}: {error}") from None
+    if section.method == AdaLoRA.name:
+        require_budget(made)
+    return made
 
 
 def _body_linears(classifier: nn.Module) -> list[str]:

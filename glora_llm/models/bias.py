@@ -65,7 +65,8 @@ def _biases(config: "PretrainedConfig", on: dict[str, bool]) -> dict[str, bool]:
     for key in _switches(config):
         setattr(text, key, on.get(key, False))
     text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
+    follows = isinstance(getattr(type(text), "layer_types", None), property)  # from the number of layers, in a Mamba
+    if getattr(text, "layer_types", None) and not follows:
         text.layer_types = text.layer_types[:1]
     with torch.device("meta"):
         layer = body(auto_class(twin).from_config(twin))

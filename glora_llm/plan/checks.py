@@ -208,6 +208,8 @@ def check_ranks(recipe: Recipe, model: nn.Module, genome: Genome | None) -> None
 def _largest_rank(section: AdapterSection, genome: Genome | None) -> int:
     if section.method not in RANKED_METHODS:
         return 0
+    if section.method == "lors":
+        return max(section.rank, (section.peft or {}).get("shared_rank", 0))
     if genome is not None:
         return max((spec.rank for path in genome.values() for _, spec in path.active()), default=0)
     if section.is_supernet:

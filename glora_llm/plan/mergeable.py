@@ -5,6 +5,7 @@ from typing import Any
 from glora_llm.adapters.inject import adapted_layers, adapted_with_bias, added_biases
 from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.models.bias import bias_support, bias_switch
+from glora_llm.models.matrices import is_linear
 
 
 def merge_obstacle(config: Any, model: Any) -> str | None:
@@ -27,11 +28,13 @@ def merge_obstacle(config: Any, model: Any) -> str | None:
             "plain transformers has none there. Training works; to merge, train without these biases: "
             f"adapter.peft={{{added[never[0]]}}}."
         )
+    linears_alone = all(is_linear(layer.get_base_layer()) for layer in adapted_layers(model).values())
+    as_lora = "`merge --to lora` keeps C and E as the LoRA's bias; " if linears_alone else ""
     return (
         f"This adapter cannot be merged: slots C and E give a bias to {', '.join(never)}, and a {config.model_type} "
         "model of plain transformers has none there. Training works; to merge, set C and E to none (for "
-        f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. `merge --to lora` keeps C and E as the "
-        "LoRA's bias; `merge --for transformers --without C,E` leaves them out there, and says what that costs."
+        f"'{never[0]}' alone: by adapter.paths); A and B merge everywhere. {as_lora}"
+        "`merge --for transformers --without C,E` leaves them out there, and says what that costs."
     )
 
 

@@ -70,6 +70,16 @@ PEFT_ARGUMENTS |= {
         "adapter.method=lors",
         "adapter.peft={shared_rank: -1}",
     ),
+    "lors: a shared rank above the linears": bad(
+        "A rank of 4000 is above the smaller side of every linear of this model",
+        "adapter.method=lors",
+        "adapter.peft={shared_rank: 4000}",
+    ),
+    "adalora: more ranks at the end": bad(
+        "adapter.peft.target_r is 50 and init_r is 3: AdaLoRA takes ranks away",
+        "adapter.method=adalora",
+        "adapter.peft={target_r: 50}",
+    ),
     "lors: another LoRA method": bad(
         "use_dora makes LoRA another method, and lors is one already: leave it out.",
         "adapter.method=lors",

@@ -3,6 +3,7 @@ from transformers import (
     AutoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -53,6 +54,12 @@ def test_a_family_with_other_names() -> None:
     config = GPTNeoXConfig(**TINY)
     assert bias_support(config, "query_key_value") == "switch"
     assert bias_support(config, "dense_h_to_4h") == "has"
+
+
+def test_a_family_whose_kinds_of_layers_follow_from_their_number() -> None:
+    config = MambaConfig(hidden_size=32, vocab_size=64, state_size=4, num_hidden_layers=3)
+    found = {suffix: bias_support(config, suffix) for suffix in ("in_proj", "x_proj", "dt_proj")}
+    assert found == {"in_proj": "switch", "x_proj": "never", "dt_proj": "has"}
 
 
 def test_unknown_linear() -> None:
