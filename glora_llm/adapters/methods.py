@@ -136,21 +136,9 @@ METHODS: dict[str, Method] = {
 
 # methods whose layers in PEFT are none for transformers' Conv1D, as which GPT-2 has its linears
 LINEAR_ALONE: tuple[str, ...] = (
-    "beft",
-    "boft",
-    "c3a",
-    "delora",
-    "hra",
-    "lily",
-    "loha",
-    "lokr",
-    "miss",
-    "oft",
-    "osf",
-    "peanut",
-    "psoft",
+    *("beft", "boft", "c3a", "delora", "hra", "lily", "loha", "lokr"),
+    *("miss", "oft", "osf", "peanut", "psoft", "road", "supertuning"),
 )
-LINEAR_ALONE += ("road", "supertuning")
 # methods that keep, from their injection on, what they compute of the base's values (merge/derived.py)
 KEEP_BASE_VALUES = ("delora", "osf", "psoft", "supertuning")
 

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from glora_llm.adapters.methods import KINDS, METHODS, REFUSED
+from glora_llm.adapters.methods import KINDS, LINEAR_ALONE, METHODS, REFUSED
+from glora_llm.adapters.prompt_arguments import PROMPT_METHODS
 
 Value = TypeVar("Value")
 
@@ -17,7 +18,7 @@ examples:
   glora-llm train --recipe quickstart adapter.method=dora adapter.slots=null output.dir=runs/dora
 
 Arguments of a method that a recipe has no key for go into adapter.peft, under PEFT's names
-(docs/glora.md)."""
+(docs/glora.md). What each computes, and when to take which: docs/methods.md."""
 
 
 def add_command(commands: Any, style: Any) -> None:
@@ -43,6 +44,8 @@ def methods(arguments: argparse.Namespace) -> int:
     of_some = {name: m.kinds for name, m in METHODS.items() if set(m.kinds) != set(KINDS)}
     for kinds, names in _by_value(of_some).items():
         print(f"\ntrain {' and '.join(KINDS[kind] for kind in kinds)} alone: {', '.join(names)}.", end="")
+    print(f"\nnot on GPT-2's linears, which are transposed (Conv1D): {', '.join(LINEAR_ALONE)}.", end="")
+    print(f"\nnot on encoders with a head (BERT): {', '.join(PROMPT_METHODS)}.", end="")
     for reason, names in _by_value({name: m.unmerged for name, m in METHODS.items() if m.unmerged}).items():
         print(f"\nno merge of {', '.join(names)}: {reason}.", end="")
     print("\n\ndo not train here:")
