@@ -10,13 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from glora_llm.atomic import cache_root, make_once, require_new, whole_folder
 from glora_llm.errors import UserError
 from glora_llm.launch.device import choose_device
-from glora_llm.models.families import body, layers
+from glora_llm.models.calibration import calibrate
+from glora_llm.models.families import layers
 from glora_llm.models.folder import Sharing, is_ours, write_sharing, write_trained
 from glora_llm.models.load import load_base, meta_model
 from glora_llm.models.resolve import HUB_SETTINGS, ResolvedModel, resolve
@@ -37,8 +37,7 @@ from glora_llm.vlora.config import names
 from glora_llm.vlora.groups import Group
 
 OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json")
-CODE = "1"  # raised whenever `made_of_dense` would make another model of the same weights
-LEAST_INPUT = 1e-2  # of a linear, as a share of the root mean square of all its inputs: nothing is divided by less
+CODE = "2"  # raised whenever `made_of_dense` would make another model of the same weights
 
 
 def from_dense_command(
@@ -109,7 +108,7 @@ def made_of_dense(
 
     Args:
         base: the dense model.
-        rows: token ids by which the linears' inputs are measured; none: errors are of the weights alone.
+        rows: token ids by which inputs and gradients are measured; none: errors are of the weights alone.
         weights: False makes a folder without weights, whose groups are chosen without looking at any: for a dry run.
 
     Raises:
@@ -141,12 +140,11 @@ def _make_groups(
     model = load_base(section, source, choose_device())
     linears = _shared_linears(model, settings.targets)
     require_budget(list(layers(model)), linears, settings.budget)  # before the minutes that the rest takes
-    scales = input_scales(model, linears, rows)
-    print(
-        f"choosing which layers share weights, and ranks, for {100 * settings.budget:.4g} % of the linears", flush=True
-    )
-    sharing = choose_groups(list(layers(model)), linears, settings.budget, scales, partial(print, flush=True))
-    fits = groups_from_dense(model, list(layers(model)), sharing, scales)
+    measured = calibrate(model, linears, rows)
+    by = "what their errors do to the loss" if measured.gradients else "their errors, relative to their outputs"
+    print(f"choosing groups of layers and ranks for {100 * settings.budget:.4g} % of the linears, by {by}", flush=True)
+    sharing = choose_groups(list(layers(model)), linears, settings.budget, measured, partial(print, flush=True))
+    fits = groups_from_dense(model, list(layers(model)), sharing, measured)
     _print_groups(sharing, fits)
     _write(model, sharing, source, place)
 
@@ -158,33 +156,6 @@ def _shared_linears(model: Any, targets: Sequence[str] | None) -> list[str]:
         UserError: for layers that differ, or a target that is in no layer.
     """
     return list(lay_out_compounds(model, list(layers(model)), VLoRAConfig(targets, None, 1)).ranks)
-
-
-@torch.no_grad()
-def input_scales(model: Any, linears: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[tuple[int, str], Tensor]:
-    """Return (layer, linear) -> root mean square of each of its inputs (I) over the tokens of some rows."""
-    sums: dict[tuple[int, str], Tensor] = {}
-    handles = []
-
-    def watch(key: tuple[int, str], linear: nn.Module) -> None:
-        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            squares = arguments[0].float().flatten(0, -2).square().sum(0)
-            sums[key] = sums[key] + squares if key in sums else squares
-
-        handles.append(linear.register_forward_pre_hook(add))
-
-    for number, layer in enumerate(layers(model)):
-        for name in linears:
-            watch((number, name), layer.get_submodule(name))
-    try:
-        for row in rows:
-            body(model)(input_ids=torch.tensor([list(row)], device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    tokens = sum(len(row) for row in rows)
-    found = {key: (total / tokens).sqrt() for key, total in sums.items()}
-    return {key: s.clamp(min=LEAST_INPUT * float(s.square().mean().sqrt())) for key, s in found.items()}
 
 
 def _print_groups(sharing: UnequalSharing, fits: Sequence[IncrementFit]) -> None:

@@ -15,5 +15,5 @@ class FromDenseSection(Section):
         None, "names of the linears inside a layer that may share, whole or their ends; none: all of them"
     )
     calibration_rows: Annotated[int, Field(ge=0)] = key(
-        16, "training rows by which errors are weighted with the sizes of the linears' inputs; 0: weights alone", "rows"
+        16, "training rows whose inputs and gradients weigh the errors of the linears; 0: weights alone", "rows"
     )

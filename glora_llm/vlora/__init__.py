@@ -11,12 +11,13 @@ from glora_llm.vlora.compound import make_compounds
 from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.convert import Increment, IncrementFit, from_dense, increments, m_steps, to_dense
 from glora_llm.vlora.count import Count, allocated, matrix_count, parameter_count
-from glora_llm.vlora.groups import UnequalSharing, groups_from_dense, make_groups
+from glora_llm.vlora.groups import Calibration, UnequalSharing, groups_from_dense, make_groups
 from glora_llm.vlora.layer import Composition, VLoRALinear, compositions, vlora_layers
 from glora_llm.vlora.weight import Added, Parts, accumulate, compose
 
 __all__ = [
     "Added",
+    "Calibration",
     "Composition",
     "Count",
     "Increment",

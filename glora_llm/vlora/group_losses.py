@@ -3,15 +3,29 @@
 The loss of a linear of layer l, in a group of c layers whose base M is the mean of their weights and whose increments
 have rank r, is
 
-    |(W_l - M - B_l A_l) diag(s_l)|^2 / |W_l diag(s_l)|^2     (Frobenius)
+    |diag(g_l) (W_l - M - B_l A_l) R_l|^2     (Frobenius)
 
-with s_l the root mean squares of its inputs: the squared error of its outputs, relative to them, where inputs are
-uncorrelated. The best B_l A_l leaves the singular values behind the first r, so one decomposition gives all ranks.
+with R_l R_l' = E[x x'] of its inputs x, and g_l the root mean squares of the gradient of the model's loss at each of
+its outputs: the mean square of the error of its outputs, weighted output by output. Half of it is an estimate of how
+much that error raises the loss of a token, in nats: the second-order term of the loss, with the first-order term left
+out (as of a trained model), the Hessian replaced by products of gradients (the empirical Fisher matrix), of which the
+diagonal over outputs and tokens alone is kept, independent of the inputs. Errors of several linears are added up, as
+if the Fisher matrix had nothing between them. Layers and linears differ by 10^4 in g^2, which is what the choice is to
+know.
+Sources: the second-order saliency of LeCun et al. (Optimal Brain Damage, 1990) and Hassibi and Stork (Optimal Brain
+Surgeon, 1993); factors of the Fisher matrix from inputs and gradients, Martens and Grosse (K-FAC, arXiv 1503.05671);
+Fisher weights in a singular value decomposition, Hsu et al. (FWSVD, arXiv 2207.00112); inputs by the Cholesky factor of
+their products, Wang et al. (SVD-LLM, arXiv 2403.07378).
+
+Where no gradients were measured, 1 / |W_l R_l| stands in place of g_l: errors are relative to the outputs.
+
+The best B_l A_l leaves the singular values behind the first r, so one decomposition gives all ranks.
 
 Decomposing every layer of every group is what costs: 902 decompositions for each linear of 30 layers. So for each
 group size c the groups that begin at 0, c, 2 c, .. are decomposed, which is every layer once, and the others are
-estimated: at rank 0 the loss is |(W_l - M) diag(s_l)|^2, which sums of products of columns give exactly for all groups
-at once, and at rank r it is taken to fall as that of the same layer in the decomposed group of c layers.
+estimated: |(W_l - M) diag(s_l)|^2, s_l^2 the mean squares of inputs, follows for all groups at once from sums of
+products of columns, and the loss over it, at each rank, is taken to be that of the same layer in the decomposed group
+of c layers.
 
 Letters: L layers, c layers of a group, (O, I) a weight, S = min(O, I), r rank, R ranks on offer.
 """
@@ -25,13 +39,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glora_llm.vlora.groups import Group, InputScales, exact
+from glora_llm.vlora.groups import Calibration, Group, exact, product
 
 RANKS = 64  # ranks that are looked at, at most: multiples of the smaller side over this
 SMALL_SIDE = 256  # with a smaller side up to this a decomposition takes a millisecond: all groups are decomposed
 # An estimate is lowered by this over c, so that it is rather too low: another layer in a group changes the base by
-# 1 / c of it. The estimates of SmolLM2-135M were too high by 0.54 / c at most.
+# 1 / c of it. The estimates of SmolLM2-135M were too high by 0.54 / c at most with relative errors and sizes of inputs
+# alone, by 0.23 / c with gradients and products of inputs (90 groups).
 DOUBT = 0.6
+TINY = np.finfo(np.float64).tiny
 CHUNK = 2**24  # elements of a stack of rows that are multiplied at once
 
 Floats = NDArray[np.float64]
@@ -74,7 +90,8 @@ class LinearLosses:
     Args:
         layers: of a dense model, in order.
         name: of the linear inside a layer.
-        scales: s_l; None: nothing is known about the weights (which may have no values), and all differ alike.
+        measured: of inputs and outputs; None: nothing is known of the weights (which may have no values), and all
+            differ alike.
 
     Attributes:
         candidates: all of them.
@@ -83,8 +100,11 @@ class LinearLosses:
 
     candidates: list[Candidate]
     full: int
+    _measured: Calibration
+    _g: list[Tensor]
+    _squares: list[Tensor]  # s^2 of each layer, (I)
 
-    def __init__(self, layers: Sequence[nn.Module], name: str, scales: InputScales | None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], name: str, measured: Calibration | None) -> None:
         self._weights: list[Any] = [layer.get_submodule(name).weight for layer in layers]
         out_features, in_features = (int(size) for size in self._weights[0].shape)
         self._side = min(out_features, in_features)
@@ -101,46 +121,60 @@ class LinearLosses:
             for first in range(layer_count - count + 1) if len(ranks) else ():
                 shared.append(Candidate(name, first, count, ranks, costs, np.zeros(len(ranks)), exact=False))
         self.candidates += shared
-        if scales is None:
+        if measured is None:
             for group in shared:
                 group.losses, group.exact = _unknown_losses(group, self._side), True
             return
-        self._s = [_scale(weight, scales.get((n, name))) for n, weight in enumerate(self._weights)]
-        self._sizes = [_size(weight, s) for weight, s in zip(self._weights, self._s, strict=True)]
+        self._measured, self._name = measured, name
+        self._g = [self._gradients(layer) for layer in range(layer_count)]
+        self._squares = [self._square_inputs(layer) for layer in range(layer_count)]
         self._look_at(shared)
 
     def _look_at(self, shared: Sequence[Candidate]) -> None:
         """Decompose the groups that lie end to end, or all of a small linear, and estimate the others."""
-        falls: dict[tuple[int, int], Floats] = {}  # (count, layer) -> loss at each rank over that at rank 0, (S + 1)
+        # (count, layer) -> loss at each rank over the size of the difference, (S + 1)
+        falls: dict[tuple[int, int], Floats] = {}
+        everywhere = self._side <= SMALL_SIDE
+        products = None if everywhere else _column_products(self._weights)
         for group in shared:
-            if group.first % group.count == 0 or self._side <= SMALL_SIDE:
-                for number, tails in enumerate(self.decompose(group), group.first):
-                    falls[group.count, number] = tails / max(tails[0], np.finfo(np.float64).tiny)
-        rest = [group for group in shared if not group.exact]
-        if not rest:
-            return
-        products = _column_products(self._weights)
-        for group in rest:
-            whole = self._without_increments(group, products)
-            estimate = sum(loss * falls[group.count, n] for n, loss in enumerate(whole, group.first))
-            group.losses = (1 - DOUBT / group.count) * np.asarray(estimate)[group.ranks]
+            if everywhere:
+                self.decompose(group)
+            elif products is not None and group.first % group.count == 0:
+                tails = self.decompose(group) / np.maximum(self._sizes(group, products), TINY)[:, None]
+                falls |= {(group.count, number): fall for number, fall in enumerate(tails, group.first)}
+        for group in shared:
+            if products is not None and not group.exact:
+                sizes = self._sizes(group, products)
+                estimate = sum(size * falls[group.count, n][group.ranks] for n, size in enumerate(sizes, group.first))
+                group.losses = (1 - DOUBT / group.count) * np.asarray(estimate)
 
     @torch.no_grad()
     def decompose(self, group: Candidate) -> Floats:
         """Make the losses of a candidate exact; return them layer by layer for every rank from 0, (c, S + 1)."""
-        mine = torch.stack([exact(weight) for weight in self._weights[group.first : group.end]])
-        difference = (mine - mine.mean(0)) * torch.stack(self._s[group.first : group.end])[:, None, :]
-        tall = difference.shape[1] > difference.shape[2]
-        gram = difference.mT @ difference if tall else difference @ difference.mT
-        squares = torch.linalg.eigvalsh(gram).clamp(min=0)  # of the singular values, the smallest first
-        relative = (squares / torch.stack(self._sizes[group.first : group.end])[:, None]).double().cpu().numpy()
+        mine = self._weights[group.first : group.end]
+        mean = sum((exact(weight) for weight in mine), start=torch.zeros_like(exact(mine[0]))) / group.count
         tails = np.zeros((group.count, self._side + 1))
-        tails[:, :-1] = np.cumsum(relative, axis=1)[:, ::-1]
+        for place, (weight, g) in enumerate(zip(mine, self._g[group.first : group.end], strict=True)):
+            root = self._measured.root((group.first + place, self._name), mean)
+            difference = g * product(exact(weight) - mean, root)
+            tall = difference.shape[0] > difference.shape[1]
+            gram = difference.mT @ difference if tall else difference @ difference.mT
+            squares = torch.linalg.eigvalsh(gram).clamp(min=0)  # of the singular values, the smallest first
+            tails[place, :-1] = np.cumsum(squares.double().cpu().numpy())[::-1]
         group.losses, group.exact = tails.sum(0)[group.ranks], True
         return tails
 
-    def _without_increments(self, group: Candidate, products: Tensor) -> list[float]:
-        """Return |(W_l - M) diag(s_l)|^2 / |W_l diag(s_l)|^2 of each layer of a group.
+    def _gradients(self, layer: int) -> Tensor:
+        """Return g of a layer, (O, 1), or one number where errors are relative."""
+        weight = exact(self._weights[layer])
+        if self._measured.gradients:
+            g = self._measured.gradient((layer, self._name), weight)
+            return torch.zeros_like(weight[:, :1]) if g is None else g
+        size = torch.linalg.vector_norm(product(weight, self._measured.root((layer, self._name), weight)))
+        return 1 / size.clamp(min=torch.finfo(size.dtype).tiny ** 0.5)
+
+    def _sizes(self, group: Candidate, products: Tensor) -> Floats:
+        """Return |(W_l - M) diag(s_l)|^2 of each layer of a group.
 
         Args:
             products: of columns, (I, L, L).
@@ -148,10 +182,14 @@ class LinearLosses:
         mine = products[:, group.first : group.end, group.first : group.end]
         own = mine.diagonal(dim1=1, dim2=2)
         columns = (own - 2 * mine.mean(2) + mine.mean((1, 2))[:, None]).clamp(min=0)  # |W_l - M|^2, (I, c)
-        s = torch.stack(self._s[group.first : group.end]).double()
-        sizes = torch.stack(self._sizes[group.first : group.end]).double()
-        found: list[float] = ((s.square() * columns.T).sum(1) / sizes).tolist()
-        return found
+        squares = torch.stack(self._squares[group.first : group.end])
+        return np.asarray((squares * columns.T).sum(1).cpu())
+
+    def _square_inputs(self, layer: int) -> Tensor:
+        """Return s^2 of a layer, (I)."""
+        row = exact(self._weights[layer])[0]
+        root = self._measured.root((layer, self._name), row)
+        return torch.ones_like(row).double() if root is None else root.double().square().sum(1)
 
 
 def _single(name: str, number: int, full: int) -> Candidate:
@@ -169,16 +207,6 @@ def _unknown_losses(group: Candidate, side: int) -> Floats:
     """Return the losses where nothing is known: weights are independent, and their singular values are equal."""
     losses: Floats = (group.count - 1) * (1 - group.ranks / side)
     return losses
-
-
-def _scale(weight: nn.Parameter, s: Tensor | None) -> Tensor:
-    mine = exact(weight)
-    return torch.ones_like(mine[0]) if s is None else s.to(mine)
-
-
-def _size(weight: nn.Parameter, s: Tensor) -> Tensor:
-    """Return |W diag(s)|^2, never 0."""
-    return (exact(weight) * s).square().sum().clamp(min=torch.finfo(s.dtype).tiny)
 
 
 @torch.no_grad()

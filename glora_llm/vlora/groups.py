@@ -16,8 +16,31 @@ from glora_llm.vlora.config import VLoRAConfig
 from glora_llm.vlora.convert import IncrementFit
 from glora_llm.vlora.layer import VLoRALinear
 
-# (layer, name of a linear inside it) -> root mean square of each of the linear's inputs, (I)
-InputScales = Mapping[tuple[int, str], Tensor]
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of the linears of a dense model on some text; keys are (layer, name of a linear inside it).
+
+    Args:
+        roots: R (I, I), lower triangular, with R R' = E[x x'] of a linear's inputs x over tokens, so that |E R|^2
+            (Frobenius) is the mean square of the outputs E x; where it is missing, 1.
+        gradients: g (O), the root mean squares over tokens of the gradient of the loss (summed over the tokens of a
+            row, in nats) with respect to each of a linear's outputs at a token, none of them 0; of all linears, or
+            empty.
+    """
+
+    roots: Mapping[tuple[int, str], Tensor]
+    gradients: Mapping[tuple[int, str], Tensor]
+
+    def root(self, key: tuple[int, str], like: Tensor) -> Tensor | None:
+        """Return R in another tensor's dtype and place."""
+        found = self.roots.get(key)
+        return None if found is None else found.to(like)
+
+    def gradient(self, key: tuple[int, str], like: Tensor) -> Tensor | None:
+        """Return g in another tensor's dtype and place, as a column (O, 1)."""
+        found = self.gradients.get(key)
+        return None if found is None else found.to(like)[:, None]
 
 
 @dataclass(frozen=True)
@@ -80,18 +103,20 @@ def make_groups(
 
 @torch.no_grad()
 def groups_from_dense(
-    model: nn.Module, layers: Sequence[nn.Module], sharing: UnequalSharing, scales: InputScales
+    model: nn.Module, layers: Sequence[nn.Module], sharing: UnequalSharing, measured: Calibration
 ) -> list[IncrementFit]:
     """Turn a dense model into VLoRA, in place: bases are the means of their layers, increments a truncated SVD.
 
-    B_l A_l is the rank-r matrix with the least |(W_l - W_base - B_l A_l) diag(s)|, s the sizes of the linear's inputs:
-    the truncated SVD U S V' of (W_l - W_base) diag(s) gives B_l = U sqrt(S) and A_l = sqrt(S) V' diag(1 / s).
+    B_l A_l is the rank-r matrix with the least |diag(g) (W_l - W_base - B_l A_l) R|, where R R' = E[x x'] of the
+    linear's inputs and g are the root mean squares of the gradient at its outputs (see `group_losses`): the truncated
+    SVD U S V' of diag(g) (W_l - W_base) R gives B_l = diag(1 / g) U sqrt(S) and A_l = sqrt(S) V' R^-1.
 
     Args:
-        scales: s; a linear that is not there has equal inputs.
+        measured: R and g.
 
     Returns:
-        The errors, weighted so, of every linear of every layer that shares.
+        The errors of every linear of every layer that shares: root mean squares of outputs over the text that was
+        measured, all outputs alike.
     """
     fits = []
     for group in sharing.shared():
@@ -103,7 +128,7 @@ def groups_from_dense(
         for number, (layer, weight) in enumerate(zip(mine, wanted, strict=True), group.first):
             made = layer.get_submodule(group.linear)
             assert isinstance(made, VLoRALinear)
-            errors = _fit(made, weight, scales.get((number, group.linear)))
+            errors = _fit(made, weight, measured, (number, group.linear))
             fits.append(IncrementFit(number, group.linear, group.rank, *errors))
     return sorted(fits, key=lambda fit: fit.layer)
 
@@ -114,15 +139,36 @@ def exact(weight: Any) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _fit(made: VLoRALinear, weight: Tensor, scale: Tensor | None) -> tuple[float, float]:
+def product(matrix: Tensor, root: Tensor | None) -> Tensor:
+    """Return matrix R."""
+    return matrix if root is None else matrix @ root
+
+
+def _fit(made: VLoRALinear, weight: Tensor, measured: Calibration, key: tuple[int, str]) -> tuple[float, float]:
     """Set an increment so that the layer's weight is near `weight` (O, I); return the weighted errors of both."""
-    s = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device) if scale is None else scale.to(weight)
-    difference = weight - exact(made.base_owner.weight)
-    u, singular, v = torch.linalg.svd(difference * s, full_matrices=False)
-    root = singular[: made.rank].sqrt()
-    made.increment_b.copy_(u[:, : made.rank] * root)
-    made.increment_a.copy_(root[:, None] * v[: made.rank] / s)
+    root, g = measured.root(key, weight), measured.gradient(key, weight)
+    difference = product(weight - exact(made.base_owner.weight), root)
+    rows: Tensor | float = 1.0 if g is None else g / g.square().mean().sqrt()
+    b, a = _truncated(rows * difference, made.rank)
+    made.increment_b.copy_(b / rows)
+    made.increment_a.copy_(a if root is None else torch.linalg.solve_triangular(root, a, upper=False, left=False))
     lost, before, size = (
-        float(torch.linalg.vector_norm(part * s)) for part in (weight - exact(made.weight), difference, weight)
+        float(torch.linalg.vector_norm(part))
+        for part in (product(weight - exact(made.weight), root), difference, product(weight, root))
     )
     return lost / before if before else 0.0, lost / size if size else 0.0
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return U sqrt(S) (O, r) and sqrt(S) V' (r, I) of the largest singular values.
+
+    By the eigenvectors of the smaller product of the matrix with itself, ten times as fast as its decomposition: what
+    they span is all that an error depends on.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    vectors, roots = vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=0) ** 0.25  # of singular values
+    inverse = torch.where(roots > 0, 1 / roots, 0)
+    if tall:
+        return matrix @ vectors * inverse, roots[:, None] * vectors.mT
+    return vectors * roots, inverse[:, None] * (vectors.mT @ matrix)

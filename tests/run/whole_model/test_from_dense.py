@@ -118,6 +118,7 @@ def test_a_teacher_in_four_bits(run: Path, text: Path, tmp_path: Path, capsys: p
     assert kinds == {"self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"}
     said = capsys.readouterr().out
     assert "truncated SVD alone" in said and "1.000 x the teacher's" in said
+    assert "by what their errors do to the loss" in said and "estimated rise of the loss before any training: " in said
     exact, rounded = (
         json.loads((folder / "summary.json").read_text())["teacher"]["validation/loss"]
         for folder in (run, tmp_path / "run")
