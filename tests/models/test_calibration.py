@@ -42,7 +42,8 @@ def test_gradients_are_mean_squares_over_every_token(model: Any) -> None:
     assert all(not module._forward_hooks for module in model.modules())
     twin = build("llama", "eager").double()
     for key in KEYS:
-        out_features = layers(model)[key[0]].get_submodule(key[1]).out_features
+        linear: Any = layers(model)[key[0]].get_submodule(key[1])
+        out_features = linear.out_features
         squares, tokens = torch.zeros(out_features, dtype=torch.float64), sum(map(len, ROWS))
         for row in ROWS:
             zero = torch.zeros(1, len(row), out_features, dtype=torch.float64, requires_grad=True)
@@ -94,8 +95,9 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
 
 def test_a_linear_without_inputs_or_gradients_is_measured_as_next_to_nothing() -> None:
     dead = build("llama", "eager").requires_grad_(False)
-    layers(dead)[0].mlp.down_proj.weight.zero_()
-    layers(dead)[0].mlp.up_proj.weight.zero_()
+    first: Any = layers(dead)[0]
+    first.mlp.down_proj.weight.zero_()
+    first.mlp.up_proj.weight.zero_()
     found = calibrate(dead, ["mlp.up_proj", "mlp.down_proj"], ROWS)
     assert float(found.gradients[0, "mlp.up_proj"].max()) == pytest.approx(NOTHING**0.5)
     torch.testing.assert_close(found.roots[0, "mlp.down_proj"], NOTHING**0.5 * torch.eye(24), rtol=1e-5, atol=0)
