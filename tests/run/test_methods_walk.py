@@ -21,6 +21,7 @@ SETTINGS = {  # beside those of the model
     ("llama", "prefix_tuning"): ["training.deepspeed=zero2", CHECKPOINTED],
     ("llama", "p_tuning_v2"): ["training.deepspeed=zero3", CHECKPOINTED],
     ("vit", "vpt"): ["model.quantization=nf4", "adapter.peft={num_tokens: 5, dropout: 0.1}"],
+    ("vit", "noah"): ["model.quantization=nf4"],
     ("gpt2", "glora"): ["adapter.slots={A: lora, B: lora, C: vector, D: vector, E: vector}"],
 }
 CLAIMED = [
