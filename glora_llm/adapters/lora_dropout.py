@@ -1,9 +1,10 @@
 """LoRA dropout (arXiv 2404.09610): whole columns of A and rows of B are dropped, not elements of the input.
 
 In training, dW = s (D_B B) (A D_A), where D_A (I) and D_B (O) are diagonal with m / (1 - p), m ~ Bernoulli(1 - p),
-drawn for each micro batch and layer; the rank is never dropped. The masks come from torch's generator, which the
-training loop seeds for every micro batch: the same after a restart, in the recomputation of gradient checkpointing,
-and for any number of processes.
+drawn for each micro batch and layer; the rank is never dropped. The paper writes the masks m alone: dividing by 1 - p,
+as dropout does, makes the adapter without masks their mean. The masks come from torch's generator, which the training
+loop seeds for every micro batch: the same after a restart, in the recomputation of gradient checkpointing, and for any
+number of processes.
 
 In evaluation, dW = s B A, which is the mean of the masked ones: that is what merges. With `ensemble: N` the model is
 evaluated under N fixed masks, and the mean is taken over the models' final hidden states: the mean of their logits
