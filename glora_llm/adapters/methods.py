@@ -103,7 +103,8 @@ METHODS: dict[str, Method] = {
     "lors": Method("2403.04303", up=("lora_B", "lora_shared.default.up")),
     "miss": Method("2409.15371"),
     "noah": Method(
-        *("2206.04673", MODULES_STAY),
+        "2206.04673",
+        MODULES_STAY,
         places=True,
         kinds=("images",),
         up=("query_up", "value_up", "noah_parts.default.up"),
@@ -136,9 +137,9 @@ METHODS: dict[str, Method] = {
 
 # methods whose layers in PEFT are none for transformers' Conv1D, as which GPT-2 has its linears
 LINEAR_ALONE: tuple[str, ...] = (
-    *("beft", "boft", "c3a", "delora", "hra", "lily", "loha", "lokr"),
-    *("miss", "oft", "osf", "peanut", "psoft", "road", "supertuning"),
-)
+    "beft", "boft", "c3a", "delora", "hra", "lily", "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "road",
+    "supertuning",
+)  # fmt: skip
 # methods that keep, from their injection on, what they compute of the base's values (merge/derived.py)
 KEEP_BASE_VALUES = ("delora", "osf", "psoft", "supertuning")
 
