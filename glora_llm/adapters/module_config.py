@@ -1,4 +1,4 @@
-"""What the configurations of this trainer's own PEFT methods share (`tuner.ModuleTuner`)."""
+"""Base class of the configurations of this trainer's own PEFT methods (`tuner.ModuleTuner`)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""What linears of a dense model get and what depends on what they give, measured on a few rows of tokens."""
+"""Calibration of linears on rows of tokens: products of their inputs, squares of gradients at their outputs."""
 
 from collections.abc import Sequence
 from typing import Any

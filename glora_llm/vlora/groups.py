@@ -19,7 +19,7 @@ from glora_llm.vlora.layer import VLoRALinear
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of the linears of a dense model on some text; keys are (layer, name of a linear inside it).
+    """Measurements of the linears of a dense model on some text; keys are (layer, name of a linear inside it).
 
     Args:
         roots: R (I, I), lower triangular, with R R' = E[x x'] of a linear's inputs x over tokens, so that |E R|^2
