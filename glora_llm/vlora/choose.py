@@ -31,7 +31,7 @@ def choose_groups(
         budget: the share, above 0 and below 1.
         measured: of the linears' inputs and outputs; None: nothing is known about the weights (which may have no
             values), and all differ alike.
-        tell: takes a line whenever a linear is done, and two at the end: together hundreds of decompositions, half a
+        tell: takes a line whenever a linear is done, and two at the end: together hundreds of decompositions, a
             minute on a CPU for 30 layers of width 576.
 
     Raises:

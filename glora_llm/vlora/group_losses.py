@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glora_llm.vlora.groups import Calibration, Group, exact, product
+from glora_llm.vlora.groups import Calibration, Group, exact, product, smaller_gram
 
 RANKS = 64  # ranks that are looked at, at most: multiples of the smaller side over this
 SMALL_SIDE = 256  # with a smaller side up to this a decomposition takes a millisecond: all groups are decomposed
@@ -156,9 +156,7 @@ class LinearLosses:
         tails = np.zeros((group.count, self._side + 1))
         for place, (weight, g) in enumerate(zip(mine, self._g[group.first : group.end], strict=True)):
             root = self._measured.root((group.first + place, self._name), mean)
-            difference = g * product(exact(weight) - mean, root)
-            tall = difference.shape[0] > difference.shape[1]
-            gram = difference.mT @ difference if tall else difference @ difference.mT
+            gram = smaller_gram(g * product(exact(weight) - mean, root))
             squares = torch.linalg.eigvalsh(gram).clamp(min=0)  # of the singular values, the smallest first
             tails[place, :-1] = np.cumsum(squares.double().cpu().numpy())[::-1]
         group.losses, group.exact = tails.sum(0)[group.ranks], True

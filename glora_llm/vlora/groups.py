@@ -144,6 +144,11 @@ def product(matrix: Tensor, root: Tensor | None) -> Tensor:
     return matrix if root is None else matrix @ root
 
 
+def smaller_gram(matrix: Tensor) -> Tensor:
+    """Return the smaller of X X' and X' X of a matrix X (O, I): its eigenvalues are X's squared singular values."""
+    return matrix.mT @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.mT
+
+
 def _fit(made: VLoRALinear, weight: Tensor, measured: Calibration, key: tuple[int, str]) -> tuple[float, float]:
     """Set an increment so that the layer's weight is near `weight` (O, I); return the weighted errors of both."""
     root, g = measured.root(key, weight), measured.gradient(key, weight)
@@ -165,10 +170,9 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     By the eigenvectors of the smaller product of the matrix with itself, ten times as fast as its decomposition: what
     they span is all that an error depends on.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    values, vectors = torch.linalg.eigh(smaller_gram(matrix))
     vectors, roots = vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=0) ** 0.25  # of singular values
     inverse = torch.where(roots > 0, 1 / roots, 0)
-    if tall:
+    if matrix.shape[0] > matrix.shape[1]:
         return matrix @ vectors * inverse, roots[:, None] * vectors.mT
     return vectors * roots, inverse[:, None] * (vectors.mT @ matrix)
