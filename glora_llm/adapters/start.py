@@ -16,7 +16,7 @@ OF_NO_FUNCTION = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("runtime_config", "task_type", "adapters"),
     *("exclude_modules", "feedforward_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
-    *("target_modules", "rank_pattern", "supernet", "d_without_bias"),
+    *("target_modules", "rank_pattern", "supernet", "d_without_bias", "scales"),
     *("ensemble", "ensemble_seed", "momentum", "p", "period"),
     *("corda_config", "eva_config", "init_ia3_weights", "init_lora_weights", "init_weights", "lora_ga_config", "seed"),
     *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),  # AdaLoRA's schedule

@@ -35,7 +35,7 @@ def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float)
     Raises:
         UserError: for a ratio where no parameter is such a factor.
     """
-    factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio))
+    factors = dict(lr_factors(model, dict(section.lr_factors or {}), loraplus_ratio, section.scaling == "even"))
     up_names = METHODS[section.method].up if section.method in METHODS else ()
     found = [name for name, p in model.named_parameters() if p.requires_grad]
     ups = {name for name in found if any(f".{up}." in f"{name}." for up in up_names)}

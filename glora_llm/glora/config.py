@@ -43,6 +43,8 @@ class GLoRAConfig(PeftConfig):
         modules_to_save: modules trained and saved in full.
         d_without_bias: what to do where D is asked for and the layer has no bias: `error`, or `none` (leave D out).
         seed: draws the start of the `up` factors; None: torch's default generator.
+        scales: layer name -> slot -> mode -> factor on the slot, beside alpha / rank (see `glora.even`); what is not
+            there has 1.
         init_weights: True: the adapter changes nothing at the start; False: every number of it starts at random (the
             meaning of PEFT's methods; for tests).
     """
@@ -61,6 +63,7 @@ class GLoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     d_without_bias: str = "error"
     seed: int | None = None
+    scales: dict[str, dict[str, dict[str, float]]] | None = None
     init_weights: bool = True
 
     def __post_init__(self) -> None:

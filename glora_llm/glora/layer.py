@@ -33,7 +33,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(f"slot_{slot}" for slot in SLOTS)
-    other_param_names = ("composition", "path", "dropout", "choices")
+    other_param_names = ("composition", "path", "dropout", "choices", "scales")
     merges_into_bias = True  # C and E are a bias of the merged layer
 
     # Typed here because PEFT's mixin comes after nn.Module, whose attributes may be anything.
@@ -53,6 +53,7 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         self.path: dict[str, LayerPath] = {}
         self.dropout: dict[str, float] = {}
         self.choices: dict[str, SlotChoices] = {}  # of adapters that are supernets
+        self.scales: dict[str, dict[str, dict[str, float]]] = {}  # adapter -> slot -> mode -> factor, where not 1
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -117,8 +118,12 @@ class GLoRALinear(nn.Module, BaseTunerLayer):
         found: dict[str, Any] = {}
         for slot, spec in self.path[adapter_name].active():
             owner = getattr(self, f"slot_{slot}")[adapter_name]
-            found |= slot_values(slot, spec, owner, read or _itself)
+            found |= slot_values(slot, spec, owner, read or _itself, self.factor(adapter_name, slot, spec.mode))
         return Slots(**found)
+
+    def factor(self, adapter_name: str, slot: str, mode: str) -> float:
+        """Return what multiplies a slot of an adapter, beside the scale of its rank."""
+        return self.scales.get(adapter_name, {}).get(slot, {}).get(mode, 1.0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return f(x), (..., O), for x (..., I)."""

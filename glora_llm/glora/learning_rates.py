@@ -13,14 +13,17 @@ DEFAULT_LR_FACTORS: dict[str, float] = {"A": 0.5, "B": 1.0, "C": 0.1, "D": 0.1, 
 BLOCK_LR_FACTOR = 1.0  # of A in mode block. Measured: docs/benchmarks/lossless4.md.
 
 
-def lr_factors(model: nn.Module, given: Mapping[Any, float], loraplus_ratio: float) -> Iterator[tuple[int, float]]:
+def lr_factors(
+    model: nn.Module, given: Mapping[Any, float], loraplus_ratio: float, even: bool = False
+) -> Iterator[tuple[int, float]]:
     """Yield (id of a parameter, factor on the learning rate) of all GLoRA parameters of a model.
 
     Args:
         given: factors by slot that replace the defaults.
+        even: the scales of the slots make one rate right for all: the defaults are 1.
         loraplus_ratio: further factor on the zero-initialised factor of mode lora (LoRA+, arXiv 2402.12354).
     """
-    factors = DEFAULT_LR_FACTORS | dict(given)
+    factors = (dict.fromkeys(SLOTS, 1.0) if even else DEFAULT_LR_FACTORS) | dict(given)
     for layer in model.modules():
         if not isinstance(layer, GLoRALinear):
             continue

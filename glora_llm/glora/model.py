@@ -53,6 +53,7 @@ class GLoRAModel(BaseTuner):
         generator = self._generator(peft_config, adapter_name)
         try:
             layer.update_layer(adapter_name, peft_config, peft_config.path_of(current_key), generator)
+            layer.scales[adapter_name] = (peft_config.scales or {}).get(current_key, {})
         except UserError as error:
             raise AdapterError(f"{current_key}: {error}") from None
         if adapter_name not in self.active_adapters:

@@ -131,27 +131,29 @@ def make_slot(
     return Scalar()
 
 
-def slot_values(slot: str, spec: SlotSpec, owner: Any, read: Read) -> dict[str, Any]:
+def slot_values(slot: str, spec: SlotSpec, owner: Any, read: Read, factor: float = 1.0) -> dict[str, Any]:
     """Return the fields of `linear.Slots` that a slot fills.
 
     Args:
         owner: the slot's parameters: of one mode, or of all; only those of the spec's mode are read.
         read: what stands for a parameter in the graph.
+        factor: multiplies the slot, beside the scale of its rank.
     """
-    key = slot.lower()
+    key, scale = slot.lower(), spec.scale * factor
     if spec.mode == "block":
         down, blocks = read(owner.block_down), read(owner.block_up)
         if down.shape[1] != spec.rank:
             down, blocks = down[:, : spec.rank].contiguous(), blocks[: spec.rank]
-        return {"a_down": down, "a_blocks": blocks, "a_scale": spec.scale}
+        return {"a_down": down, "a_blocks": blocks, "a_scale": scale}
     if spec.mode != "lora":
-        return {{"A": "a_gain", "B": "b_shift"}.get(slot, key): read(getattr(owner, spec.mode))}
+        value = read(getattr(owner, spec.mode))
+        return {{"A": "a_gain", "B": "b_shift"}.get(slot, key): value if factor == 1 else factor * value}
     down, up = read(owner.down), read(owner.up)
     if down.shape[1] != spec.rank:  # ranks share columns
         down, up = down[:, : spec.rank].contiguous(), up[: spec.rank]
     if slot == "C":
-        return {key: (spec.scale * (down @ up)).reshape(-1)}
-    return {f"{key}_down": down, f"{key}_up": up, f"{key}_scale": spec.scale}
+        return {key: (scale * (down @ up)).reshape(-1)}
+    return {f"{key}_down": down, f"{key}_up": up, f"{key}_scale": scale}
 
 
 def slot_numel(slot: str, spec: SlotSpec, composition: str, out_features: int, in_features: int) -> int:

@@ -61,7 +61,8 @@ def _layer_slopes(layer: GLoRALinear, x: Tensor, dy: Tensor) -> Tensor:
     for slot in slots_with(b0 is not None):
         owner = getattr(layer, f"slot_{slot}")["default"]
         for spec in layer.choices["default"][slot]:
-            own = {} if spec.mode == "none" else slot_values(slot, spec, owner, Tensor.detach)
+            factor = layer.factor("default", slot, spec.mode)
+            own = {} if spec.mode == "none" else slot_values(slot, spec, owner, Tensor.detach, factor)
             values.append(first_order(gradient, total, w0, b0, Slots(**own).to(dtype), composition))
     return torch.stack(values).double()
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glora_llm.adapters.even import set_scales
 from glora_llm.adapters.inject import inject, tuner_layers
 from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.adapters.tuner import ModuleLayer
@@ -52,9 +53,11 @@ class AdapterLayers:
         self.section, self.decoder = recipe.model, set(linear_names(hollow))
         self.originals = {name: module for name, module in hollow.named_modules() if isinstance(module, MATRICES)}
         self.model: Any = inject(hollow, recipe.adapter, recipe.training.seed, steps)
+        saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         if recipe.adapter.method == "adalora":  # the ranks that training left to each layer
-            saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             self.model.peft_config["default"].rank_pattern = saved["rank_pattern"]
+        if saved.get("scales"):
+            set_scales(self.model, saved["scales"])
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:
             raise UserError(

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from glora_llm.adapters.config import reads_base
-from glora_llm.adapters.inject import inject, match_frozen_tensors, searched_layers, tuner_layers, without_adapter
+from glora_llm.adapters.even import even_scales, set_scales
+from glora_llm.adapters.inject import (
+    adapted_layers,
+    inject,
+    match_frozen_tensors,
+    searched_layers,
+    tuner_layers,
+    without_adapter,
+)
+from glora_llm.adapters.start import saved_config
 from glora_llm.adapters.stateful import load_state, stateful_method
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
@@ -90,7 +99,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     dtype, bare = load.compute_dtype(recipe.model, device), without_adapter(model)
     cost = measure_cost(bare, base.config, dtype, device, plan.task.causal)
     resumed = _read_checkpoint(plan, folder, processes, [item.name for item in items], data_digest)
-    _set_weights(model, items, resumed, recipe.adapter.weights)
+    _set_weights(model, items, resumed, recipe.adapter)
 
     method = stateful_method(model, recipe.adapter)
     penalty = method.penalty_gradients() if method else None
@@ -194,8 +203,18 @@ def _read_checkpoint(
     return Resumed(found, tensors, trainer)
 
 
-def _set_weights(model: nn.Module, items: Sequence[Trainable], resumed: Resumed | None, adapter: str | None) -> None:
-    """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start."""
+def _set_weights(
+    model: nn.Module, items: Sequence[Trainable], resumed: Resumed | None, section: AdapterSection
+) -> None:
+    """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start.
+
+    The scales of even slots are those that the weights were trained with; at a new start they are measured.
+    """
+    adapter = section.weights
+    if section.scaling == "even":
+        saved = resumed.folder / "adapter" if resumed else Path(adapter) if adapter else None
+        found = (saved_config(saved) or {}).get("scales") if saved else None
+        set_scales(model, found or even_scales(adapted_layers(model)))
     if resumed is not None:
         require_same_frozen(model, resumed.folder / "adapter")
         for item in items:

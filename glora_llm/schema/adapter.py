@@ -60,6 +60,11 @@ class AdapterSection(Section):
     targets: str | list[str] = key("all-linear", "all-linear, module names, or a regular expression on the whole name")
     rank: Rank = key(8, "rank of every slot in mode lora or block")
     alpha: Annotated[float, Field(gt=0)] = key(16.0, "a slot in mode lora or block is scaled by alpha / rank")
+    scaling: Literal["alpha", "even"] = key(
+        "alpha",
+        "alpha: slots are scaled by alpha / rank alone; even: by their layer's weight too, so that a step of "
+        "training.lr changes a layer's output alike in every slot, mode, rank and layer",
+    )
     rank_stabilized: bool = key(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     composition: Composition = key("product", "A in mode lora: W0 (A_d A_u), or W0 * (A_d A_u)")
     slots: Slots | None = key(None, "mode (or mode, rank, alpha) by slot; default A lora, B lora, C vector, E vector")
@@ -138,6 +143,8 @@ class AdapterSection(Section):
         if foreign:
             here = "sizes" if searched else "modes and ranks"
             raise ValueError(f"supernet.{foreign[0]} is not of method {self.method}, whose supernet has {here}")
+        if self.method != "glora" and self.scaling != "alpha":
+            raise ValueError(f"scaling {self.scaling} belongs to method glora, not to '{self.method}'")
         if self.is_full and any((self.peft, self.weights, self.modules_to_save)):
             raise ValueError("method full trains the whole model: peft, weights and modules_to_save belong to adapters")
         if self.method == "glora" and self.peft:
