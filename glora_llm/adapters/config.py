@@ -79,6 +79,7 @@ def adapter_config(
             rank=section.rank,
             alpha=section.alpha,
             rank_stabilized=section.rank_stabilized,
+            scaling=section.scaling,
             composition=PRESET_COMPOSITION.get(section.preset or "", section.composition),
             dropout=section.dropout,
             d_without_bias="none" if section.preset else "error",

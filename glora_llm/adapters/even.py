@@ -5,17 +5,25 @@ around the parameter. With x of unit size in each entry, `up` uniform in +-1 / s
 
     B lora          down (up x)                 1
     A lora          W0 down (up x)              g = |W0| / sqrt(O)     (Frobenius norm), as W0 x has entries of size g
-    A hadamard      (W0 * (down up)) x          g / sqrt(I)
-    A vector        gain * (W0 x)               g                      mode block and scalar alike
+    A hadamard      (W0 * (down up)) x          g / sqrt(I)            as the entries of `up` have any sign
+    A block         (W0 * blocks of 64) x       g / sqrt(I / 64)
+    A vector        gain * (W0 x)               g                      and scalar
     C               W0 c                        g
     D               d * b0                      |b0| / sqrt(O)
-    B vector        shift * sum(x)              sqrt(I)
+    B vector        shift * sum(x)              sqrt(I)                and scalar
     E               e                           1
 
 The factor of a slot is one over that, times a constant of the slot and mode, which is measured
-(docs/benchmarks/frontier.md). The norms are of the weight as it is trained on, quantised where it is quantised; they
+(`scripts/bench_scales.py`). The rows of an embedding are not multiplied with an x; they are moved in proportion to
+their own size, u = |W0| / sqrt(V d): A lora and vector 1, A hadamard sqrt(d), A block sqrt(d / 64), B lora u sqrt(d),
+B vector and E u.
+
+A slot with a rank is scaled by alpha / rank ^ RANK_EXPONENT (`auto_rate`), unless `rank_stabilized` asks for
+alpha / sqrt(rank); what that is beside the alpha / rank of the path is part of the factor.
+
+The norms are of the weight as it is trained on, quantised where it is quantised, gathered where ZeRO 3 divides it. They
 are taken once, at the start of a run, and the factors are saved with the adapter: PEFT's configuration has them as
-`scales`, so that merge, export and a resumed run use the same ones.
+`scales`, so that merge, export, evaluation and a resumed run use the same ones.
 """
 
 import math
@@ -26,37 +34,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora_llm.adapters.auto_rate import RANK_EXPONENT
 from glora_llm.adapters.inject import adapted_layers
+from glora_llm.errors import UserError
+from glora_llm.glora.embedding import GLoRAEmbedding
+from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import slots_with
+from glora_llm.schema.slots import BLOCK
 from glora_llm.vlora.partitioned import whole
 
 Scales = dict[str, dict[str, dict[str, float]]]  # layer -> slot -> mode -> factor
 
 CONSTANTS: dict[tuple[str, str], float] = {}  # of (slot, mode); 1 where it is not here
-DIGITS = 6  # of a factor: sums over other divisions of a weight differ in the last bits
+DIGITS = 6  # of a factor: sums on other devices differ in the last bits
 
 
 @torch.no_grad()
-def even_scales(layers: Mapping[str, GLoRALinear]) -> Scales:
+def even_scales(layers: Mapping[str, GLoRALinear], rank_stabilized: bool = False) -> Scales:
     """Return the factors of all slots and modes that the layers hold; under ZeRO 3 all processes call it together.
 
     Args:
         layers: by their names in the base model, with the adapter `default` in them.
+        rank_stabilized: the path's scales are alpha / sqrt(rank), and stay.
     """
     found: Scales = {}
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        with whole(base.parameters()):
-            weight, bias = dense_weight(base, torch.float32), layer.b0
-            rows = weight.flatten(0, -2)  # of stacked experts: of all of them
-            sizes = Sizes(_size(rows.norm(dim=1)), 0.0 if bias is None else _size(bias.float()), rows.shape[1])
+        sizes, composition = sizes_of(layer), layer.composition["default"]
         found[name] = {
-            slot: {mode: _rounded(factor(slot, mode, layer.composition["default"], sizes)) for mode in sorted(modes)}
+            slot: {
+                mode: _rounded(
+                    factor(slot, mode, composition, sizes) * (1.0 if rank_stabilized else rank ** (1 - RANK_EXPONENT))
+                )
+                for mode, rank in sorted(modes.items())
+            }
             for slot, modes in _modes_of(layer).items()
         }
     return found
+
+
+def require_even(model: Any) -> None:
+    """Check that every adapted layer of a model has one weight, whose size can be taken.
+
+    Raises:
+        UserError: for stacked experts.
+    """
+    name = next((name for name, layer in adapted_layers(model).items() if isinstance(layer, GLoRAExperts)), None)
+    if name is not None:
+        raise UserError(
+            f"adapter.scaling even scales slots by the size of a layer's weight, and {name} stacks those of several "
+            "experts. Leave it out of adapter.targets, or set adapter.scaling=alpha."
+        )
 
 
 @dataclass(frozen=True)
@@ -64,28 +93,47 @@ class Sizes:
     """Of a layer.
 
     Args:
-        outputs: g, the root mean square of the entries of W0 x.
+        outputs: g, the root mean square of the entries of W0 x; u of an embedding.
         bias: that of b0; 0 where there is none.
-        in_features: I.
+        in_features: I; d of an embedding.
+        is_embedding: rows are looked up.
     """
 
     outputs: float
     bias: float
     in_features: int
+    is_embedding: bool = False
+
+
+def sizes_of(layer: GLoRALinear) -> Sizes:
+    """Return the sizes of a layer's frozen weight and bias; under ZeRO 3 all processes call it together."""
+    base = layer.get_base_layer()
+    with whole(base.parameters()):
+        weight, bias = dense_weight(base, torch.float32), layer.b0
+        row_norms, found = weight.norm(dim=1), 0.0 if bias is None else _size(bias.float())
+    size, is_embedding = _size(row_norms), isinstance(layer, GLoRAEmbedding)
+    inputs = weight.shape[1]
+    return Sizes(size / math.sqrt(inputs) if is_embedding else size, found, inputs, is_embedding)
 
 
 def factor(slot: str, mode: str, composition: str, sizes: Sizes) -> float:
     """Return what a slot of a mode is multiplied by, beside alpha / rank."""
+    inputs, unit = sizes.in_features, sizes.outputs
     moved = {
-        "A": sizes.outputs,
-        "B": math.sqrt(sizes.in_features) if mode != "lora" else 1.0,
-        "C": sizes.outputs,
+        "A": unit,
+        "B": math.sqrt(inputs) if mode != "lora" else 1.0,
+        "C": unit,
         "D": sizes.bias,
         "E": 1.0,
     }[slot]
+    if sizes.is_embedding and slot != "A":
+        moved = 1 / math.sqrt(inputs) if (slot, mode) == ("B", "lora") else 1.0
     if slot == "A" and mode == "lora" and composition == "hadamard":
-        moved /= math.sqrt(sizes.in_features)
-    return CONSTANTS.get((slot, mode), 1.0) / moved if moved else 1.0
+        moved /= math.sqrt(inputs)
+    if slot == "A" and mode == "block":
+        moved /= math.sqrt(inputs / BLOCK)
+    wanted = CONSTANTS.get((slot, mode), 1.0) * (unit if sizes.is_embedding else 1.0)
+    return wanted / moved if moved else 1.0
 
 
 def _size(values: Tensor) -> float:
@@ -104,11 +152,16 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _modes_of(layer: GLoRALinear) -> dict[str, set[str]]:
-    """Return the modes that each slot of a layer may have: all of a supernet's, or that of its path."""
+def _modes_of(layer: GLoRALinear) -> dict[str, dict[str, int]]:
+    """Return the modes that each slot may have, with the largest rank of each (1 of modes without): of a supernet all,
+    else those of the path."""
     choices = layer.choices.get("default")
     if choices is None:
-        return {slot: {spec.mode} for slot, spec in layer.path["default"].active()}
-    return {
-        slot: {spec.mode for spec in choices[slot] if spec.mode != "none"} for slot in slots_with(layer.b0 is not None)
-    }
+        return {slot: {spec.mode: spec.rank or 1} for slot, spec in layer.path["default"].active()}
+    found: dict[str, dict[str, int]] = {}
+    for slot in slots_with(layer.b0 is not None):
+        ranks = found[slot] = {}
+        for spec in choices[slot]:
+            if spec.mode != "none":
+                ranks[spec.mode] = max(ranks.get(spec.mode, 1), spec.rank)
+    return found

@@ -26,7 +26,7 @@ RECIPE_KEYS = {
     **dict.fromkeys(["alpha", "lora_alpha"], "adapter.alpha"),
     **dict.fromkeys(["init_r", "r", "rank"], "adapter.rank"),
     **dict.fromkeys(["peft_type", "use_dora", "use_rslora"], "adapter.method"),
-    **{name: f"adapter.{name}" for name in ("composition", "paths", "rank_stabilized", "slots")},
+    **{name: f"adapter.{name}" for name in ("composition", "paths", "rank_stabilized", "scaling", "slots")},
 }
 OF_SLOTS = ("slots", "paths", "genome", "rank", "alpha", "rank_stabilized")
 
@@ -115,6 +115,8 @@ def require_same_function(config: Any, folder: Path) -> None:
     here = {name: _plain(value) for name, value in config.to_dict().items()}
     if here.get("peft_type") != saved.get("peft_type"):
         raise _differs(folder, "peft_type", saved.get("peft_type"), here.get("peft_type"))
+    if "scaling" in here:
+        saved.setdefault("scaling", "alpha")  # an adapter of a release without the other one
     left_out = OF_NO_FUNCTION | (set(OF_SLOTS) if here.get("genome") is not None else set())
     for name in sorted(here.keys() & saved.keys() - left_out):
         if "dropout" not in name and here[name] != _plain(saved[name]):

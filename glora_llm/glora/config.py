@@ -43,8 +43,9 @@ class GLoRAConfig(PeftConfig):
         modules_to_save: modules trained and saved in full.
         d_without_bias: what to do where D is asked for and the layer has no bias: `error`, or `none` (leave D out).
         seed: draws the start of the `up` factors; None: torch's default generator.
-        scales: layer name -> slot -> mode -> factor on the slot, beside alpha / rank (see `glora.even`); what is not
-            there has 1.
+        scaling: `alpha`, or `even`: slots were scaled by their layer's weight too, by `scales`.
+        scales: layer name -> slot -> mode -> factor on the slot, beside alpha / rank (`adapters.even` measures them);
+            what is not there has 1.
         init_weights: True: the adapter changes nothing at the start; False: every number of it starts at random (the
             meaning of PEFT's methods; for tests).
     """
@@ -63,6 +64,7 @@ class GLoRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     d_without_bias: str = "error"
     seed: int | None = None
+    scaling: str = "alpha"
     scales: dict[str, dict[str, dict[str, float]]] | None = None
     init_weights: bool = True
 

@@ -56,7 +56,7 @@ class AdapterLayers:
         saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         if recipe.adapter.method == "adalora":  # the ranks that training left to each layer
             self.model.peft_config["default"].rank_pattern = saved["rank_pattern"]
-        if saved.get("scales"):
+        if recipe.adapter.method == "glora" and saved.get("scales"):
             set_scales(self.model, saved["scales"])
         result = set_peft_model_state_dict(self.model, dict(self.weights))
         if result.unexpected_keys:

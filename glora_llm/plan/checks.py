@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from glora_llm.adapters.auto_rate import check_rate
 from glora_llm.adapters.methods import METHODS, check_kind, check_loraplus, check_quantised
 from glora_llm.errors import UserError, nearest
 from glora_llm.glora.path import Genome
@@ -40,6 +41,8 @@ def check_combination(recipe: Recipe, stage: int) -> None:
     """
     _check_origin(recipe)
     check_loraplus(recipe.adapter, recipe.training.loraplus_ratio)
+    if recipe.training.lr == "auto":
+        check_rate(recipe.adapter)
     check_task(recipe)
     check_generate(recipe)
     if stage == 3 and recipe.model.quantization == "int8":

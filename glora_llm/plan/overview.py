@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glora_llm.adapters.even import require_even
 from glora_llm.adapters.fusion_sources import check_sources
 from glora_llm.adapters.inject import inject, searched_layers, tuner_layers, without_adapter
 from glora_llm.adapters.methods import unmerged
@@ -108,6 +109,7 @@ def describe(plan: Plan) -> str:
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
         f"batch      {plan.batch_identity()}; {plan.steps} steps, {_epochs(plan):.2f} epochs",
+        *([f"rate       {plan.rate.lr:g} for training.lr auto: {plan.rate.reason}"] if plan.rate else []),
         f"deepspeed  {recipe.training.deepspeed}; {count * saved / 1e6:.0f} MB for {count} checkpoints (output.keep "
         "and one more)",
         f"merge      {empty.obstacle or 'possible into a plain transformers model'}",
@@ -135,6 +137,8 @@ def build_empty(recipe: Recipe, base: ResolvedModel, steps: int, genome: Genome 
         names = set(load.linear_names(bare))
         check_sources(recipe.adapter, base.headless or base.fingerprint)
         model = inject(bare, without_start(recipe.adapter), recipe.training.seed, steps, genome)
+        if recipe.adapter.scaling == "even":
+            require_even(model)
         if recipe.adapter.method in PREFIXES:
             check_prefix(model)
         if recipe.adapter.weights is not None:

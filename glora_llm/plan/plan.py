@@ -7,15 +7,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from glora_llm.adapters.auto_rate import AutoRate, auto_rate, width_of
 from glora_llm.adapters.config import read_genome
 from glora_llm.data.sampler import GlobalSampler, permutation
 from glora_llm.errors import Problems, UserError
 from glora_llm.glora.path import Genome
 from glora_llm.launch.cpu_memory import resident_bytes
 from glora_llm.launch.device import choose_device
+from glora_llm.models.config_file import load_config
 from glora_llm.models.load import compute_dtype
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.plan.answers import check_answers
@@ -53,6 +56,7 @@ class Plan:
         genome: the content of adapter.genome, if there is one.
         resident: bytes of this process before all of that was read.
         teacher: the model that is learnt from, with training.distill.
+        rate: what `training.lr: auto` was replaced by in the recipe; None: it is a number of the recipe.
     """
 
     recipe: Recipe
@@ -64,6 +68,7 @@ class Plan:
     genome: Genome | None = None
     resident: int = 0
     teacher: ResolvedModel | None = None
+    rate: AutoRate | None = None
 
     def batch(self, rows: Rows, indices: list[int]) -> Batch:
         """Return rows as the tensors of one forward pass."""
@@ -128,13 +133,28 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
         teacher = find_teacher(recipe, base, task, weights) if world_size is not None else None
         if world_size is not None:
             check_watched_score(recipe, task)
+        rate = _rate(recipe, base)
     found.raise_all()
     check_answers(recipe, task, base.folder, trains=world_size is not None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt
+    if rate is not None:
+        recipe = with_rate(recipe, rate.lr)
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
-    return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident, teacher)
+    return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident, teacher, rate)
+
+
+def with_rate(recipe: Recipe, lr: float | Literal["auto"]) -> Recipe:
+    """Return a recipe with another peak learning rate."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": lr})})
+
+
+def _rate(recipe: Recipe, base: ResolvedModel) -> AutoRate | None:
+    """Return the number for `training.lr: auto`; None where the recipe has a number."""
+    if recipe.training.lr != "auto":
+        return None
+    return auto_rate(recipe.adapter, width_of(load_config(base.folder)), base.name)
 
 
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:

@@ -19,6 +19,8 @@ FREE_KEYS = {
     "model": {"attention", "kernels", "gradient_checkpointing", "compile", "dtype"},  # base.json holds the dtype itself
 }
 BASE_GONE = "Put a copy of it back: without it nothing says that the base is still the one that was trained on."
+RATE_GONE = "Delete it, and set training.lr to the number in recipe.yaml beside it."
+AUTO_RATE = "learning_rate.json"  # what `training.lr: auto` was replaced by
 LOOKED_AT = 1 << 20  # bytes of metrics.jsonl
 FOLDERS = ("checkpoints", "adapter", "model", "tensorboard", "search", "finetuned", "retrained", "merged")
 LAUNCHES = "launches.jsonl"
@@ -79,6 +81,16 @@ class RunFolder:
         """
         base = self.base()
         return _at_commits(self.written_recipe(), base.get("revision"), base.get("data"))
+
+    def rated(self, recipe: Recipe) -> Recipe:
+        """Return a recipe whose `training.lr: auto` is the number that this run began with, where it has begun."""
+        file = self.path / AUTO_RATE
+        if recipe.training.lr != "auto" or not file.is_file():
+            return recipe
+        lr = read_object(file, RATE_GONE).get("lr")
+        if not isinstance(lr, float) or not 0 < lr < float("inf"):
+            raise UserError(f"{file} has no learning rate `lr`. {RATE_GONE}")
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"lr": lr})})
 
     def pinned(self, recipe: Recipe) -> Recipe:
         """Return a recipe that goes on with this run: model and data of the hub at the commits that it began with.

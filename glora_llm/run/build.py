@@ -213,8 +213,8 @@ def _set_weights(
     adapter = section.weights
     if section.scaling == "even":
         saved = resumed.folder / "adapter" if resumed else Path(adapter) if adapter else None
-        found = (saved_config(saved) or {}).get("scales") if saved else None
-        set_scales(model, found or even_scales(adapted_layers(model)))
+        found = None if saved is None else (saved_config(saved) or {}).get("scales")
+        set_scales(model, found or even_scales(adapted_layers(model), section.rank_stabilized))
     if resumed is not None:
         require_same_frozen(model, resumed.folder / "adapter")
         for item in items:

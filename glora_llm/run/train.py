@@ -26,9 +26,9 @@ from glora_llm.merge.sample import keep_sample
 from glora_llm.models import load
 from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe_samples, plan_run
-from glora_llm.plan.plan import Plan
+from glora_llm.plan.plan import Plan, with_rate
 from glora_llm.plan.predicted import predicted_peak_gb
-from glora_llm.plan.run_folder import RunFolder
+from glora_llm.plan.run_folder import AUTO_RATE, RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.best import describe_best, take_best, trained_steps
 from glora_llm.run.build import TrainingParts, build, describe_parts
@@ -63,10 +63,12 @@ def train(recipe: Recipe, dry_run: bool = False, stop: StopRequest | None = None
         check_deterministic(recipe, device)
         compute_deterministically()
     folder = RunFolder(Path(recipe.output.dir))
+    recipe = folder.rated(recipe)
     folder.require_same_run(recipe)
     require_free(folder.path, RunLock(folder.path).holder())
     checkpoint.require_resume(folder.checkpoints, recipe.output.resume)
     plan, overview = plan_run(folder.pinned(recipe), weights=not dry_run, world_size=planned_world_size())
+    recipe = with_rate(recipe, plan.recipe.training.lr)
     plan = replace(plan, recipe=recipe)
     if dry_run or choose_device().type == "cuda":
         overview += f"\nmemory     {describe_memory(recipe, plan.base.folder, planned_world_size())}"
@@ -143,6 +145,8 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRe
 
 def claim(plan: Plan, folder: RunFolder, device: torch.device) -> None:
     """Write the owner of the folder, recipe, base and sample, now that nothing can be refused any more."""
+    if plan.rate is not None:  # before the recipe, which has the number: without this file it would be another run
+        folder.write(AUTO_RATE, json.dumps({"lr": plan.rate.lr, "reason": plan.rate.reason}, indent=1) + "\n")
     folder.write("recipe.yaml", recipes.dump(plan.recipe))
     folder.write("base.json", json.dumps(base_identity(plan, device), indent=1) + "\n")
     keep_sample(plan, folder)

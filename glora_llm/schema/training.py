@@ -24,7 +24,9 @@ class TrainingSection(Section):
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = key(
         None, "passes over the training data (or give steps)", "epochs"
     )
-    lr: Annotated[float, Field(gt=0)] = key(..., "peak learning rate", "1/step")
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
+        ..., "peak learning rate; auto: one number for the model's width, of GLoRA and LoRA's kind", "1/step"
+    )
     schedule: Literal["cosine", "linear", "constant"] = key("cosine", "after the warm-up; cosine and linear end at 0")
     warmup: Annotated[float, Field(ge=0)] = key(0.03, "below 1: share of the steps; else: steps", "share or steps")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = key(
@@ -53,11 +55,17 @@ class TrainingSection(Section):
     log_every: PositiveInt = key(1, "steps between two lines of metrics", "steps")
     max_bad_steps: PositiveInt = key(5, "stop after so many steps in a row with a non-finite loss or gradient", "steps")
 
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate as a number: a plan puts it in the place of `auto`."""
+        assert self.lr != "auto", "a plan replaces lr: auto by a number"
+        return self.lr
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> "TrainingSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs: training.steps=null takes the recipe's away")
-        if self.lr > LARGEST_LR:
+        if self.lr != "auto" and self.lr > LARGEST_LR:
             raise ValueError(f"lr is {self.lr:g}, and above {LARGEST_LR} nothing learns; common are 1e-5 to 1e-2")
         if self.warmup > 1 and self.warmup % 1:
             raise ValueError(f"warmup {self.warmup} is no whole number of steps; a share of the steps is below 1")

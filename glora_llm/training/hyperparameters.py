@@ -23,7 +23,7 @@ def compared_settings(recipe: Recipe, trained: int) -> dict[str, str | float]:
     return {
         "adapter": adapter.method,
         "data": source if isinstance(source, str) else ", ".join(source),
-        "learning rate": recipe.training.lr,
+        "learning rate": recipe.training.peak_lr,
         "rank": 0 if adapter.is_full else adapter.rank,
         "slots": _slots_text(recipe),
         "trained parameters": trained,

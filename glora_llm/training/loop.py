@@ -116,7 +116,7 @@ def fit(engine: Engine, schedule: Schedule, hooks: Hooks, log: MetricLog, cost: 
         NonFinite: after `training.max_bad_steps` skipped steps in a row, or where the last step was skipped so, or all.
         ToldToEnd: when a process was told to end, at the next micro batch, after a checkpoint (none after a bad step).
     """
-    settings, bad, saved, watch = engine.settings, 0, schedule.start, LossWatch(engine.settings.lr)
+    settings, bad, saved, watch = engine.settings, 0, schedule.start, LossWatch(engine.settings.peak_lr)
     reset_peak_memory(engine.device)
     last_validation = _validate_at_start(schedule, hooks, log, engine.device)
     if schedule.is_last_here(schedule.start) and not hooks.best.is_over:

@@ -40,12 +40,12 @@ def lr_at(step: int, total: int, settings: TrainingSection) -> float:
     """
     warmup = round(settings.warmup * total) if settings.warmup < 1 else round(settings.warmup)
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
+        return settings.peak_lr * (step + 1) / warmup
     if settings.schedule == "constant":
-        return settings.lr
+        return settings.peak_lr
     progress = (step - warmup) / max(1, total - warmup)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1 - progress
-    return settings.lr * left
+    return settings.peak_lr * left
 
 
 def parameter_groups(trainables: Sequence[Trainable], weight_decay: float) -> list[dict[str, Any]]:

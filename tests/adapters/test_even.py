@@ -30,8 +30,8 @@ class Net(nn.Module):
         return found
 
 
-def even(base: nn.Module, **arguments: Any) -> Any:
-    model = get_peft_model(copy.deepcopy(base), GLoRAConfig(seed=0, **arguments))  # type: ignore[arg-type]
+def even(base: nn.Module, seed: int = 0, **arguments: Any) -> Any:
+    model = get_peft_model(copy.deepcopy(base), GLoRAConfig(seed=seed, **arguments))  # type: ignore[arg-type]
     set_scales(model, even_scales(adapted_layers(model)))
     return model
 
@@ -82,3 +82,70 @@ def test_factors_are_saved_and_loaded_and_merge_exactly(tmp_path: Any) -> None:
     assert adapted_layers(loaded)["linear"].scales == adapted_layers(model)["linear"].scales
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
     torch.testing.assert_close(loaded.merge_and_unload()(x), model(x))
+
+
+OTHER_SLOTS = {
+    "A block": {"slots": {"A": "block"}},
+    "A lora": {"slots": {"A": "lora"}},
+    "A hadamard": {"slots": {"A": "lora"}, "composition": "hadamard"},
+    "A vector": {"slots": {"A": "vector"}},
+    "B vector": {"slots": {"B": "vector"}},
+    "C vector": {"slots": {"C": "vector"}},
+    "C lora": {"slots": {"C": "lora"}},
+    "E vector": {"slots": {"E": "vector"}},
+}
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("arguments", OTHER_SLOTS.values(), ids=OTHER_SLOTS)
+def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width: int) -> None:
+    """Within a factor of four, at any width and size of the weight; without scales they are apart by its size, 30."""
+    torch.manual_seed(0)
+    base = nn.Linear(width, width, bias=False)
+    with torch.no_grad():
+        base.weight.mul_(30)
+    net = nn.Sequential(base)
+    x, dy = torch.randn(ROWS, width), torch.randn(ROWS, width)
+    def size(**more: Any) -> float:  # of several starts: `up` may be a single random number
+        adapted = (even(net, rank=1, alpha=1, target_modules=["0"], seed=seed, **more) for seed in range(5))
+        return float(torch.stack([moved(model, x, dy).square().mean() for model in adapted]).mean().sqrt())
+
+    ratio = size(**arguments) / size(slots={"B": "lora"})
+    assert 1 / 4 < ratio < 4, ratio
+
+
+def test_a_lookup_moves_in_proportion_to_its_rows() -> None:
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Embedding(50, 64))
+    large = copy.deepcopy(small)
+    with torch.no_grad():
+        large[0].weight.mul_(10)
+    tokens, dy = torch.arange(50), torch.randn(50, 64)
+    for slots in ({"A": "lora"}, {"A": "vector"}, {"B": "lora"}, {"B": "vector"}, {"E": "vector"}):
+        one, ten = (moved(even(net, slots=slots, target_modules=["0"]), tokens, dy) for net in (small, large))
+        torch.testing.assert_close(ten, 10 * one, rtol=2e-3, atol=1e-4)
+
+
+def test_a_supernet_has_a_factor_for_every_mode_and_its_genome_inherits_them() -> None:
+    torch.manual_seed(0)
+    model = even(Net(5.0), supernet={"modes": {"A": ["lora", "vector"], "E": ["vector", "none"]}, "ranks": [4, 2]})
+    layer = adapted_layers(model)["linear"]
+    found = layer.scales["default"]
+    assert set(found["A"]) == {"lora", "vector"}
+    assert set(found["E"]) == {"vector"}
+    assert set(found["B"]) == {"lora", "vector", "scalar"}
+    assert found["A"]["lora"] == found["A"]["vector"] != 1
+
+
+def test_stacked_experts_have_no_single_size() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from glora_llm.adapters.even import require_even
+    from glora_llm.errors import UserError
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    config = GLoRAConfig(target_modules=["experts"], slots={"A": "lora", "B": "lora"})
+    model = get_peft_model(MixtralForCausalLM(MixtralConfig(**sizes, **heads)), config)
+    with pytest.raises(UserError, match="stacks those of several experts"):
+        require_even(model)

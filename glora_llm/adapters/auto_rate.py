@@ -1,0 +1,119 @@
+"""`training.lr: auto`: one learning rate for a model's width, the same for GLoRA and every method of LoRA's kind.
+
+A step of Adam moves each entry of a factor by about the rate. With `up` of size 1 / sqrt(I) in each entry, an update
+`s down up` of rank r then moves a layer's output by up to s r times the rate, as the columns of `down` move together.
+So what a rate does depends on the scale s of the method, and the number here is divided by it:
+
+    rate = BASE_RATE (BASE_WIDTH / width) ^ WIDTH_EXPONENT  x  (REFERENCE_ALPHA / rank ^ RANK_EXPONENT) / s
+
+- RANK_EXPONENT 1, alpha constant and s = alpha / r: the best rate does not depend on the rank. That is what muA derives
+  for a random `up` and a zero `down` (arXiv 2602.06204: "roughly invariant across ranks" with 1 / r, "inversely with
+  rank" with a constant scale), and what is seen from rank 1 to 512 in "LoRA Without Regret" (Thinking Machines, 2025).
+  So alpha = 2 r, a constant scale, gets a rate that falls as 1 / r. rsLoRA's 1 / sqrt(r) has advocates too (arXiv
+  2312.03732, 2606.12883): the exponent is one number here, and `scripts/bench_scales.py ranks` measures it.
+- BASE_RATE is of SmolLM2-135M (width 576) at rank 8 and alpha 16, from the rates in docs/benchmarks/learning_rates.md:
+  between 2e-3 and 5e-3, where LoRA and GLoRA are as good. `scripts/bench_scales.py` measures it more finely.
+- WIDTH_EXPONENT is that of Thinking Machines' published fit for LLaMA (0.781; their number for a long run, 5e-4
+  (2000 / width) ^ 0.781 at alpha 32, is two thirds of this one). It is taken over, not measured here. Theory has 1/2 as
+  the bound of stability for one rate of both factors (arXiv 2406.08447).
+
+GLoRA's slots A, C, D, E move outputs as B does with `adapter.scaling: even`; without it, `adapter.lr_factors` does
+that, roughly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from glora_llm.errors import UserError
+from glora_llm.schema import AdapterSection
+from glora_llm.schema.slots import DEFAULT_SLOTS, PRESETS
+
+BASE_RATE = 4e-3
+BASE_WIDTH = 576
+WIDTH_EXPONENT = 0.781
+REFERENCE_ALPHA = 16.0
+RANK_EXPONENT = 1.0
+DIGITS = 3  # of the rate
+COVERED = ("glora", "lora", "rslora", "dora", "lora_dropout", "periodic_lora")  # s down up, down zero at the start
+
+
+@dataclass(frozen=True)
+class AutoRate:
+    """The number that stands for `training.lr: auto`.
+
+    Args:
+        lr: peak learning rate.
+        reason: what it was computed of, in words.
+    """
+
+    lr: float
+    reason: str
+
+
+def check_rate(section: AdapterSection) -> None:
+    """Check that `training.lr: auto` has a number for a method.
+
+    Raises:
+        UserError: for a method that is not covered, naming those that are; for slots without one of B's kind.
+    """
+    if section.method not in COVERED:
+        why = (
+            "a model that is trained as a whole wants about a tenth of an adapter's rate, which also depends on how "
+            "long it trains"
+            if section.is_full
+            else "its best rate follows no rule that this trainer knows"
+        )
+        raise UserError(
+            f"training.lr is auto, which is one rate for {', '.join(COVERED)}, and adapter.method is "
+            f"{section.method}: {why}. Give a number, or let `glora-llm compare` find it."
+        )
+    if section.method == "glora" and section.scaling != "even" and not _has_b(section):
+        raise UserError(
+            "training.lr is auto, which is the rate of a slot B in mode lora, and these slots have none: their own "
+            "scale is another. Set adapter.scaling=even, which brings all slots to B's, or give a number."
+        )
+
+
+def auto_rate(section: AdapterSection, width: int | None, model: str) -> AutoRate:
+    """Return the rate for an adapter on a model.
+
+    Args:
+        width: of the model's hidden states; None: it has no single one.
+        model: its name, for the message.
+
+    Raises:
+        UserError: as `check_rate`, and for a model without a single width.
+    """
+    check_rate(section)
+    if not width:
+        raise UserError(
+            f"training.lr is auto, which goes by the width of a model's hidden states, and {model} has no single "
+            "hidden_size. Give a number."
+        )
+    of_width = BASE_RATE * (BASE_WIDTH / width) ** WIDTH_EXPONENT
+    rank, alpha = section.rank, section.alpha
+    stabilized = section.rank_stabilized or section.method == "rslora"
+    if section.scaling == "even" and not stabilized:
+        scale, said = alpha / rank**RANK_EXPONENT, f"alpha {alpha:g} in even scaling"
+    else:
+        scale = alpha / (rank**0.5 if stabilized else rank)
+        said = f"alpha {alpha:g} and rank {rank}, so a scale of {scale:.3g}"
+    lr = of_width * REFERENCE_ALPHA / rank**RANK_EXPONENT / scale
+    lr = float(f"{lr:.{DIGITS}g}")
+    return AutoRate(lr, f"{of_width:.3g} for the width {width}; {said}")
+
+
+def width_of(config: Any) -> int | None:
+    """Return the width of a model's hidden states by its configuration; None where it has no single one."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
+def _has_b(section: AdapterSection) -> bool:
+    """Tell whether some slot B may be a product of two factors: slots of single layers and genomes are trusted."""
+    if section.paths is not None or section.genome is not None:
+        return True
+    slots: Any = PRESETS[section.preset] if section.preset else section.slots or DEFAULT_SLOTS
+    given = slots.get("B", "none")
+    return (given if isinstance(given, str) else getattr(given, "mode", None)) == "lora"
