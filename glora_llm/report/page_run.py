@@ -97,7 +97,8 @@ def _sentence(run: RunRecord) -> str:
     source = data.source if isinstance(data.source, str) else ", ".join(data.source)
     text = (
         f"{method_in_words(run)} on {called}{stored}, trained on {source} (format {data.format}): "
-        f"{steps_in_words(run)} of {recipe.training.global_batch} samples, peak learning rate {recipe.training.peak_lr:g}."
+        f"{steps_in_words(run)} of {recipe.training.global_batch} samples, peak learning rate "
+        f"{recipe.training.peak_lr:g}."
     )
     return " ".join(f"{one[:1].upper()}{one[1:].rstrip('.')}." for one in (recipe.description, text) if one)
 

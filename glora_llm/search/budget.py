@@ -1,0 +1,163 @@
+"""`adapter.budget`: the limits that a structure keeps, and what each slot of each layer may be within them."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glora_llm.errors import UserError
+from glora_llm.glora.path import SlotSpec
+from glora_llm.glora.supernet import SlotChoices
+from glora_llm.schema import AdapterSection
+from glora_llm.schema.slots import DEFAULT_SLOTS, RANKED_MODES, SLOTS
+from glora_llm.search.knapsack import Limit
+from glora_llm.search.space import Code, Space, chosen
+
+UNITS = {
+    "": ("parameters", 1.0), "k": ("parameters", 1e3), "m": ("parameters", 1e6), "g": ("parameters", 1e9),
+    "mb": ("megabytes", 1.0), "gb": ("megabytes", 1e3), "s": ("seconds", 1.0), "ms": ("seconds", 1e-3),
+}  # fmt: skip
+KINDS_AT_ONCE = 14  # kinds of linears of which every subset is tried
+
+
+class Budget(NamedTuple):
+    """One limit as a user wrote it."""
+
+    text: str
+    unit: str  # parameters, seconds or megabytes
+    most: float
+
+
+def read_budget(value: Any) -> list[Budget]:
+    """Return the limits of `adapter.budget`: `0.1M` parameters, `20ms` or `0.02s` a step, `12MB`; several by commas.
+
+    Raises:
+        UserError: for something that is no limit, and for two limits of one unit.
+    """
+    parts = value if isinstance(value, list) else str(value).split(",")
+    found: list[Budget] = []
+    for part in map(str, parts):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([a-zA-Z]*)\s*", part)
+        if match is None or match[2].lower() not in UNITS or float(match[1]) <= 0:
+            raise UserError(
+                f"adapter.budget '{part.strip()}' is no limit; expected parameters (0.1M, 250k, 100000), what the "
+                "slots add to a step (20ms, 0.02s) or to the memory (12MB)."
+            )
+        unit, factor = UNITS[match[2].lower()]
+        if any(unit == other.unit for other in found):
+            raise UserError(f"adapter.budget limits {unit} twice: {value}.")
+        found.append(Budget(part.strip(), unit, float(match[1]) * factor))
+    return found
+
+
+def structure_choices(section: AdapterSection) -> SlotChoices:
+    """Return what each slot may be: none, or its mode in adapter.slots with any rank up to adapter.rank.
+
+    Raises:
+        UserError: for a mode that gradients by thin sketches say nothing about.
+    """
+    slots: Any = section.slots or DEFAULT_SLOTS
+    found: SlotChoices = {}
+    for slot in SLOTS:
+        given = slots.get(slot, "none")
+        mode = given if isinstance(given, str) else given.mode
+        if not isinstance(given, str) and (given.rank or given.alpha):
+            raise UserError(f"adapter.budget chooses the ranks: slot {slot} has one of its own. Give adapter.rank.")
+        if mode == "block" or (slot == "A" and mode == "lora" and section.composition == "hadamard"):
+            raise UserError(
+                f"adapter.budget chooses among products of thin factors, vectors and scalars, and slot {slot} is "
+                f"{'in mode block' if mode == 'block' else 'a hadamard product'}: give it another mode, or none."
+            )
+        ranks = range(1, section.rank + 1) if mode in RANKED_MODES and slot != "C" else (1,)
+        specs = [SlotSpec(mode, rank, _scale(section, rank)) if mode in RANKED_MODES else SlotSpec(mode) for rank in ranks]
+        found[slot] = (SlotSpec("none"), *(specs if mode != "none" else ()))
+    if all(len(specs) == 1 for specs in found.values()):
+        raise UserError("adapter.budget has no slot to choose: every one of adapter.slots is none.")
+    return found
+
+
+def _scale(section: AdapterSection, rank: int) -> float:
+    return section.alpha / (rank**0.5 if section.rank_stabilized else rank)
+
+
+def limits_of(space: Space, budgets: Sequence[Budget], costs: dict[str, NDArray[np.float64]]) -> list[Limit]:
+    """Return the limits with the costs of every choice.
+
+    Args:
+        costs: unit -> (G, C).
+
+    Raises:
+        UserError: for a limit that no single choice keeps, naming the cheapest.
+    """
+    found = []
+    for budget in budgets:
+        table = costs[budget.unit]
+        some = np.where(np.isfinite(table) & (space.parameters > 0), table, np.inf)
+        gene, choice = np.unravel_index(some.argmin(), some.shape)
+        if some[gene, choice] > budget.most:
+            spec, place = space.genes[gene].specs[choice], space.genes[gene]
+            what = f"{spec.mode} of rank {spec.rank}" if spec.rank else spec.mode
+            raise UserError(
+                f"adapter.budget {budget.text} is below the smallest structure, slot {place.slot} as {what} of "
+                f"{space.layers[place.layer].name} alone, which costs {some[gene, choice]:,.4g} {budget.unit}. Raise it."
+            )
+        found.append(Limit(table, budget.most))
+    return found
+
+
+def fits(code: Code, limits: Sequence[Limit]) -> bool:
+    """Tell whether a code is within all limits."""
+    return all(float(chosen(limit.costs, code).sum()) <= limit.most for limit in limits)
+
+
+def uniform(space: Space, limits: Sequence[Limit]) -> Code:
+    """Return the structure that uses no gradients: slot B alone, of one rank everywhere, as large as fits.
+
+    What is left buys one rank more for the kinds of linears (all `q_proj`, say) that use most of it. Where not even
+    rank 1 fits everywhere, that is rank 1 of some kinds; where no kind fits, rank 1 of the cheapest kind in as many
+    layers as fit, evenly spread.
+
+    Raises:
+        UserError: where slot B is not among the choices, or not a single one fits.
+    """
+    genes = [row for row, gene in enumerate(space.genes) if gene.slot == "B" and len(gene.specs) > 1]
+    if not genes:
+        raise UserError("adapter.predictor uniform gives slot B to every layer, and adapter.slots has none: add B.")
+    kinds: dict[str, list[int]] = {}
+    for row in genes:
+        kinds.setdefault(space.layers[space.genes[row].layer].name.rpartition(".")[2], []).append(row)
+    code = np.zeros(len(space.genes), np.uint8)
+    most = len(space.genes[genes[0]].specs) - 1
+    while code[genes[0]] < most and fits(raised := _raised(code, genes), limits):
+        code = raised
+    if code[genes[0]] < most:
+        code = max(_fillings(code, list(kinds.values()), limits), key=lambda one: chosen(limits[0].costs, one).sum())
+    return code if code.any() else _spread(code, list(kinds.values()), limits)
+
+
+def _raised(code: Code, rows: Sequence[int]) -> Code:
+    raised = code.copy()
+    raised[list(rows)] += 1
+    return raised
+
+
+def _fillings(code: Code, kinds: Sequence[Sequence[int]], limits: Sequence[Limit]) -> list[Code]:
+    """Return a code with one rank more in every subset of the kinds that fits."""
+    some = kinds[:KINDS_AT_ONCE]
+    subsets = itertools.chain.from_iterable(itertools.combinations(some, size) for size in range(len(some) + 1))
+    found = [_raised(code, [row for kind in subset for row in kind]) for subset in subsets]
+    return [one for one in found if fits(one, limits)]
+
+
+def _spread(code: Code, kinds: Sequence[Sequence[int]], limits: Sequence[Limit]) -> Code:
+    """Return rank 1 of the cheapest kind in as many layers as fit, evenly spread."""
+    cheapest = min(kinds, key=lambda kind: float(limits[0].costs[kind, 1].sum()))
+    for count in range(len(cheapest), 0, -1):
+        places = sorted({round(place) for place in np.linspace(0, len(cheapest) - 1, count)})
+        spread = _raised(code, [cheapest[place] for place in places])
+        if fits(spread, limits):
+            return spread
+    raise UserError("adapter.budget is below rank 1 of slot B of any layer, which predictor uniform begins with.")
