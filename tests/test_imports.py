@@ -31,7 +31,7 @@ ALLOWED = {
     "training": BASE | {"launch"},
     "models": BASE | {"launch", "vlora"},
     "search": BASE | {"glora"},
-    "adapters": BASE | {"glora", "models", "training", "vlora"},
+    "adapters": BASE | {"glora", "models", "search", "training", "vlora"},
     "tasks": BASE | {"data", "models", "training"},
     "plan": BELOW_PLAN | {"recipe"},
     "report": BASE | {"glora", "plan", "recipe", "search"},

@@ -112,7 +112,7 @@ def width_of(config: Any) -> int | None:
 
 def _has_b(section: AdapterSection) -> bool:
     """Tell whether some slot B may be a product of two factors: slots of single layers and genomes are trusted."""
-    if section.paths is not None or section.genome is not None:
+    if section.paths is not None or section.genome is not None or section.budget is not None:
         return True
     slots: Any = PRESETS[section.preset] if section.preset else section.slots or DEFAULT_SLOTS
     given = slots.get("B", "none")

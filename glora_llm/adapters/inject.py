@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from glora_llm.adapters.adalora import AdaLoRA, freeze_rank_numbers
+from glora_llm.adapters.budgeted import settle
 from glora_llm.adapters.config import adapter_config, linear_suffixes, path_patterns, read_genome
 from glora_llm.adapters.methods import LINEAR_ALONE
 from glora_llm.adapters.noah import NoahLayer
@@ -33,7 +34,8 @@ def inject(base: nn.Module, section: AdapterSection, seed: int, steps: int, geno
 
     Args:
         steps: optimizer steps of the run.
-        genome: the content of adapter.genome; None: it is read here, if the section names one.
+        genome: the content of adapter.genome, or what was chosen within adapter.budget; None: it is read here, if the
+            section names one, and a budget is spent evenly (on a model without weights).
 
     Raises:
         UserError: when no module matches the targets (candidates are listed), or the method rejects the model.
@@ -92,7 +94,9 @@ def without_adapter(model: Any) -> Any:
 
 
 def _require_matches(model: nn.Module, section: AdapterSection, genome: Genome | None) -> None:
-    """Check that every layer of a genome, and every pattern of adapter.paths, is of the model."""
+    """Check that every layer of a genome, and every pattern of adapter.paths, is of the model; spend a budget."""
+    if section.budget is not None and genome is None:
+        settle(model, adapted_layers(model), section)
     names = list(searched_layers(model))
     if genome is not None:
         require_known(genome, names)

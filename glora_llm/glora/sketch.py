@@ -72,7 +72,7 @@ class Sketch:
     def add(self, other: "Sketch") -> None:
         """Add another sketch of the same layer, in place."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine += theirs
+            mine.add_(theirs)
 
     def plus(self, other: "Sketch") -> "Sketch":
         """Return the sum of two sketches."""
@@ -137,12 +137,12 @@ class Probe:
         with self.around(base):
             yield dense_weight(base, compute_dtype(base)).float()
 
-    def see(self, loss: Callable[[], Tensor], part: int) -> None:
+    def see(self, loss: Callable[[], Tensor], part: int | None) -> None:
         """Add the sketches of one batch.
 
         Args:
             loss: runs the model forward and returns its summed loss, with a graph. Nobody's `.grad` is touched.
-            part: which sums they are added to.
+            part: which sums they are added to; None: to none.
         """
         probes: list[Tensor] = []
 
@@ -165,7 +165,9 @@ class Probe:
                 handle.remove()
 
     @torch.no_grad()
-    def _add(self, name: str, part: int, x: Tensor, y: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, part: int | None, x: Tensor, y: Tensor, dy: Tensor) -> None:
+        if part is None:
+            return
         x, y, dy = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (x, y, dy))
         bias = self.biases[name]
         self.sums[name][part].add(sketch_of(self.tests[name], x, y if bias is None else y - bias, dy))
@@ -216,7 +218,17 @@ def sketch_of(tests: Tests, x: Tensor, y: Tensor, dy: Tensor) -> Sketch:
 
 def _empty(tests: Tests) -> Sketch:
     (inputs, k), (outputs, el) = tests.w.shape, tests.v.shape
-    shapes = [(outputs, k), (el, inputs), (el, inputs), (outputs,), (outputs,), (outputs,), (3, outputs), (inputs,), (1,)]
+    shapes = [
+        (outputs, k),
+        (el, inputs),
+        (el, inputs),
+        (outputs,),
+        (outputs,),
+        (outputs,),
+        (3, outputs),
+        (inputs,),
+        (1,),
+    ]
     return Sketch(*(tests.w.new_zeros(shape) for shape in shapes))
 
 

@@ -11,6 +11,7 @@ from glora_llm.models.matrices import CONVOLUTIONS, LINEARS, matrix_shape
 from glora_llm.plan.answers import check_generate
 from glora_llm.plan.search_checks import check_search
 from glora_llm.schema import AdapterSection, Recipe, SlotSetting, SupernetSection
+from glora_llm.search.budget import read_budget, structure_choices
 from glora_llm.tasks.task import COLUMNS, Task
 from glora_llm.training.best import watched_score
 from glora_llm.training.deepspeed_config import DeepSpeedConfig
@@ -41,6 +42,9 @@ def check_combination(recipe: Recipe, stage: int) -> None:
     """
     _check_origin(recipe)
     check_loraplus(recipe.adapter, recipe.training.loraplus_ratio)
+    if recipe.adapter.budget is not None:
+        read_budget(recipe.adapter.budget)
+        structure_choices(recipe.adapter)
     if recipe.training.lr == "auto":
         check_rate(recipe.adapter)
     check_task(recipe)

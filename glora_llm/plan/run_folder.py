@@ -74,13 +74,17 @@ class RunFolder:
         return self.path / "genome.json"
 
     def recipe(self) -> Recipe:
-        """Return the run's recipe, with model and data sets of the hub at the commits that the run began with.
+        """Return the run's recipe, with the structure that was chosen within adapter.budget as adapter.genome, and with
+        model and data sets of the hub at the commits that the run began with.
 
         Raises:
             UserError: as `written_recipe`, and when base.json is damaged.
         """
-        base = self.base()
-        return _at_commits(self.written_recipe(), base.get("revision"), base.get("data"))
+        base, recipe = self.base(), self.written_recipe()
+        if recipe.adapter.budget is not None and self.genome.is_file():
+            chosen = {"budget": None, "slots": None, "genome": str(self.genome)}
+            recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=chosen)})
+        return _at_commits(recipe, base.get("revision"), base.get("data"))
 
     def rated(self, recipe: Recipe) -> Recipe:
         """Return a recipe whose `training.lr: auto` is the number that this run began with, where it has begun."""
@@ -225,7 +229,7 @@ class RunFolder:
         self.base(), self.summary()
         if not self.path.is_dir():
             return
-        if not any((self.path / name).exists() for name in ("recipe.yaml", "checkpoints", "failure.json")):
+        if not any((self.path / name).exists() for name in ("recipe.yaml", "checkpoints", "failure.json", AUTO_RATE)):
             others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
             if others:
                 raise UserError(

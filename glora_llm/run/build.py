@@ -89,7 +89,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     began, recipe, device = time.time(), plan.recipe, processes.device
     data_digest = plan.task.train.digest()  # reads all training data: once a launch
     ranks.require_equal({"training data": data_digest, "base model": plan.base.fingerprint}, processes.world_size)
-    base = load.load_base(recipe.model, plan.base.folder, device, _shards(plan))
+    base = load.load_base(recipe.model, plan.base.folder, device, shards_of(plan))
     model = inject(base, recipe.adapter, recipe.training.seed, plan.steps, plan.genome)
     items = _rated(trainables(model, recipe.adapter, recipe.training.loraplus_ratio), without_adapter(model), recipe)
     trained = sum(element_count(item.parameter) for item in items)
@@ -178,7 +178,7 @@ def reference_objective(plan: Plan, objective: Any, device: torch.device) -> tup
     return "dense", plan.task.objective(load.load_base(dense, resolve(dense).folder, device))
 
 
-def _shards(plan: Plan) -> Shards | None:
+def shards_of(plan: Plan) -> Shards | None:
     """Return what divides the base as it is read; None where every process holds all of it, at first or always."""
     divides = plan.deepspeed.stage == 3 and not reads_base(plan.recipe.adapter)
     return Shards(plan.deepspeed.values) if divides else None

@@ -1,14 +1,12 @@
 """Train a recipe: plan, build, fit, score, save, search, merge. Read this first; `run/build.py` makes the parts."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed as dist
 
 from glora_llm import recipe as recipes
@@ -22,16 +20,15 @@ from glora_llm.launch.failure import first_failure, followed_while_waiting, forg
 from glora_llm.launch.ranks import Processes
 from glora_llm.launch.run_lock import RunLock, require_free
 from glora_llm.launch.stop import StopRequest
-from glora_llm.merge.sample import keep_sample
-from glora_llm.models import load
 from glora_llm.plan.gpu_fit import describe_memory
 from glora_llm.plan.overview import describe_samples, plan_run
 from glora_llm.plan.plan import Plan, with_rate
 from glora_llm.plan.predicted import predicted_peak_gb
-from glora_llm.plan.run_folder import AUTO_RATE, RunFolder
+from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.trained_weights import is_finished
 from glora_llm.run.best import describe_best, take_best, trained_steps
 from glora_llm.run.build import TrainingParts, build, describe_parts
+from glora_llm.run.claim import base_identity, claim
 from glora_llm.run.forgetting import text_before, text_without_and_with
 from glora_llm.run.further import train_further
 from glora_llm.run.generation import answer
@@ -39,6 +36,7 @@ from glora_llm.run.launches import note_launch
 from glora_llm.run.observe import observed, scores_at_start
 from glora_llm.run.saving import insist
 from glora_llm.run.search import search_after_training
+from glora_llm.run.structure import choose_structure
 from glora_llm.schema import Recipe
 from glora_llm.training import checkpoint
 from glora_llm.training.batch import Batch
@@ -116,16 +114,6 @@ def _advice(folder: RunFolder) -> str:
     )
 
 
-def base_identity(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Return the identity of the base, the dtype that it is computed in, and the commits of data of the hub."""
-    dtype = str(load.compute_dtype(plan.recipe.model, device)).removeprefix("torch.")
-    base = plan.base
-    identity = {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint, "dtype": dtype}
-    if base.headless:
-        identity["headless"] = base.headless
-    return identity | {"data": plan.task.data.commits}
-
-
 def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRequest | None = None) -> None:
     """Build a run, train it from its newest checkpoint or from the start, score it and save it."""
     finished = processes.is_main_process and is_finished(folder, plan.recipe, plan.steps)
@@ -133,25 +121,15 @@ def train_plan(plan: Plan, folder: RunFolder, processes: Processes, stop: StopRe
         if processes.is_main_process:
             print(f"training had ended already, after step {plan.steps}: {folder.trained(plan.recipe)}", flush=True)
         return
+    plan, structure = choose_structure(plan, folder, processes)
     parts = build(plan, folder, processes)
     if processes.is_main_process:
-        claim(plan, folder, processes.device)
+        claim(plan, folder, processes.device, structure)
         note_launch(folder, processes, parts.start, stop)
     place, shown = (folder.path, parts.start, plan.steps), (plan.task.unit, plan.recipe.output.trackers)
     with contextlib.closing(MetricLog(*place, processes.is_main_process, *shown)) as log:
         Run(plan, folder, processes, parts, log, stop or StopRequest()).train()
     parts.engine.close()
-
-
-def claim(plan: Plan, folder: RunFolder, device: torch.device) -> None:
-    """Write the owner of the folder, recipe, base and sample, now that nothing can be refused any more."""
-    if plan.rate is not None:  # before the recipe, which has the number: without this file it would be another run
-        folder.write(AUTO_RATE, json.dumps({"lr": plan.rate.lr, "reason": plan.rate.reason}, indent=1) + "\n")
-    folder.write("recipe.yaml", recipes.dump(plan.recipe))
-    folder.write("base.json", json.dumps(base_identity(plan, device), indent=1) + "\n")
-    keep_sample(plan, folder)
-    if plan.recipe.adapter.genome is not None:
-        folder.write("genome.json", Path(plan.recipe.adapter.genome).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

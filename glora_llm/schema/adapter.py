@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from glora_llm.schema.section import LocalPath, Rank, Section, key
+from glora_llm.schema.section import LocalPath, PositiveInt, Rank, Section, key
 from glora_llm.schema.slots import Composition, Mode, Preset, Slot
 
 
@@ -75,6 +75,18 @@ class AdapterSection(Section):
     )
     supernet: SupernetSection | None = key(None, "what `paths: sample` draws from; none: everything")
     genome: LocalPath | None = key(None, "a genome file (a search writes RUN/genome.json): the slots of every layer")
+    budget: list[str] | str | int | float | None = key(
+        None,
+        "slots, ranks and targets of every layer are chosen at the start within this: parameters (0.1M), seconds that "
+        "they add to a step (20ms), or memory (12MB); several by commas",
+        "limit",
+    )
+    predictor: Literal["uniform", "first_step", "curvature", "agreement"] = key(
+        "uniform",
+        "of adapter.budget, what a slot is worth: uniform: B alone, of one rank everywhere; the others by gradients of "
+        "adapter.budget_rows samples (docs/glora.md)",
+    )
+    budget_rows: PositiveInt = key(256, "training samples whose gradients a predictor reads", "samples")
     weights: LocalPath | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
@@ -117,6 +129,7 @@ class AdapterSection(Section):
             raise ValueError("slots is empty: give a slot its mode (B: lora), or leave slots out for the default")
         if self.preset and self.slots:
             raise ValueError("preset and slots exclude each other: adapter.slots=null takes the recipe's slots away")
+        self._check_budget()
         chosen = [n for n in ("preset", "slots", "paths", "genome") if getattr(self, n) is not None]
         if len(chosen) > 1 and ("genome" in chosen or self.is_supernet):
             name = "genome" if "genome" in chosen else "paths: sample"
@@ -150,6 +163,19 @@ class AdapterSection(Section):
         if self.method == "glora" and self.peft:
             raise ValueError("peft holds arguments of PEFT's own methods; glora has keys of its own")
         return self
+
+    def _check_budget(self) -> None:
+        if self.budget is None:
+            if self.predictor != "uniform" or self.budget_rows != type(self).model_fields["budget_rows"].default:
+                raise ValueError("predictor and budget_rows are of adapter.budget: set that too")
+            return
+        if self.method != "glora":
+            raise ValueError(f"budget belongs to method glora, not to '{self.method}'")
+        for name in ("preset", "paths", "genome", "weights"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"budget chooses the slots of every layer, and {name} says them: take one of them away"
+                )
 
 
 def _require_expression(pattern: str) -> None:

@@ -72,7 +72,9 @@ def structure_choices(section: AdapterSection) -> SlotChoices:
                 f"{'in mode block' if mode == 'block' else 'a hadamard product'}: give it another mode, or none."
             )
         ranks = range(1, section.rank + 1) if mode in RANKED_MODES and slot != "C" else (1,)
-        specs = [SlotSpec(mode, rank, _scale(section, rank)) if mode in RANKED_MODES else SlotSpec(mode) for rank in ranks]
+        specs = [
+            SlotSpec(mode, rank, _scale(section, rank)) if mode in RANKED_MODES else SlotSpec(mode) for rank in ranks
+        ]
         found[slot] = (SlotSpec("none"), *(specs if mode != "none" else ()))
     if all(len(specs) == 1 for specs in found.values()):
         raise UserError("adapter.budget has no slot to choose: every one of adapter.slots is none.")
@@ -102,7 +104,8 @@ def limits_of(space: Space, budgets: Sequence[Budget], costs: dict[str, NDArray[
             what = f"{spec.mode} of rank {spec.rank}" if spec.rank else spec.mode
             raise UserError(
                 f"adapter.budget {budget.text} is below the smallest structure, slot {place.slot} as {what} of "
-                f"{space.layers[place.layer].name} alone, which costs {some[gene, choice]:,.4g} {budget.unit}. Raise it."
+                f"{space.layers[place.layer].name} alone, which costs {some[gene, choice]:,.4g} {budget.unit}. "
+                "Raise it."
             )
         found.append(Limit(table, budget.most))
     return found

@@ -16,11 +16,10 @@ f the factor of a slot in even scaling, so that a step of the rate changes the o
 - `uniform` reads no gradients (`budget.uniform`); it is the one to beat.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -129,17 +128,3 @@ def _is_product(slot: str, spec: SlotSpec) -> bool:
 
 def _entries(values: Tensor, spec: SlotSpec) -> Tensor:
     return values.sum()[None] if spec.mode == "scalar" else values
-
-
-def summary(layers: Mapping[str, LayerGradients], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return for each layer, and slots A and B, the share of its gradient's energy in the first direction."""
-    found: dict[str, dict[str, float]] = {}
-    for name in names:
-        energy = {slot: low.values.square() for slot, low in layers[name].whole.low.items()}
-        found[name] = {slot: float(values[0] / values.sum().clamp_min(1e-300)) for slot, values in energy.items()}
-    return found
-
-
-def half_tokens(tokens: Sequence[Tensor]) -> list[int]:
-    """Return the tokens of each half as numbers."""
-    return [int(torch.as_tensor(count).sum()) for count in tokens]

@@ -106,6 +106,7 @@ def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width:
         base.weight.mul_(30)
     net = nn.Sequential(base)
     x, dy = torch.randn(ROWS, width), torch.randn(ROWS, width)
+
     def size(**more: Any) -> float:  # of several starts: `up` may be a single random number
         adapted = (even(net, rank=1, alpha=1, target_modules=["0"], seed=seed, **more) for seed in range(5))
         return float(torch.stack([moved(model, x, dy).square().mean() for model in adapted]).mean().sqrt())

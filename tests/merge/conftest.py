@@ -18,7 +18,7 @@ from glora_llm.merge.sample import keep_sample
 from glora_llm.models.load import load_base
 from glora_llm.plan.plan import Plan, make_plan
 from glora_llm.plan.run_folder import RunFolder
-from glora_llm.run.train import base_identity
+from glora_llm.run.claim import base_identity
 from glora_llm.schema import Recipe
 from tests.written_records import write_questions
 

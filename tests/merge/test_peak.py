@@ -14,7 +14,7 @@ from glora_llm import recipe as recipes
 from glora_llm.models.random_llama import TINY, write_random_llama
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
-from glora_llm.run.train import base_identity
+from glora_llm.run.claim import base_identity
 from glora_llm.schema import Recipe
 from tests.merge.conftest import ALL_MODES, CPU, Train
 
