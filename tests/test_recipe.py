@@ -105,9 +105,9 @@ def test_a_misspelt_key_is_named_with_its_place_and_the_nearest_key(tmp_path: Pa
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.lr=fast", "training.lr: got 'fast' (text), expected a number."),
-        ("training.lr=true", "got True (true or false), expected a number."),
-        ("training.lr=0", "got 0 (integer), expected greater than 0."),
+        ("training.lr=fast", "training.lr: got 'fast' (text), expected a number or 'auto'."),
+        ("training.lr=true", "got True (true or false), expected a number or 'auto'."),
+        ("training.lr=0", "got 0 (integer), expected greater than 0 or 'auto'."),
         ("training.steps=2.5", "got 2.5 (number), expected an integer."),
         ("training.steps='3'", "got '3' (text), expected an integer."),
         ("training.betas=[0.9]", "'training.betas.1' is required."),

@@ -156,6 +156,8 @@ def solve(plan: Plan, contender: Contender, section: Callable[[int | None], Adap
     if budget is None or contender.knob is None:
         value = section(None).rank if contender.knob == "rank" else None
         return Fit(value, parameters_of(plan, section(None)))
+    if contender.knob == "budget":  # the number itself; what gradients choose costs about what is counted here
+        return Fit(budget, parameters_of(plan, section(budget)))
     return nearest_value(lambda value: parameters_of(plan, section(value)), budget)
 
 

@@ -10,6 +10,9 @@ from glora_llm.schema import AdapterSection
 from glora_llm.schema.slots import Preset
 
 PRESETS = tuple(f"glora:{name}" for name in get_args(Preset))
+# structures within a budget, by their predictor; and the default slots in even scaling, at a constant alpha
+CHOSEN = tuple(f"glora:{name}" for name in get_args(AdapterSection.model_fields["predictor"].annotation))
+EVEN = "glora:even"
 # methods whose number of parameters another argument of PEFT sets than the rank
 KNOBS = {
     **dict.fromkeys(["fourierft", "waveft"], "n_frequency"),
@@ -27,10 +30,10 @@ FULL_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # of a model that is trained 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method of adapter.method, or a preset of GLoRA.
+    """A method of adapter.method, a preset of GLoRA, or a way to choose GLoRA's structure within the budget.
 
     Args:
-        name: as the user wrote it: `lora`, `glora:hira`.
+        name: as the user wrote it: `lora`, `glora:hira`, `glora:agreement`.
     """
 
     name: str
@@ -42,7 +45,9 @@ class Contender:
 
     @property
     def knob(self) -> str | None:
-        """The setting that sets the number of parameters: `rank`, or an argument of PEFT; None: there is none."""
+        """The setting that sets the number of parameters: `rank`, `budget` or an argument of PEFT; None: there is none."""
+        if self.name in CHOSEN:
+            return "budget"
         return None if self.name in WITHOUT_KNOB else KNOBS.get(self.method, "rank")
 
     @property
@@ -65,13 +70,19 @@ class Contender:
         plain = base.model_dump(mode="json", exclude_none=True)
         kept = {"targets", "rank", "alpha", "modules_to_save"} | ({"dropout"} if base.dropout else set())
         if own and not base.is_supernet and ":" not in self.name:
-            kept = plain.keys() - {"genome", "weights", "supernet"}
+            kept = plain.keys() - {"genome", "weights", "supernet", "budget", "predictor", "budget_rows"}
         found = {"method": self.method} | {key: plain[key] for key in kept if key in plain and key != "method"}
-        if ":" in self.name:
+        if self.name in CHOSEN:
+            found |= {"predictor": self.name.partition(":")[2]}
+        elif ":" in self.name and self.name != EVEN:
             found["preset"] = self.name.partition(":")[2]
+        if self.name in (*CHOSEN, EVEN):
+            found["scaling"] = "even"
         if targets is not None:
             found["targets"] = targets
-        if value is not None and self.knob == "rank":
+        if value is not None and self.name in (*CHOSEN, EVEN):
+            found[self.knob or "rank"] = value
+        elif value is not None and self.knob == "rank":
             found |= {"rank": value, "alpha": base.alpha / base.rank * value}
         elif value is not None:
             found["peft"] = found.get("peft", {}) | {self.knob: value}
@@ -95,11 +106,12 @@ def contenders(text: str) -> list[Contender]:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith("glora:") and name not in PRESETS:
-        raise UserError(f"--methods: '{name}' is unknown.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}.")
-    known: Sequence[str] = [*METHODS, *PRESETS]
+    ours = (*PRESETS, *CHOSEN, EVEN)
+    if name.startswith("glora:") and name not in ours:
+        raise UserError(f"--methods: '{name}' is unknown.{nearest(name, ours)} There is: {', '.join(ours)}.")
+    known: Sequence[str] = [*METHODS, *ours]
     if name not in known and name not in REFUSED:
         raise UserError(
             f"--methods: '{name}' is unknown.{nearest(name, known)} There is: {', '.join(sorted(METHODS))}; "
-            f"{', '.join(PRESETS)}."
+            f"{', '.join(ours)}."
         )

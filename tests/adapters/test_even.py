@@ -117,10 +117,8 @@ def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width:
 
 def test_a_lookup_moves_in_proportion_to_its_rows() -> None:
     torch.manual_seed(0)
-    small = nn.Sequential(nn.Embedding(50, 64))
-    large = copy.deepcopy(small)
-    with torch.no_grad():
-        large[0].weight.mul_(10)
+    rows = torch.randn(50, 64)
+    small, large = (nn.Sequential(nn.Embedding.from_pretrained(size * rows)) for size in (1, 10))
     tokens, dy = torch.arange(50), torch.randn(50, 64)
     for slots in ({"A": "lora"}, {"A": "vector"}, {"B": "lora"}, {"B": "vector"}, {"E": "vector"}):
         one, ten = (moved(even(net, slots=slots, target_modules=["0"]), tokens, dy) for net in (small, large))

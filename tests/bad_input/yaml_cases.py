@@ -129,7 +129,7 @@ YAML: dict[str, Case] = {
     "a section that is a text": bad("training: got 'fast' (text), expected a section of keys.", "training=fast"),
     "a section that is nothing": bad("training: got None (nothing), expected a section of keys.", "training=null"),
     "an override without a section": bad("expected section.key=value, such as training.lr=1e-4.", "lr=1e-4"),
-    "an override without a value": bad("training.lr: got None (nothing), expected a number.", "training.lr="),
+    "an override without a value": bad("training.lr: got None (nothing), expected a number or 'auto'.", "training.lr="),
     "an override with an empty key": bad("expected section.key=value, such as training.lr=1e-4.", "training..lr=1"),
     "an override below a value": bad("'lr' holds a value, not a section of keys.", "training.lr.x=1"),
     "an override below a text": bad("'dir' holds a value, not a section of keys.", "output.dir.x=1"),

@@ -30,12 +30,12 @@ class MadeUp(Pool):
     def run(self, arguments: Sequence[str], folder: Path, log: Path, begin: Callable[[], None]) -> tuple[int, float]:
         given = recipes.load(arguments[2], list(arguments[3:]))
         training, evaluation, until = given.training, given.evaluation, given.output.stop_after or STEPS
-        self.launched.append((training.lr, training.seed, until, evaluation.test))
+        self.launched.append((training.peak_lr, training.seed, until, evaluation.test))
         folder.mkdir(parents=True, exist_ok=True)
         lines = [{"step": step, "train/loss": 1.0, "train/seconds_per_step": 0.5} for step in range(1, until + 1)]
         for line in lines:
             if line["step"] % EVERY == 0:
-                line["validation/loss"] = self.loss(training.lr, training.seed, int(line["step"]))
+                line["validation/loss"] = self.loss(training.peak_lr, training.seed, int(line["step"]))
         log.write_text("")
         if any(math.isnan(value) for line in lines for value in line.values()):
             log.write_text("check failed: 5 steps in a row had a loss that is not finite\n")

@@ -1,4 +1,4 @@
-"""A structure and the scales of its slots are the same on one process and on two, under ZeRO 1 and divided by ZeRO 3."""
+"""Structures and the scales of slots are the same on one process and on two, under ZeRO 1 and ZeRO 3."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Path]:
     """The run folders of every scenario, on one process (`1-zero1`) and on two."""
-    found = {}
+    found: dict[str, Path] = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"ranks{ranks}")
         done = finished(launch("tests/training/structure_worker.py", str(out), ranks=ranks))

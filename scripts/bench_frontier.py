@@ -1,0 +1,217 @@
+"""Score against trained parameters: LoRA, GLoRA in even scaling, and structures chosen by each predictor.
+
+  GLORA_DATA=FOLDER python scripts/bench_frontier.py [--tasks banking77 sst2 rte] [--seeds 1] [--jobs 2]
+      [--budgets 2.44M 1.22M 0.61M 0.305M 0.1M 0.05M] [--methods lora glora:uniform glora:agreement]
+      [--rates 1e-3 4e-3 1.6e-2] [--steps 75] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
+
+A thin layer over `glora-llm compare`: one comparison for each task and budget, in OUT/TASK-BUDGET, in which each
+method's rate is chosen on validation rows, the worse half of the rates is stopped after a third, and the test rows are
+read once for each seed at the best rate. Below one rank of LoRA everywhere, LoRA takes part on chosen targets, each
+choice as a comparison of its own (OUT/TASK-BUDGET-lora-q_proj+...); the best of them on validation rows is LoRA there.
+FOLDER holds sst2/ and rte/ as train.parquet and validation.parquet; banking77 needs none.
+
+Finished runs are not made again, so the command may be stopped and started, and started again with more --seeds, as
+long as steps and dtype stay. Prints a Markdown table for each task; --figure draws them; --table-only trains nothing.
+
+Cost, calculated and not measured: 75 steps take 5 core-minutes in float32 on Banking77 on one core of an AMD EPYC, so a
+method with three rates (two stopped after a third) costs 12 core-minutes and 6 more for each further seed; six budgets
+x 5 methods on one task: 6 core-hours on one seed, 12 on three. First `--seeds 1 --rates 1e-3 4e-3 1.6e-2`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TASKS: dict[str, tuple[str, str, list[str]]] = {  # name -> recipe, score, overrides
+    "banking77": ("smollm2_glora", "exact_match", []),
+    "sst2": ("smollm2_glue", "accuracy", ["data.source={data}/sst2", "data.max_test_rows=872"]),
+    "rte": ("smollm2_glue", "accuracy", ["data.benchmark=rte", "data.source={data}/rte"]),
+}
+BUDGETS = ["2.44M", "1.22M", "0.61M", "0.305M", "0.1M", "0.05M"]
+METHODS = ["lora", "glora:even", "glora:uniform", "glora:first_step", "glora:curvature", "glora:agreement"]
+RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"]
+# Targets of LoRA of rank 1 within a budget below rank 1 everywhere, on SmolLM2-135M: 97,920, 80,640 and 97,920
+# parameters, and 46,080 and 34,560.
+TARGETS = {
+    "0.1M": ["down_proj+o_proj", "q_proj+k_proj+v_proj", "q_proj+up_proj"],
+    "0.05M": ["k_proj+v_proj", "o_proj"],
+}
+NEEDS_ALL = ("lora", "glora:even")  # that have no rank below one everywhere
+LARGEST_RANK = 16  # that a structure may give to a slot
+
+
+class Comparison(NamedTuple):
+    """One run of `glora-llm compare`.
+
+    Args:
+        folder: of the comparison.
+        task, budget: what it is of.
+        methods: that take part.
+        targets: of all of them; empty: the recipe's.
+    """
+
+    folder: Path
+    task: str
+    budget: str
+    methods: list[str]
+    targets: str = ""
+
+
+def main() -> int:
+    """Run the comparisons, then print what they say."""
+    arguments = parse()
+    comparisons = planned(arguments)
+    if arguments.list:
+        print("\n".join(" ".join(command(one, arguments)) for one in comparisons))
+        return 0
+    codes = []
+    if not arguments.table_only:
+        if (
+            any("{data}" in text for task in arguments.tasks for text in TASKS[task][2])
+            and "GLORA_DATA" not in os.environ
+        ):
+            print("error: GLORA_DATA must name the folder that holds sst2/ and rte/", file=sys.stderr)
+            return 2
+        for one in comparisons:
+            codes.append(subprocess.run(command(one, arguments), check=False).returncode)
+            if codes[-1] == STOPPED:
+                print("stopped; the same command goes on", file=sys.stderr)
+                return STOPPED
+    found = {task: points(comparisons, task) for task in arguments.tasks}
+    for task, rows in found.items():
+        print(table(task, rows))
+    if arguments.figure is not None:
+        draw(found).savefig(arguments.figure)
+        print(f"{arguments.figure} written")
+    return int(any(codes))
+
+
+STOPPED = 75  # exit code of a comparison that was told to stop
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_frontier"))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["banking77"])
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: %(default)s)")
+    parser.add_argument("--rates", nargs="+", default=RATES)
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="trials at once (default: one a core)")
+    parser.add_argument("--forgetting", help="a text, as of `glora-llm compare` (default: the shipped one)")
+    parser.add_argument("--figure", type=Path, help="draw score against parameters: .svg, .png or .pdf")
+    parser.add_argument("--list", action="store_true", help="print the commands")
+    parser.add_argument("--table-only", action="store_true", help="train nothing")
+    return parser.parse_args()
+
+
+def planned(arguments: argparse.Namespace) -> list[Comparison]:
+    """Return the comparisons, large budgets first."""
+    found = []
+    for task in arguments.tasks:
+        for budget in arguments.budgets:
+            small = budget in TARGETS
+            methods = [name for name in arguments.methods if not (small and name in NEEDS_ALL)]
+            place = arguments.out / f"{task}-{budget}"
+            found += [Comparison(place, task, budget, methods)] if methods else []
+            for targets in TARGETS.get(budget, []) if "lora" in arguments.methods else []:
+                found.append(Comparison(Path(f"{place}-lora-{targets}"), task, budget, ["lora"], targets))
+    return found
+
+
+def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
+    """Return the command of one comparison."""
+    recipe, score, changes = TASKS[one.task]
+    words = [sys.executable, "-m", "glora_llm", "compare", "--recipe", recipe, "--methods", ",".join(one.methods)]
+    words += ["--budget", one.budget, "--seeds", str(arguments.seeds), "--rates", ",".join(arguments.rates)]
+    words += ["--score", score, "--out", str(one.folder)]
+    words += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
+    words += ["--forgetting", arguments.forgetting] if arguments.forgetting else []
+    data = os.environ.get("GLORA_DATA", "GLORA_DATA")
+    words += [text.replace("{data}", data) for text in changes]
+    words += [f"training.steps={arguments.steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
+    words += [f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
+    return words + ([f"adapter.targets=[{one.targets.replace('+', ', ')}]"] if one.targets else [])
+
+
+def points(comparisons: list[Comparison], task: str) -> list[dict[str, Any]]:
+    """Return a row for each method and budget of a task: name, budget, and the row of the comparison."""
+    found: list[dict[str, Any]] = []
+    for one in comparisons:
+        file = one.folder / "comparison.json"
+        if one.task != task or not file.is_file():
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for row in content.get("methods", []):
+            found.append(row | {"budget": one.budget, "targets": one.targets, "higher": content["higher"]})
+    best = [best_targets([row for row in found if row["targets"] and row["budget"] == budget]) for budget in TARGETS]
+    return [row for row in found if not row["targets"]] + [row for row in best if row is not None]
+
+
+def best_targets(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the LoRA whose targets validate best at its best rate: no test row chooses them."""
+    ended = [row for row in rows if row.get("rates")]
+    if not ended:
+        return None
+    pick = max if ended[0]["higher"] else min
+    row = pick(ended, key=lambda one: pick(one["rates"].values()))
+    return row | {"name": f"lora on {row['targets'].replace('+', ', ')}"}
+
+
+def table(task: str, rows: list[dict[str, Any]]) -> str:
+    """Return the rows of a task as Markdown."""
+    lines = [
+        f"\n{task}\n",
+        "| budget | method | parameters | best rate | test score (range) | against LoRA | to target | forgetting |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda one: -(one["parameters"] or 0)):
+        lora = next((o for o in rows if o["budget"] == row["budget"] and o["name"].startswith("lora")), None)
+        lines.append("| " + " | ".join([row["budget"], row["name"], *cells(row, lora)]) + " |")
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any], lora: dict[str, Any] | None) -> list[str]:
+    """Return the cells of one method."""
+    if row.get("mean") is None:
+        return [str(row["parameters"] or "-"), "-", row.get("why") or row["verdict"], "-", "-", "-"]
+    gap = "-" if lora is None or lora is row or lora.get("mean") is None else f"{row['mean'] - lora['mean']:+.3f}"
+    rate = f"{row['lr']:g}{' (edge)' if row['lr_at_edge'] else ''}"
+    score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}, {len(row['scores'])})"
+    forgotten = "-" if row["forgetting"] is None else f"{row['forgetting']:+.3f}"
+    return [f"{row['parameters']:,}", rate, score, gap, str(row["steps_to_target"] or "-"), forgotten]
+
+
+def draw(found: dict[str, list[dict[str, Any]]]) -> Any:
+    """Draw score against parameters, a panel for each task and a line for each method."""
+    from glora_llm.report.drawing import BLUE, GREY, ORANGE, VERMILLION, empty_figure, tidy
+
+    colours = [GREY, BLUE, VERMILLION, ORANGE, "#009E73", "#CC79A7"]
+    figure = empty_figure((4.6 * len(found), 4.2))
+    for axes, (task, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        scored = [row for row in rows if row.get("mean") is not None]
+        names = sorted({row["name"].partition(" on ")[0] for row in scored})
+        for number, name in enumerate(names):
+            line = sorted((r for r in scored if r["name"].partition(" on ")[0] == name), key=lambda r: r["parameters"])
+            x, y = [row["parameters"] for row in line], [row["mean"] for row in line]
+            reach = [[row["mean"] - row["low"] for row in line], [row["high"] - row["mean"] for row in line]]
+            colour = colours[number % len(colours)]
+            axes.errorbar(x, y, yerr=reach, fmt="o-", color=colour, capsize=3, markersize=4, linewidth=1.2, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("Trained parameters")
+        axes.set_ylabel(f"Test score, {task}")
+        tidy(axes, "both")
+        if names:
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,72 @@
+"""The frontier: its comparisons are requests that `compare` takes, and its table reads what they leave."""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glora_llm.compare.request import read_request
+from scripts import bench_frontier
+
+
+def options(out: Path, **more: Any) -> argparse.Namespace:
+    values: dict[str, Any] = {
+        "out": out, "tasks": ["banking77", "rte"], "budgets": ["0.305M", "0.05M"], "methods": bench_frontier.METHODS,
+        "rates": ["1e-3", "4e-3"], "seeds": 1, "steps": 5, "dtype": "bfloat16", "jobs": 1, "forgetting": None,
+    }  # fmt: skip
+    return argparse.Namespace(**(values | more))
+
+
+def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLORA_DATA", str(tmp_path))
+    arguments = options(tmp_path)
+    comparisons = bench_frontier.planned(arguments)
+    assert [len(one.methods) for one in comparisons[:4]] == [6, 4, 1, 1], "LoRA on two choices of targets"
+    for one in comparisons:
+        words = bench_frontier.command(one, arguments)[4:]
+        named = {name.removeprefix("--"): value for name, value in itertools.pairwise(words) if name[:2] == "--"}
+        last = max(place for place, word in enumerate(words) if word.startswith("--")) + 2
+        request = read_request(
+            name=named["recipe"], overrides=words[last:], methods=named["methods"], budget=named["budget"],
+            seconds=None, seeds=named["seeds"], rates=named["rates"], score=named["score"], forgetting="none",
+            out=Path(named["out"]), jobs=named["jobs"],
+        )  # fmt: skip
+        for contender in request.contenders:
+            section = contender.settings(request.recipe.adapter, request.budget if contender.knob == "budget" else 2)
+            assert section["method"] in ("lora", "glora")
+            assert ("budget" in section) == (contender.knob == "budget")
+
+
+def row(name: str, parameters: int, mean: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name, "parameters": parameters, "mean": mean, "low": mean, "high": mean, "scores": [mean], "lr": 1e-3,
+        "lr_at_edge": False, "rates": {"1e-3": mean}, "steps_to_target": 5, "forgetting": 0.1, "verdict": "level",
+        **more,
+    }  # fmt: skip
+
+
+def test_the_best_targets_are_chosen_by_validation_rows(tmp_path: Path) -> None:
+    arguments = options(tmp_path, tasks=["banking77"], budgets=["0.05M"])
+    comparisons = bench_frontier.planned(arguments)
+    for one in comparisons:
+        one.folder.mkdir(parents=True)
+        lora = {"k_proj+v_proj": (0.9, 0.1), "o_proj": (0.2, 0.3)}.get(one.targets)
+        rows = [row("glora:uniform", 49_000, 0.25)] if lora is None else []
+        rows += [row("lora", 40_000, lora[1], rates={"1e-3": lora[0], "4e-3": 0.0})] if lora else []
+        (one.folder / "comparison.json").write_text(json.dumps({"methods": rows, "higher": True}))
+    found = bench_frontier.points(comparisons, "banking77")
+    assert {one["name"] for one in found} == {"glora:uniform", "lora on k_proj, v_proj"}
+    text = bench_frontier.table("banking77", found)
+    assert "| 0.05M | glora:uniform | 49,000 | 0.001 | 0.250 (0.250 to 0.250, 1) | +0.150 | 5 | +0.100 |" in text
+    bench_frontier.draw({"banking77": found}).savefig(tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_a_method_that_did_not_run_says_why() -> None:
+    text = bench_frontier.table(
+        "rte", [{"name": "lora", "parameters": None, "budget": "1M", "verdict": "not run", "why": "x"}]
+    )
+    assert "| 1M | lora | - | - | x | - | - | - |" in text

@@ -1,0 +1,55 @@
+"""The table of best rates: read from run folders as runs leave them, with what their lines come to."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from glora_llm import recipe
+from scripts import bench_scales
+
+
+def run(out: Path, form: str, rate: str, loss: float | None, seed: int = 0) -> None:
+    folder = bench_scales.folder(out, form, rate, seed)
+    folder.mkdir(parents=True)
+    log = f"{bench_scales.DIVERGED}\n" if loss is None else ""
+    (out / f"{folder.name}.log").write_text(log)
+    if loss is not None:
+        (folder / "summary.json").write_text(json.dumps({"validation": {"validation/loss": loss}}))
+
+
+def test_losses_are_those_of_the_runs(tmp_path: Path) -> None:
+    for rate, loss in (("1e-3", 1.5), ("2e-3", 1.0), ("5e-3", None)):
+        run(tmp_path, "B lora", rate, loss)
+    run(tmp_path, "B lora", "auto", 0.9)
+    run(tmp_path, "B vector", "1e-3", 7.0)
+    found = bench_scales.losses(tmp_path, "B lora", [0])
+    assert found == {0.001: 1.5, 0.002: 1.0, 0.005: math.inf}
+    assert "diverged" in bench_scales.table({"B lora": found})
+    bench_scales.folder(tmp_path, "B lora", "1e-2", 0).mkdir()
+    assert bench_scales.losses(tmp_path, "B lora", [0]) == found, "a run that has not ended has no loss"
+
+
+def test_the_best_rate_is_the_minimum_of_a_parabola() -> None:
+    losses = {rate: (math.log(rate) - math.log(3e-3)) ** 2 for rate in (5e-4, 2e-3, 5e-3, 1e-2)}
+    rate, is_edge = bench_scales.best_rate(losses)
+    assert rate == pytest.approx(3e-3, rel=1e-6) and not is_edge
+    assert bench_scales.best_rate({1e-3: 2.0, 2e-3: 1.0}) == (2e-3, True)
+    assert math.isnan(bench_scales.best_rate({1e-3: math.inf})[0])
+
+
+def test_an_exponent_is_the_slope_over_ranks() -> None:
+    found = {}
+    for rank in (1, 4, 16):
+        best = 1e-2 * rank**-0.5
+        found[f"LoRA {rank}"] = {
+            rate: (math.log(rate) - math.log(best)) ** 2 for rate in (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+        }
+    assert "LoRA: best rate as rank ^ -0.50 at alpha / rank, so RANK_EXPONENT 1.50" in bench_scales.exponents(found)
+
+
+@pytest.mark.parametrize("section", bench_scales.TABLES["auto"].values(), ids=bench_scales.TABLES["auto"])
+def test_every_form_is_a_recipe_with_an_automatic_rate(section: str) -> None:
+    checked = recipe.load("smollm2_glora", [f"adapter={section}", "training.lr=auto"])
+    assert checked.adapter.alpha == 16 and checked.training.lr == "auto"
