@@ -45,7 +45,7 @@ class Contender:
 
     @property
     def knob(self) -> str | None:
-        """The setting that sets the number of parameters: `rank`, `budget` or an argument of PEFT; None: there is none."""
+        """The setting of the number of parameters: `rank`, `budget` or an argument of PEFT; None: there is none."""
         if self.name in CHOSEN:
             return "budget"
         return None if self.name in WITHOUT_KNOB else KNOBS.get(self.method, "rank")

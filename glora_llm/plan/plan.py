@@ -27,6 +27,7 @@ from glora_llm.plan.prompt_checks import check_packing
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.teacher import find_teacher
 from glora_llm.schema import Recipe
+from glora_llm.search.budget import require_rows
 from glora_llm.tasks.heads import head_task
 from glora_llm.tasks.images import image_task
 from glora_llm.tasks.multiple_choice import choice_task
@@ -134,6 +135,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
         if world_size is not None:
             check_watched_score(recipe, task)
         rate = _rate(recipe, base)
+        require_rows(recipe.adapter, len(task.train))
     found.raise_all()
     check_answers(recipe, task, base.folder, trains=world_size is not None)
     os.environ["HF_HUB_OFFLINE"] = "1"  # all is here now: an outage later cannot hurt

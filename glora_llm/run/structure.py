@@ -38,7 +38,7 @@ from glora_llm.report import search_figures
 from glora_llm.run.build import shards_of
 from glora_llm.schema import AdapterSection
 from glora_llm.search import cost
-from glora_llm.search.budget import Budget, limits_of, read_budget, uniform
+from glora_llm.search.budget import LEAST_ROWS, Budget, limits_of, read_budget, uniform
 from glora_llm.search.knapsack import choose
 from glora_llm.search.predictors import PREDICTORS, Gradients, LayerGradients, scores
 from glora_llm.search.space import Code, LayerShape, Space
@@ -46,7 +46,6 @@ from glora_llm.training.engine import Engine
 from glora_llm.training.loop import peak_memory_gb
 from glora_llm.vlora.partitioned import whole
 
-LEAST_ROWS = 32  # below that, a gradient is of these samples and not of the task
 ROWS_STREAM = 43  # of the seeded choice of the samples
 
 
@@ -82,7 +81,7 @@ def choose_structure(plan: Plan, folder: RunFolder, processes: Processes) -> tup
     """Return a plan with the genome that its budget is spent on, and what is to be written of it (once).
 
     Raises:
-        UserError: for a budget that nothing fits into, and for fewer samples than an estimate needs.
+        UserError: for a budget that nothing fits into.
     """
     if plan.recipe.adapter.budget is None:
         return plan, None
@@ -164,14 +163,7 @@ def _costs(plan: Plan, space: Space, budgets: list[Budget], device: torch.device
 
 def _rows(plan: Plan) -> list[int]:
     """Return the numbers of the samples that are looked at, in a seeded order."""
-    count = len(plan.task.train)
-    if count < LEAST_ROWS:
-        raise UserError(
-            f"adapter.predictor {plan.recipe.adapter.predictor} needs gradients of {LEAST_ROWS} training samples or "
-            f"more, and there are {count}: a choice by fewer is of these samples and not of the task. Set "
-            "adapter.predictor=uniform."
-        )
-    order = permutation(count, plan.recipe.training.seed, ROWS_STREAM)
+    order = permutation(len(plan.task.train), plan.recipe.training.seed, ROWS_STREAM)
     return [int(row) for row in order[: max(LEAST_ROWS, plan.recipe.adapter.budget_rows)]]
 
 
@@ -200,6 +192,7 @@ def _measured(plan: Plan, processes: Processes) -> tuple[dict[str, GLoRALinear],
     try:
         probe = Probe(layers, recipe.adapter.rank, recipe.training.seed, lambda layer: whole(layer.parameters()))
         _see(plan, probe, engine, rows, processes)
+        engine.release()
         probe.sum_over(dist.all_reduce)
         found = {name: _of_layer(probe, name, recipe.adapter) for name in layers}
     finally:

@@ -20,6 +20,7 @@ UNITS = {
     "": ("parameters", 1.0), "k": ("parameters", 1e3), "m": ("parameters", 1e6), "g": ("parameters", 1e9),
     "mb": ("megabytes", 1.0), "gb": ("megabytes", 1e3), "s": ("seconds", 1.0), "ms": ("seconds", 1e-3),
 }  # fmt: skip
+LEAST_ROWS = 32  # below that, a gradient is of these samples and not of the task
 KINDS_AT_ONCE = 14  # kinds of linears of which every subset is tried
 
 
@@ -53,11 +54,25 @@ def read_budget(value: Any) -> list[Budget]:
     return found
 
 
+def require_rows(section: AdapterSection, count: int) -> None:
+    """Check that there are training samples enough for the predictor of a budget.
+
+    Raises:
+        UserError: for fewer than LEAST_ROWS where gradients are read.
+    """
+    if section.budget is not None and section.predictor != "uniform" and count < LEAST_ROWS:
+        raise UserError(
+            f"adapter.predictor {section.predictor} needs gradients of {LEAST_ROWS} training samples or more, and "
+            f"there are {count}: a choice by fewer is of these samples and not of the task. Set "
+            "adapter.predictor=uniform."
+        )
+
+
 def structure_choices(section: AdapterSection) -> SlotChoices:
     """Return what each slot may be: none, or its mode in adapter.slots with any rank up to adapter.rank.
 
     Raises:
-        UserError: for a mode that gradients by thin sketches say nothing about.
+        UserError: for a mode that gradients by thin sketches say nothing about, and for no slot to choose.
     """
     slots: Any = section.slots or DEFAULT_SLOTS
     found: SlotChoices = {}
@@ -78,6 +93,8 @@ def structure_choices(section: AdapterSection) -> SlotChoices:
         found[slot] = (SlotSpec("none"), *(specs if mode != "none" else ()))
     if all(len(specs) == 1 for specs in found.values()):
         raise UserError("adapter.budget has no slot to choose: every one of adapter.slots is none.")
+    if section.predictor == "uniform" and len(found["B"]) == 1:
+        raise UserError("adapter.predictor uniform gives slot B to every layer, and adapter.slots has none: add B.")
     return found
 
 
@@ -124,11 +141,9 @@ def uniform(space: Space, limits: Sequence[Limit]) -> Code:
     layers as fit, evenly spread.
 
     Raises:
-        UserError: where slot B is not among the choices, or not a single one fits.
+        UserError: where not a single one fits.
     """
-    genes = [row for row, gene in enumerate(space.genes) if gene.slot == "B" and len(gene.specs) > 1]
-    if not genes:
-        raise UserError("adapter.predictor uniform gives slot B to every layer, and adapter.slots has none: add B.")
+    genes = [row for row, gene in enumerate(space.genes) if gene.slot == "B"]
     kinds: dict[str, list[int]] = {}
     for row in genes:
         kinds.setdefault(space.layers[space.genes[row].layer].name.rpartition(".")[2], []).append(row)

@@ -198,6 +198,11 @@ class Engine:
             handle.remove()
         return inner[0]
 
+    def release(self) -> None:
+        """Divide again what the gradients of some tensors alone left whole under ZeRO 3; all processes together."""
+        if self.stage == 3:
+            self.ds.empty_partition_cache()
+
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         self.ds.eval()
