@@ -26,7 +26,9 @@ def add_command(commands: Any, style: Any) -> None:
     """Add `compare` to the parser of `glora-llm`."""
     command = commands.add_parser("compare", help="compare methods", description=COMPARE, formatter_class=style)
     command.add_argument("--recipe", metavar="NAME", required=True, help="a recipe's name, or the path of a YAML file")
-    command.add_argument("--methods", metavar="LIST", required=True, help="of adapter.method, or glora:PRESET")
+    command.add_argument(
+        "--methods", metavar="LIST", required=True, help="of adapter.method, glora:PRESET or glora:PREDICTOR"
+    )
     cost = command.add_mutually_exclusive_group(required=True)
     cost.add_argument("--budget", metavar="N", help="trained parameters of each method, such as 0.3M")
     cost.add_argument("--time", metavar="SECONDS", help="of training, at the recipe's rank")

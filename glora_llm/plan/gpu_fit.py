@@ -165,7 +165,7 @@ def _smaller(recipe: Recipe, world_size: int) -> list[int]:
 def _smaller_ranks(recipe: Recipe) -> list[Changes]:
     """Return halves of adapter.rank; a supernet has ranks of its own."""
     adapter = recipe.adapter
-    if adapter.is_full or adapter.is_supernet or adapter.genome is not None:
+    if adapter.is_full or adapter.is_supernet or adapter.genome is not None or adapter.budget is not None:
         return []
     return [{"adapter": {"rank": adapter.rank // 2**power}} for power in range(1, adapter.rank.bit_length())]
 

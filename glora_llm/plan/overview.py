@@ -105,6 +105,7 @@ def describe(plan: Plan) -> str:
         f"weights    {_describe_weights(plan)}",
         f"compute    {empty.compute}",
         f"adapter    {recipe.adapter.method}, {trained / 1e6:.3f} M trained ({100 * trained / total:.2f} %)",
+        *_describe_structure(plan),
         *_describe_layers(model),
         *_describe_sharing(model),
         *[f"data       {report.describe()}" for report in plan.task.reports.values()],
@@ -185,6 +186,16 @@ def _describe_layers(model: Any) -> list[str]:
         return []
     kinds = Counter(name.rpartition(".")[2] for name in names)
     return [f"layers     {len(names)} adapted: {', '.join(f'{kind} {count}' for kind, count in sorted(kinds.items()))}"]
+
+
+def _describe_structure(plan: Plan) -> list[str]:
+    """Return what chooses the slots of a budget, where that is still to come."""
+    adapter = plan.recipe.adapter
+    if adapter.budget is None or plan.genome is not None:
+        return []
+    how = "evenly" if adapter.predictor == "uniform" else f"by {adapter.predictor} when training starts"
+    shown = "" if adapter.predictor == "uniform" else "; counted here as it is spent evenly"
+    return [f"structure  within {adapter.budget}, {how}{shown}"]
 
 
 def _epochs(plan: Plan) -> float:

@@ -85,6 +85,8 @@ def method_in_words(run: RunRecord) -> str:
         return f"{adapter.method} of rank {adapter.rank}"
     if adapter.is_supernet:
         return "a GLoRA supernet"
+    if adapter.genome and (run.folder.path / "structure").is_dir():
+        return "GLoRA (a structure within a budget)"
     what = f"preset {adapter.preset}" if adapter.preset else "genome" if adapter.genome else f"rank {adapter.rank}"
     return f"GLoRA ({what})"
 

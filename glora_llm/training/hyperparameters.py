@@ -38,6 +38,8 @@ def _slots_text(recipe: Recipe) -> str:
         return "none"
     if adapter.genome is not None:
         return "of a genome"
+    if adapter.budget is not None:
+        return f"chosen within {adapter.budget} by {adapter.predictor}"
     if adapter.is_supernet:
         return "a supernet"
     slots: dict[Any, Any] = dict(PRESETS[adapter.preset] if adapter.preset else adapter.slots or DEFAULT_SLOTS)

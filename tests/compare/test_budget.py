@@ -17,7 +17,16 @@ from glora_llm.schema import AdapterSection
 
 BUDGET = 30_000
 METHODS = ["lora", "rslora", "dora", "loha", "lokr", "hra", "oft", "vera", "miss", "fourierft", "c3a", "ia3", "ssf"]
-METHODS += ["repadapter", "glora", "glora:lora", "glora:hira", "glora:repadapter", "glora:ssf"]
+METHODS += [
+    "repadapter",
+    "glora",
+    "glora:even",
+    "glora:agreement",
+    "glora:lora",
+    "glora:hira",
+    "glora:repadapter",
+    "glora:ssf",
+]
 METHODS += ["p_tuning", "p_tuning_v2", "houlsby", "compacter"]
 
 

@@ -76,7 +76,7 @@ def test_an_even_structure_needs_no_gradients(tmp_path: Path, capsys: pytest.Cap
     more = [*settings, "adapter.slots=null", "adapter.budget=4000", "training.lr=auto", "adapter.scaling=even"]
     assert main(["train", "--recipe", "tiny_cpu", "--dry-run", *more]) == 0
     said = capsys.readouterr().out
-    assert "for training.lr auto" in said
+    assert "for training.lr auto" in said and "within 4000, evenly" in said
     assert train_in_process("tiny_cpu", *more) == 0
     found = choice(tmp_path / "run")
     assert found["samples"] == 0 and found["parameters"] <= 4000
