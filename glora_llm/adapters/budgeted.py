@@ -25,7 +25,8 @@ def structure_space(layers: Mapping[str, GLoRALinear], section: AdapterSection) 
         if type(layer) is not GLoRALinear:
             kind = type(layer.get_base_layer()).__name__
             raise UserError(
-                f"adapter.budget chooses the slots of linears, and {name} is of kind {kind}. Leave it out of adapter.targets."
+                f"adapter.budget chooses the slots of linears, and {name} is of kind {kind}. Leave it out of "
+                "adapter.targets."
             )
     shapes = [LayerShape(n, layer.out_features, layer.in_features, layer.b0 is not None) for n, layer in layers.items()]
     return Space(shapes, structure_choices(section), section.composition)
