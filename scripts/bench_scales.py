@@ -4,7 +4,7 @@
       [--steps 50] [--forms "A lora" "B lora"] [--task banking77] [--table-only]
 
 slots  each slot and mode alone in even scaling, rank 8, alpha 16. Where all best rates are that of `B lora`, one rate
-       fits all; else the constant of a slot is its best rate over B's (adapters/even.py: CONSTANTS).
+       fits all; else its constant (adapters/even.py: CONSTANTS) is to be multiplied by its best rate over that of B.
 ranks  LoRA and even GLoRA (A, B, C, E) of rank 1, 4, 16 and 64 at alpha 16: RANK_EXPONENT (adapters/auto_rate.py) is 1
        less the slope of log(best rate) over log(rank), and BASE_RATE the level of the best rates.
 auto   forms at `training.lr: auto` alone: their losses stand beside the best of the other two tables' runs.
@@ -185,9 +185,9 @@ def cell(loss: float | None) -> str:
 
 
 def constants(found: dict[str, Losses]) -> str:
-    """Return what CONSTANTS would be: the best rate of each slot over that of B."""
+    """Return what CONSTANTS are to be multiplied by: the best rate of each slot over that of B."""
     reference = best_rate(found.get("B lora", {}))[0]
-    lines = ["", "| slot | best rate over that of B lora |", "|---|---|"]
+    lines = ["", "| slot | CONSTANTS times (best rate over that of B lora) |", "|---|---|"]
     lines += [f"| {form} | {best_rate(values)[0] / reference:.3g} |" for form, values in found.items()]
     return "\n".join(lines)
 

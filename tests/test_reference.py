@@ -24,5 +24,7 @@ def test_the_reference_has_every_section_and_key() -> None:
     assert len(rows) > 40
     for name in Recipe.model_fields:
         assert f"## {name}\n" in text or f"| `{name}` |" in text
-    assert "| `lr` | number > 0 | 1/step | required | peak learning rate |" in rows
+    assert any(
+        row.startswith("| `lr` | number > 0 or `auto` | 1/step | required | peak learning rate; auto: ") for row in rows
+    )
     assert "| `steps` | integer > 0 or null | steps | `null` | optimizer steps (or give epochs) |" in rows

@@ -13,10 +13,9 @@ around the parameter. With x of unit size in each entry, `up` uniform in +-1 / s
     B vector        shift * sum(x)              sqrt(I)                and scalar
     E               e                           1
 
-The factor of a slot is one over that, times a constant of the slot and mode, which is measured
-(`scripts/bench_scales.py`). The rows of an embedding are not multiplied with an x; they are moved in proportion to
-their own size, u = |W0| / sqrt(V d): A lora and vector 1, A hadamard sqrt(d), A block sqrt(d / 64), B lora u sqrt(d),
-B vector and E u.
+The factor of a slot is one over that, times a constant of the slot and mode (CONSTANTS). The rows of an embedding are
+not multiplied with an x; they are moved in proportion to their own size, u = |W0| / sqrt(V d): A lora and vector 1,
+A hadamard sqrt(d), A block sqrt(d / 64), B lora u sqrt(d), B vector and E u.
 
 A slot with a rank is scaled by alpha / rank ^ RANK_EXPONENT (`auto_rate`), unless `rank_stabilized` asks for
 alpha / sqrt(rank); what that is beside the alpha / rank of the path is part of the factor.
@@ -41,13 +40,18 @@ from glora_llm.glora.embedding import GLoRAEmbedding
 from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
+from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.glora.path import slots_with
 from glora_llm.schema.slots import BLOCK
 from glora_llm.vlora.partitioned import whole
 
 Scales = dict[str, dict[str, dict[str, float]]]  # layer -> slot -> mode -> factor
 
-CONSTANTS: dict[tuple[str, str], float] = {}  # of (slot, mode); 1 where it is not here
+# Of (slot, mode); 1 where it is not here. Until `scripts/bench_scales.py slots` has measured them, those of slots that
+# shift an output by the same for every token are the factors of learning_rates.py, which keep the default slots stable.
+CONSTANTS: dict[tuple[str, str], float] = {
+    (slot, mode): DEFAULT_LR_FACTORS[slot] for slot in "CDE" for mode in ("lora", "vector", "scalar")
+}
 DIGITS = 6  # of a factor: sums on other devices differ in the last bits
 
 

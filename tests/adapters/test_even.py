@@ -46,6 +46,12 @@ def moved(model: Any, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     return change
 
 
+@pytest.fixture(autouse=True)
+def no_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law alone: constants of slots are measured, and say by how much each is slower for its own reasons."""
+    monkeypatch.setattr("glora_llm.adapters.even.CONSTANTS", {})
+
+
 SLOTS = {
     "A lora": {"slots": {"A": "lora"}},
     "A hadamard": {"slots": {"A": "lora"}, "composition": "hadamard"},
