@@ -13,6 +13,7 @@ PRESETS = tuple(f"glora:{name}" for name in get_args(Preset))
 # structures within a budget, by their predictor; and the default slots in even scaling, at a constant alpha
 CHOSEN = tuple(f"glora:{name}" for name in get_args(AdapterSection.model_fields["predictor"].annotation))
 EVEN = "glora:even"
+ALL = "1000G"  # parameters: a structure at the recipe's rank, where the comparison sets no number
 # methods whose number of parameters another argument of PEFT sets than the rank
 KNOBS = {
     **dict.fromkeys(["fourierft", "waveft"], "n_frequency"),
@@ -73,7 +74,7 @@ class Contender:
             kept = plain.keys() - {"genome", "weights", "supernet", "budget", "predictor", "budget_rows"}
         found = {"method": self.method} | {key: plain[key] for key in kept if key in plain and key != "method"}
         if self.name in CHOSEN:
-            found |= {"predictor": self.name.partition(":")[2]}
+            found |= {"predictor": self.name.partition(":")[2], "budget": ALL}
         elif ":" in self.name and self.name != EVEN:
             found["preset"] = self.name.partition(":")[2]
         if self.name in (*CHOSEN, EVEN):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from glora_llm.compare.command import _recipe_of
 from glora_llm.compare.request import read_request
 from scripts import bench_frontier
 
@@ -35,6 +36,7 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
             out=Path(named["out"]), jobs=named["jobs"],
         )  # fmt: skip
         for contender in request.contenders:
+            assert _recipe_of(request.recipe, contender, None).adapter.method == contender.method
             section = contender.settings(request.recipe.adapter, request.budget if contender.knob == "budget" else 2)
             assert section["method"] in ("lora", "glora")
             assert ("budget" in section) == (contender.knob == "budget")
