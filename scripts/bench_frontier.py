@@ -32,7 +32,8 @@ TASKS: dict[str, tuple[str, str, list[str]]] = {  # name -> recipe, score, overr
     "rte": ("smollm2_glue", "accuracy", ["data.benchmark=rte", "data.source={data}/rte"]),
 }
 BUDGETS = ["2.44M", "1.22M", "0.61M", "0.305M", "0.1M", "0.05M"]
-METHODS = ["lora", "glora:even", "glora:uniform", "glora:first_step", "glora:curvature", "glora:agreement"]
+METHODS = ["lora", "glora:even", "glora:uniform"]
+METHODS += ["glora:first_step", "glora:energy", "glora:curvature", "glora:agreement"]
 RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"]
 # Targets of LoRA of rank 1 within a budget below rank 1 everywhere, on SmolLM2-135M: 97,920, 80,640 and 97,920
 # parameters, and 46,080 and 34,560.

@@ -81,7 +81,7 @@ class AdapterSection(Section):
         "they add to a step (20ms), or memory (12MB); several by commas",
         "limit",
     )
-    predictor: Literal["uniform", "first_step", "curvature", "agreement"] = key(
+    predictor: Literal["uniform", "first_step", "energy", "curvature", "agreement"] = key(
         "uniform",
         "of adapter.budget, what a slot is worth: uniform: B alone, of one rank everywhere; the others by gradients of "
         "adapter.budget_rows samples (docs/glora.md)",

@@ -8,6 +8,8 @@ f the factor of a slot in even scaling, so that a step of the rate changes the o
 
 - `first_step`: by how much the first step of Adam lowers the loss, with `up` along v_k: f sum_k s_k |u_k|_1 for a
   product of rank r, f |g|_1 for a vector.
+- `energy`: the squared gradient that a slot can follow, f^2 sum_k s_k^2 or f^2 |g|^2: the rate at which gradient flow
+  lowers the loss at first.
 - `curvature`: by how much the best step of a second-order model does, whose curvature is the empirical Fisher matrix's
   diagonal: sum of g^2 / F - 1 over directions and entries, where pure noise gives 0. The F of a direction takes inputs
   and output gradients for independent, as K-FAC does (arXiv 1503.05671).
@@ -90,6 +92,16 @@ def first_step(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
         gains = low.values * low.left.abs().sum(0)
         return layer.factor(slot, spec.mode) * float(gains[: spec.rank].sum())
     return layer.factor(slot, spec.mode) * float(_entries(layer.whole.vectors[slot], spec).abs().sum())
+
+
+@PREDICTORS.register("energy")
+def energy(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
+    """Return the squared gradient that the slot can follow, in units of even scaling."""
+    if _is_product(slot, spec):
+        squares = layer.whole.low[slot].values[: spec.rank].square()
+    else:
+        squares = _entries(layer.whole.vectors[slot], spec).square()
+    return layer.factor(slot, spec.mode) ** 2 * float(squares.sum())
 
 
 @PREDICTORS.register("curvature")

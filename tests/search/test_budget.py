@@ -104,7 +104,7 @@ def gradients(matrix: torch.Tensor, w0: torch.Tensor, tokens: int, noise: float)
     return Gradients(low, spread, vectors, squares)
 
 
-@pytest.mark.parametrize("name", ["first_step", "curvature", "agreement"])
+@pytest.mark.parametrize("name", ["first_step", "energy", "curvature", "agreement"])
 def test_a_predictor_finds_the_layer_and_the_rank_that_matter(name: str) -> None:
     """One layer's gradient has rank 2 and is the same in both halves; the other's is noise that differs in them."""
     torch.manual_seed(0)
