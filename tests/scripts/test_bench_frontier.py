@@ -31,8 +31,8 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
         named = {name.removeprefix("--"): value for name, value in itertools.pairwise(words) if name[:2] == "--"}
         last = max(place for place, word in enumerate(words) if word.startswith("--")) + 2
         request = read_request(
-            name=named["recipe"], overrides=words[last:], methods=named["methods"], budget=named["budget"],
-            seconds=None, seeds=named["seeds"], rates=named["rates"], score=named["score"], forgetting="none",
+            name=named["recipe"], overrides=words[last:], methods=named["methods"], budget=named["budget"], nearest=False,
+            seconds=None, seeds=named["seeds"], rates=named["rates"], full_rates=None, score=named["score"], forgetting="none",
             out=Path(named["out"]), jobs=named["jobs"],
         )  # fmt: skip
         for contender in request.contenders:
