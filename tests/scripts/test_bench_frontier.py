@@ -31,9 +31,9 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
         named = {name.removeprefix("--"): value for name, value in itertools.pairwise(words) if name[:2] == "--"}
         last = max(place for place, word in enumerate(words) if word.startswith("--")) + 2
         request = read_request(
-            name=named["recipe"], overrides=words[last:], methods=named["methods"], budget=named["budget"], nearest=False,
-            seconds=None, seeds=named["seeds"], rates=named["rates"], full_rates=None, score=named["score"], forgetting="none",
-            out=Path(named["out"]), jobs=named["jobs"],
+            name=named["recipe"], overrides=words[last:], methods=named["methods"], budget=named["budget"],
+            nearest=False, seconds=None, seeds=named["seeds"], rates=named["rates"], full_rates=None,
+            score=named["score"], forgetting="none", out=Path(named["out"]), jobs=named["jobs"],
         )  # fmt: skip
         for contender in request.contenders:
             assert _recipe_of(request.recipe, contender, None).adapter.method == contender.method
