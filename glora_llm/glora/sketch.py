@@ -190,7 +190,7 @@ class Probe:
 
     def directions_through(self, name: str, sketch: Sketch, w0: Tensor) -> Directions:
         """Return those of W0' G: of slot A in product form."""
-        return leading(w0.t() @ sketch.y, sketch.z_a, self.tests[name].v_a)
+        return leading(w0.t() @ sketch.y.to(w0.dtype), sketch.z_a, self.tests[name].v_a)
 
 
 def sketch_of(tests: Tests, x: Tensor, y: Tensor, dy: Tensor) -> Sketch:
@@ -236,11 +236,14 @@ def _empty(tests: Tests) -> Sketch:
 def leading(y: Tensor, z: Tensor, v: Tensor) -> Directions:
     """Return the leading singular vectors of a matrix M from Y = M W (rows, k) and Z = V' M (l, columns).
 
+    In float64 on the CPU, so that all machines find the same; they come back to Y's device.
+
     Args:
         v: V, (rows, l); l is above k.
     """
-    y, z, v = y.double(), z.double(), v.double()
+    device = y.device
+    y, z, v = (tensor.to("cpu", torch.float64) for tensor in (y, z, v))
     basis = torch.linalg.qr(y).Q  # (rows, k); fewer where there are fewer rows
     core = torch.linalg.lstsq(v.t() @ basis, z).solution  # (k, columns)
     left, values, right = torch.linalg.svd(core, full_matrices=False)
-    return Directions(basis @ left, values, right)
+    return Directions((basis @ left).to(device), values.to(device), right.to(device))

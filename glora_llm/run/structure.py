@@ -219,9 +219,10 @@ def _see(plan: Plan, probe: Probe, engine: Engine, rows: list[int], processes: P
 def _of_layer(probe: Probe, name: str, section: AdapterSection) -> LayerGradients:
     layer, sums = probe.layers[name], probe.sums[name]
     sizes = sizes_of(layer)
-    with probe.weight(layer) as w0:
-        halves = tuple(_gradients(probe, name, sketch, w0) for sketch in sums)
-        whole_one = _gradients(probe, name, sums[0].plus(sums[1]), w0)
+    with probe.weight(layer) as weight:
+        w0, squared = weight.double(), weight.double().square()
+    halves = tuple(_gradients(probe, name, sketch, w0, squared) for sketch in sums)
+    whole_one = _gradients(probe, name, sums[0].plus(sums[1]), w0, squared)
     factors = {
         slot: {mode: factor(slot, mode, section.composition, sizes) for mode in ("lora", "vector", "scalar")}
         if section.scaling == "even"
@@ -233,19 +234,23 @@ def _of_layer(probe: Probe, name: str, section: AdapterSection) -> LayerGradient
 
 
 @torch.no_grad()
-def _gradients(probe: Probe, name: str, sketch: Sketch, w0: torch.Tensor) -> Gradients:
-    """Return what the predictors read, in float64 on the CPU."""
+def _gradients(probe: Probe, name: str, sketch: Sketch, w0: torch.Tensor, squared: torch.Tensor) -> Gradients:
+    """Return what the predictors read, in float64 on the CPU.
+
+    Args:
+        w0: in float64, and its squares.
+    """
     bias = probe.biases[name]
     of_b, of_a = probe.directions(name, sketch), probe.directions_through(name, sketch, w0)
     dy, gain, shift = sketch.squares.double()
     inputs, tokens = sketch.inputs.double(), float(sketch.tokens)
-    through = w0.double() @ of_a.left
+    through = w0 @ of_a.left
     noise = {
         "B": (of_b.left.square().t() @ dy) * (of_b.right.square() @ inputs) / tokens,
         "A": (through.square().t() @ dy) * (of_a.right.square() @ inputs) / tokens,
     }
-    vectors = {"A": sketch.gains, "B": sketch.shifts, "C": w0.t() @ sketch.total, "E": sketch.total}
-    squares = {"A": gain, "B": shift, "C": w0.double().square().t() @ dy, "E": dy}
+    vectors = {"A": sketch.gains, "B": sketch.shifts, "C": w0.t() @ sketch.total.double(), "E": sketch.total}
+    squares = {"A": gain, "B": shift, "C": squared.t() @ dy, "E": dy}
     if bias is not None:
         vectors["D"], squares["D"] = bias * sketch.total, bias.double().square() * dy
     return Gradients(
