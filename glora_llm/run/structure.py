@@ -40,7 +40,7 @@ from glora_llm.schema import AdapterSection
 from glora_llm.search import cost
 from glora_llm.search.budget import LEAST_ROWS, Budget, limits_of, read_budget, uniform
 from glora_llm.search.knapsack import choose
-from glora_llm.search.predictors import PREDICTORS, Gradients, LayerGradients, scores
+from glora_llm.search.predictors import OF_HALVES, PREDICTORS, Gradients, LayerGradients, scores
 from glora_llm.search.space import Code, LayerShape, Space
 from glora_llm.training.engine import Engine
 from glora_llm.training.loop import peak_memory_gb
@@ -221,16 +221,15 @@ def _of_layer(probe: Probe, name: str, section: AdapterSection) -> LayerGradient
     sizes = sizes_of(layer)
     with probe.weight(layer) as weight:
         w0, squared = weight.double(), weight.double().square()
-    halves = tuple(_gradients(probe, name, sketch, w0, squared) for sketch in sums)
-    whole_one = _gradients(probe, name, sums[0].plus(sums[1]), w0, squared)
+    parts = sums if section.predictor in OF_HALVES else [sums[0].plus(sums[1])]
+    found = tuple(_gradients(probe, name, sketch, w0, squared) for sketch in parts)
     factors = {
         slot: {mode: factor(slot, mode, section.composition, sizes) for mode in ("lora", "vector", "scalar")}
         if section.scaling == "even"
         else dict.fromkeys(("lora", "vector", "scalar"), lr_factor)
         for slot, lr_factor in DEFAULT_LR_FACTORS.items()
     }
-    assert len(halves) == 2
-    return LayerGradients(whole_one, halves, factors)
+    return LayerGradients(found, factors)
 
 
 @torch.no_grad()

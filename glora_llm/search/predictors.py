@@ -52,17 +52,21 @@ class Gradients:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Of one layer: of all records, and of two halves of them.
+    """Of one layer: of all records, or of two halves of them, as the predictor reads (`OF_HALVES`).
 
     Args:
-        whole: of all.
-        halves: of each half.
+        parts: of all, or of each half.
         factors: slot -> mode -> factor of the slot in even scaling.
     """
 
-    whole: Gradients
-    halves: tuple[Gradients, Gradients]
+    parts: tuple[Gradients, ...]
     factors: Mapping[str, Mapping[str, float]]
+
+    @property
+    def whole(self) -> Gradients:
+        """Those of all records."""
+        (found,) = self.parts
+        return found
 
     def factor(self, slot: str, mode: str) -> float:
         """Return the factor of a slot."""
@@ -70,6 +74,7 @@ class LayerGradients:
 
 
 Predictor = Callable[[LayerGradients, str, SlotSpec], float]
+OF_HALVES = ("agreement",)  # predictors that read each half; the others read all records at once
 PREDICTORS: Registry[Predictor] = Registry("predictor")
 
 
@@ -118,7 +123,7 @@ def curvature(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
 def agreement(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
     """Return the fall of the loss on one half of the records by Adam's first step on the other half."""
     total = 0.0
-    for mine, theirs in (layer.halves, layer.halves[::-1]):
+    for mine, theirs in (layer.parts, layer.parts[::-1]):
         if _is_product(slot, spec):
             gains = judged(mine.low[slot], theirs.low[slot])[: spec.rank]
             total += float(gains.clamp_min(0).sum())
