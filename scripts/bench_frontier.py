@@ -1,8 +1,8 @@
 """Score against trained parameters: LoRA, GLoRA in even scaling, and structures chosen by each predictor.
 
-  GLORA_DATA=FOLDER python scripts/bench_frontier.py [--tasks banking77 sst2 rte] [--seeds 1] [--jobs 2]
-      [--budgets 2.44M 1.22M 0.61M 0.305M 0.1M 0.05M] [--methods lora glora:uniform glora:agreement]
-      [--rates 1e-3 4e-3 1.6e-2] [--steps 75] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
+  GLORA_DATA=FOLDER python scripts/bench_frontier.py [--tasks sst2 rte banking77] [--seeds 1] [--jobs 2]
+      [--budgets 1.22M 0.305M 0.1M 0.05M] [--methods lora glora:uniform glora:agreement]
+      [--rates 1e-3 4e-3 1.6e-2] [--steps 24] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
 
 A thin layer over `glora-llm compare`: one comparison for each task and budget, in OUT/TASK-BUDGET, in which each
 method's rate is chosen on validation rows, the worse half of the rates is stopped after a third, and the test rows are
@@ -13,9 +13,11 @@ FOLDER holds sst2/ and rte/ as train.parquet and validation.parquet; banking77 n
 Finished runs are not made again, so the command may be stopped and started, and started again with more --seeds, as
 long as steps and dtype stay. Prints a Markdown table for each task; --figure draws them; --table-only trains nothing.
 
-Cost, calculated and not measured: 75 steps take 5 core-minutes in float32 on Banking77 on one core of an AMD EPYC, so a
-method with three rates (two stopped after a third) costs 12 core-minutes and 6 more for each further seed; six budgets
-x 5 methods on one task: 6 core-hours on one seed, 12 on three. First `--seeds 1 --rates 1e-3 4e-3 1.6e-2`.
+Cost, of the 20 to 40 s of a core that a run of SST-2 takes (24 steps of 8, AMD EPYC): a method with three rates is two
+and a third runs and a final one, 2 core-minutes, and half a minute more for each further seed; gradients of 64 samples
+and the base that is loaded for them add about half a minute to each run of a predictor but uniform. Four budgets with
+the five default methods and LoRA's five choices of targets: 1 core-hour on one seed, 1.4 on three. RTE's samples are
+three times as long: 2.5 and 3.5. Banking77 (75 steps of 16): about ten times SST-2.
 """
 
 import argparse
@@ -26,15 +28,16 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TASKS: dict[str, tuple[str, str, list[str]]] = {  # name -> recipe, score, overrides
-    "banking77": ("smollm2_glora", "exact_match", []),
-    "sst2": ("smollm2_glue", "accuracy", ["data.source={data}/sst2", "data.max_test_rows=872"]),
-    "rte": ("smollm2_glue", "accuracy", ["data.benchmark=rte", "data.source={data}/rte"]),
+SHORT = ["training.global_batch=8", "evaluation.every=8", "data.validation=200", "data.max_test_rows=400"]
+# name -> steps, recipe, score, overrides. The first two in few and short steps, as docs/benchmarks/methods.md.
+TASKS: dict[str, tuple[int, str, str, list[str]]] = {
+    "sst2": (24, "smollm2_glue", "accuracy", ["data.source={data}/sst2", *SHORT]),
+    "rte": (24, "smollm2_glue", "accuracy", ["data.benchmark=rte", "data.source={data}/rte", *SHORT]),
+    "banking77": (75, "smollm2_glora", "exact_match", []),
 }
-BUDGETS = ["2.44M", "1.22M", "0.61M", "0.305M", "0.1M", "0.05M"]
-METHODS = ["lora", "glora:even", "glora:uniform"]
-METHODS += ["glora:first_step", "glora:energy", "glora:curvature", "glora:agreement"]
-RATES = ["1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2"]
+BUDGETS = ["1.22M", "0.305M", "0.1M", "0.05M"]
+METHODS = ["lora", "glora:uniform", "glora:first_step", "glora:curvature", "glora:agreement"]
+RATES = ["1e-3", "4e-3", "1.6e-2"]
 # Targets of LoRA of rank 1 within a budget below rank 1 everywhere, on SmolLM2-135M: 97,920, 80,640 and 97,920
 # parameters, and 46,080 and 34,560.
 TARGETS = {
@@ -72,7 +75,7 @@ def main() -> int:
     codes = []
     if not arguments.table_only:
         if (
-            any("{data}" in text for task in arguments.tasks for text in TASKS[task][2])
+            any("{data}" in text for task in arguments.tasks for text in TASKS[task][3])
             and "GLORA_DATA" not in os.environ
         ):
             print("error: GLORA_DATA must name the folder that holds sst2/ and rte/", file=sys.stderr)
@@ -98,12 +101,12 @@ def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_frontier"))
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["banking77"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["sst2"])
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=METHODS, help="(default: %(default)s)")
     parser.add_argument("--rates", nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--steps", type=int, help="(default: those of the task)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="trials at once (default: one a core)")
     parser.add_argument("--forgetting", help="a text, as of `glora-llm compare` (default: the shipped one)")
@@ -129,7 +132,7 @@ def planned(arguments: argparse.Namespace) -> list[Comparison]:
 
 def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     """Return the command of one comparison."""
-    recipe, score, changes = TASKS[one.task]
+    steps, recipe, score, changes = TASKS[one.task]
     words = [sys.executable, "-m", "glora_llm", "compare", "--recipe", recipe, "--methods", ",".join(one.methods)]
     words += ["--budget", one.budget, "--seeds", str(arguments.seeds), "--rates", ",".join(arguments.rates)]
     words += ["--score", score, "--out", str(one.folder)]
@@ -137,7 +140,7 @@ def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     words += ["--forgetting", arguments.forgetting] if arguments.forgetting else []
     data = os.environ.get("GLORA_DATA", "GLORA_DATA")
     words += [text.replace("{data}", data) for text in changes]
-    words += [f"training.steps={arguments.steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
+    words += [f"training.steps={arguments.steps or steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
     words += [f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
     return words + ([f"adapter.targets=[{one.targets.replace('+', ', ')}]"] if one.targets else [])
 

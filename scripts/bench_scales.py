@@ -1,7 +1,7 @@
 """The best learning rate of every slot alone, and of every rank: what the constants of even scaling are set by.
 
-  python scripts/bench_scales.py slots|ranks|auto [--rates 1e-3 3e-3 1e-2 3e-2] [--seeds 0] [--jobs 2]
-      [--steps 50] [--forms "A lora" "B lora"] [--task banking77] [--table-only]
+  GLORA_DATA=FOLDER python scripts/bench_scales.py slots|ranks|auto [--rates 5e-4 2e-3 8e-3 3.2e-2] [--refine]
+      [--seeds 0] [--jobs 2] [--steps 24] [--forms "A lora" "B lora"] [--task sst2|banking77] [--table-only]
 
 slots  each slot and mode alone in even scaling, rank 8, alpha 16. Where all best rates are that of `B lora`, one rate
        fits all; else its constant (adapters/even.py: CONSTANTS) is to be multiplied by its best rate over that of B.
@@ -9,26 +9,34 @@ ranks  LoRA and even GLoRA (A, B, C, E) of rank 1, 4, 16 and 64 at alpha 16: RAN
        less the slope of log(best rate) over log(rank), and BASE_RATE the level of the best rates.
 auto   forms at `training.lr: auto` alone: their losses stand beside the best of the other two tables' runs.
 
-SmolLM2-135M in bfloat16, 16 Banking77 questions a step, validation loss on 200 questions; no test row is read. Each run
-is `train.py` in a process and on a thread of its own; finished runs are not made again and stopped ones go on, so the
-command may be stopped (Ctrl-C, SIGTERM) and started. Prints a Markdown table of the loss by rate; the best rate is the
+SmolLM2-135M in bfloat16; SST-2, 24 steps of 8 sentences (FOLDER/sst2 holds train.parquet and validation.parquet), or
+Banking77, 75 steps of 16 questions, shipped; validation loss on 200 rows that are no test rows, the same for all forms.
+Trials are forked, as those of `glora-llm compare`. Finished ones are not made again and stopped ones go on, so the
+command may be stopped (Ctrl-C, SIGTERM) and started. --refine adds, for each form, half and twice its best rate, or the
+next rate where the best one is the lowest or highest. Prints a Markdown table of the loss by rate; the best rate is the
 minimum of the parabola through the three best-placed points over log(rate), or the edge, marked so.
 
-Cost, calculated from 4 s a step on one core of an AMD EPYC (75 steps of the recipe take 5 minutes there in float32),
-not measured: 50 steps and one validation are about 4 core-minutes; `slots` 9 forms x 6 rates = 3.6 core-hours, `ranks`
-8 forms x 6 rates = 3.2 core-hours, `auto` 17 runs = 1.1 core-hours. Coarser first: --rates 1e-3 4e-3 1.6e-2.
+Cost: 24 steps and the validation of SST-2 take 20 to 40 s of a core (AMD EPYC), so `slots` with four rates and --refine
+is 9 x 6 runs, half a core-hour; `ranks` 8 x 6, of rank 64 at about twice the time, 0.6 core-hours; `auto` 17 runs, 0.2.
+A run of Banking77 takes about ten times as long.
 """
 
 import argparse
 import json
 import math
+import os
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # scripts/vlora_forms is no part of the package
+sys.path.insert(0, str(ROOT))  # the script is run by its path
 
-from scripts.vlora_forms.runs import Run, finished, run_all  # noqa: E402
+from glora_llm.compare.pool import Ending, Pool, in_parallel, slots  # noqa: E402
+from glora_llm.launch.stop import EXIT_CODE  # noqa: E402
 
 EVEN = "method: glora, targets: all-linear, scaling: even, alpha: 16"
 SLOTS = {
@@ -47,11 +55,12 @@ RANKS = {
     **{f"A B C E {r}": SLOTS["A B C E"].replace("rank: 8", f"rank: {r}") for r in (1, 4, 16, 64)},
 }
 TABLES = {"slots": SLOTS, "ranks": RANKS, "auto": SLOTS | RANKS}
-RATES = ["5e-4", "1e-3", "2e-3", "5e-3", "1e-2", "2e-2"]
-TASKS = {
-    "banking77": ["smollm2_glora"],
-    "sst2": ["smollm2_glue"],  # data.source=FOLDER by --overrides where the hub is out of reach
+RATES = ["5e-4", "2e-3", "8e-3", "3.2e-2"]
+TASKS: dict[str, tuple[int, list[str]]] = {  # steps, recipe and settings
+    "sst2": (24, ["smollm2_glue", "data.source={data}/sst2", "training.global_batch=8"]),
+    "banking77": (75, ["smollm2_glora"]),
 }
+Run = tuple[Path, list[str]]  # the folder of a run, and the arguments of `glora-llm` that train it
 DIVERGED = "had a loss or gradient that is not finite"  # what a run says that ends so
 Losses = dict[float, float]  # rate -> validation loss, nats a target; infinite where the run diverged
 
@@ -60,35 +69,83 @@ def main() -> int:
     """Train what is missing, then print the table."""
     arguments = parse()
     forms = TABLES[arguments.table]
-    unknown = [form for form in arguments.forms or () if form not in forms]
-    if unknown:
-        print(f"error: --forms {unknown[0]} is none of {', '.join(forms)}", file=sys.stderr)
+    if arguments.task == "sst2" and "GLORA_DATA" not in os.environ and not arguments.table_only:
+        print("error: GLORA_DATA must name the folder that holds sst2/; or --task banking77", file=sys.stderr)
         return 2
-    chosen = {name: forms[name] for name in arguments.forms or forms}
+    chosen = {name: section for name, section in forms.items() if name in (arguments.forms or forms)}
     rates = ["auto"] if arguments.table == "auto" else arguments.rates
     out = arguments.out / f"{arguments.task}-{arguments.steps}-steps-{arguments.dtype}"
+    found = partial(losses, out, seeds=arguments.seeds)
     failed: list[Path] = []
     if not arguments.table_only:
-        runs: list[Run] = [  # one rate of all forms first: a stopped command leaves whole columns
-            (folder(out, form, rate, seed), command(arguments, section, rate, seed))
-            for seed in arguments.seeds
-            for rate in rates
-            for form, section in chosen.items()
-        ]
         try:
-            failed = run_all([run for run in runs if loss_of(run[0]) is None], arguments.jobs)
-        except KeyboardInterrupt:
+            failed = train(arguments, out, chosen, dict.fromkeys(chosen, rates))
+            for _ in range(2 if arguments.refine and arguments.table != "auto" else 0):
+                failed += train(arguments, out, chosen, {form: finer(found(form)) for form in chosen})
+        except (KeyboardInterrupt, Ending):
             print("stopped; the same command goes on", file=sys.stderr)
-            return 75
-    found = {form: losses(out, form, arguments.seeds) for form in chosen}
-    print(table(found))
+            return EXIT_CODE
+    seen = {form: found(form) for form in chosen}
+    print(table(seen))
     if arguments.table == "auto":
-        print(auto_table({form: auto_loss(out, form, arguments.seeds) for form in chosen}, found))
+        print(auto_table({form: auto_loss(out, form, arguments.seeds) for form in chosen}, seen))
     elif arguments.table == "slots":
-        print(constants(found))
+        print(constants(seen))
     else:
-        print(exponents(found))
-    return int(any(loss_of(run) is None for run in failed))
+        print(exponents(seen))
+    return int(bool(failed))
+
+
+def train(arguments: argparse.Namespace, out: Path, forms: dict[str, str], rates: dict[str, list[str]]) -> list[Path]:
+    """Train what has not ended of some rates of each form; return the folders of runs that failed.
+
+    Raises:
+        KeyboardInterrupt, Ending: told to end; the runs have written a checkpoint.
+    """
+    runs: list[Run] = [
+        (folder(out, form, rate, seed), command(arguments, section, rate, seed))
+        for seed in arguments.seeds
+        for form, section in forms.items()
+        for rate in rates[form]
+    ]
+    waiting = [run for run in runs if loss_of(run[0]) is None]
+    if not waiting:
+        return []
+    pool = Pool(slots(arguments.jobs))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with pool.ended_with_this():
+            in_parallel(partial(train_one, pool), waiting)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return [run for run, _ in waiting if loss_of(run) is None]
+
+
+def train_one(pool: Pool, run: Run) -> None:
+    """Train one run, whose output lies beside its folder."""
+    place, words = run
+    log = place.parent / f"{place.name}.log"
+    code, seconds = pool.run([*words, f"output.dir={place}"], place, log, lambda: None)
+    print(f"{time.strftime('%H:%M:%S')} {place.name}: {cell(loss_of(place))}, {seconds:.0f} s", flush=True)
+    if code and loss_of(place) is None:
+        print(f"{place} failed with exit code {code}: see {log}", file=sys.stderr)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def finer(found: Losses) -> list[str]:
+    """Return the rates that --refine adds: half and twice the best one; at an edge the next one of the grid."""
+    rates = [rate for rate, loss in found.items() if math.isfinite(loss)]
+    if not rates:
+        return []
+    best = min(rates, key=lambda rate: found[rate])
+    if best == min(found):
+        return [f"{best / 4:.2g}"]
+    if best == max(found):
+        return [f"{best * 4:.2g}"]
+    return [f"{best / 2:.2g}", f"{best * 2:.2g}"]
 
 
 def parse() -> argparse.Namespace:
@@ -98,14 +155,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/bench_scales"))
     parser.add_argument("--rates", nargs="+", default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--forms", nargs="+", metavar="FORM", help="(default: all of the table)")
-    parser.add_argument("--task", choices=list(TASKS), default="banking77")
+    parser.add_argument("--steps", type=int, help="(default: those of the task)")
+    parser.add_argument("--refine", action="store_true", help="add rates around the best one of each form")
+    parser.add_argument("--forms", nargs="+", choices=[*SLOTS, *RANKS], metavar="FORM", help="(default: all)")
+    parser.add_argument("--task", choices=list(TASKS), default="sst2")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="trials at once (default: one a core)")
     parser.add_argument("--table-only", action="store_true", help="train nothing")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="section.key=value", help="for all runs")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.steps = arguments.steps or TASKS[arguments.task][0]
+    return arguments
 
 
 def folder(out: Path, form: str, rate: str, seed: int) -> Path:
@@ -115,12 +175,13 @@ def folder(out: Path, form: str, rate: str, seed: int) -> Path:
 
 
 def command(arguments: argparse.Namespace, section: str, rate: str, seed: int) -> list[str]:
-    """Return the command of one run, without its folder."""
-    recipe, *more = TASKS[arguments.task]
+    """Return the arguments of `glora-llm` for one run, without its folder."""
+    recipe, *more = TASKS[arguments.task][1]
     own = [f"adapter={section}", f"training.lr={rate}", f"training.seed={seed}", f"training.steps={arguments.steps}"]
-    kept = ["data.test=null", "data.max_test_rows=null", "merge.after_training=false", "output.save_every=1000"]
-    own += [f"model.dtype={arguments.dtype}", "evaluation.test=false", "training.max_bad_steps=3", *kept]
-    return [sys.executable, "train.py", "--recipe", recipe, *more, *own, *arguments.overrides]
+    own += ["data.validation=200", "evaluation.every=null", "evaluation.test=false", "merge.after_training=false"]
+    own += [f"model.dtype={arguments.dtype}", "output.save_every=1000", "output.keep=1", "training.max_bad_steps=3"]
+    given = [text.replace("{data}", os.environ.get("GLORA_DATA", "GLORA_DATA")) for text in more]
+    return ["train", "--recipe", recipe, *given, *own, *arguments.overrides]
 
 
 def losses(out: Path, form: str, seeds: list[int]) -> Losses:
@@ -137,9 +198,10 @@ def losses(out: Path, form: str, seeds: list[int]) -> Losses:
 
 def loss_of(run: Path) -> float | None:
     """Return the validation loss of a run; infinite: it diverged; None: it has not ended."""
-    summary = finished(run)
-    if summary is not None:
-        loss = summary.get("validation", {}).get("validation/loss")
+    file = run / "summary.json"
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if summary.get("validation"):
+        loss = summary["validation"].get("validation/loss")
         return math.inf if loss is None or not math.isfinite(loss) else float(loss)
     log = run.parent / f"{run.name}.log"
     said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""

@@ -1,21 +1,23 @@
 """`training.lr: auto`: one learning rate for a model's width, the same for GLoRA and every method of LoRA's kind.
 
 A step of Adam moves each entry of a factor by about the rate. With `up` of size 1 / sqrt(I) in each entry, an update
-`s down up` of rank r then moves a layer's output by up to s r times the rate, as the columns of `down` move together.
-So what a rate does depends on the scale s of the method, and the number here is divided by it:
+`s down up` of rank r then moves a layer's output by up to s r times the rate, as the columns of `down` move together
+(`even` has this of every slot). So what a rate does depends on the scale s of the method, and the number is divided by
+it:
 
     rate = BASE_RATE (BASE_WIDTH / width) ^ WIDTH_EXPONENT  x  (REFERENCE_ALPHA / rank ^ RANK_EXPONENT) / s
 
-- RANK_EXPONENT 1, alpha constant and s = alpha / r: the best rate does not depend on the rank. That is what muA derives
-  for a random `up` and a zero `down` (arXiv 2602.06204: "roughly invariant across ranks" with 1 / r, "inversely with
-  rank" with a constant scale), and what is seen from rank 1 to 512 in "LoRA Without Regret" (Thinking Machines, 2025).
-  So alpha = 2 r, a constant scale, gets a rate that falls as 1 / r. rsLoRA's 1 / sqrt(r) has advocates too (arXiv
-  2312.03732, 2606.12883): the exponent is one number here, and `scripts/bench_scales.py ranks` measures it.
+- RANK_EXPONENT 1, alpha constant and s = alpha / r: the best rate does not depend on the rank; with alpha = 2 r, a
+  constant scale, it falls as 1 / r. Published results agree in part. muA (arXiv 2602.06204) finds two regimes by start
+  and scale, one where the best rate "remains roughly invariant across ranks" and one where it "scales inversely with
+  rank"; "LoRA Without Regret" (Thinking Machines, 2025) finds it about independent of the rank at alpha / r. Columns
+  that do not move together would ask for 1 / sqrt(r), which rsLoRA (arXiv 2312.03732) proves for gradients of one size
+  and arXiv 2606.12883 measures. The exponent is one number here, and `scripts/bench_scales.py ranks` measures it.
 - BASE_RATE is of SmolLM2-135M (width 576) at rank 8 and alpha 16, from the rates in docs/benchmarks/learning_rates.md:
   between 2e-3 and 5e-3, where LoRA and GLoRA are as good. `scripts/bench_scales.py` measures it more finely.
 - WIDTH_EXPONENT is that of Thinking Machines' published fit for LLaMA (0.781; their number for a long run, 5e-4
-  (2000 / width) ^ 0.781 at alpha 32, is two thirds of this one). It is taken over, not measured here. Theory has 1/2 as
-  the bound of stability for one rate of both factors (arXiv 2406.08447).
+  (2000 / width) ^ 0.781 at alpha 32, is two thirds of this one). It is taken over, not measured here, and no law: their
+  exponent for Qwen is 0.0775. Theory has 1/2 as the bound of stability for one rate of both factors (arXiv 2406.08447).
 
 GLoRA's slots A, C, D, E move outputs as B does with `adapter.scaling: even`; without it, `adapter.lr_factors` does
 that, roughly.

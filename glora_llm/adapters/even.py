@@ -1,24 +1,34 @@
 """Scales of slots by which a step of one learning rate changes a layer's output alike: `adapter.scaling: even`.
 
-Adam moves every entry of a parameter by about the learning rate, so how far the output moves depends on what stands
-around the parameter. With x of unit size in each entry, `up` uniform in +-1 / sqrt(I), and `down` zero at the start:
+Adam moves every entry of a parameter by about the rate, so how far the output moves depends on what stands around the
+parameter. With x of unit size in each entry, `up` uniform in +-1 / sqrt(I), and `down` zero at the start, a step moves
+each entry of the output by the rate times
 
-    B lora          down (up x)                 1
-    A lora          W0 down (up x)              g = |W0| / sqrt(O)     (Frobenius norm), as W0 x has entries of size g
-    A hadamard      (W0 * (down up)) x          g / sqrt(I)            as the entries of `up` have any sign
-    A block         (W0 * blocks of 64) x       g / sqrt(I / 64)
-    A vector        gain * (W0 x)               g                      and scalar
-    C               W0 c                        g
+    B lora          s down (up x)               s r, as the r columns of `down` move together: alpha, of s = alpha / r
+    A lora          s W0 down (up x)            s r g,  g = |W0| / sqrt(O) (Frobenius norm): W0 x has entries of size g
+    A hadamard      s (W0 * (down up)) x        s r g / sqrt(I), as the entries of `up` have any sign
+    A block         s (W0 * blocks of 64) x     s r g / sqrt(I / 64)
+    C lora          s W0 down up                s r g
+    A vector        gain * (W0 x)               g; scalar likewise
+    C vector        W0 c                        g
     D               d * b0                      |b0| / sqrt(O)
-    B vector        shift * sum(x)              sqrt(I)                and scalar
+    B vector        shift * sum(x)              sqrt(I); scalar likewise
     E               e                           1
 
-The factor of a slot is one over that, times a constant of the slot and mode (CONSTANTS). The rows of an embedding are
-not multiplied with an x; they are moved in proportion to their own size, u = |W0| / sqrt(V d): A lora and vector 1,
-A hadamard sqrt(d), A block sqrt(d / 64), B lora u sqrt(d), B vector and E u.
+A slot is multiplied by what makes each of these alpha times a constant of the slot and mode (CONSTANTS): by the
+constant over the last factor, and a vector or scalar, which has no s of its own, by alpha too. So a rate and an alpha
+of the same product do the same, whatever the slots. The rows of an embedding are not multiplied with an x; they are
+moved in proportion to their own size, u = |W0| / sqrt(V d): A lora and vector 1, A hadamard sqrt(d), A block
+sqrt(d / 64), B lora u sqrt(d), B vector and E u; all times alpha.
 
-A slot with a rank is scaled by alpha / rank ^ RANK_EXPONENT (`auto_rate`), unless `rank_stabilized` asks for
-alpha / sqrt(rank); what that is beside the alpha / rank of the path is part of the factor.
+The columns of `down` move together where their gradients, which are dy times (up x), have one sign for each entry of
+dy: in the first step exactly, later less. RANK_EXPONENT (`auto_rate`) says how much: a slot with a rank is scaled by
+alpha / rank ^ RANK_EXPONENT, unless `rank_stabilized` asks for alpha / sqrt(rank). What that is beside the alpha / rank
+of the path is part of the factor.
+
+Not in this law: the size of x, which is not 1 (C, D and E do not meet it), that C, D and E move all tokens alike, and
+that `up` moves too, along x by up to I times the rate in a step (the reason for LoRA+, arXiv 2402.12354): see the width
+in `auto_rate`.
 
 The norms are of the weight as it is trained on, quantised where it is quantised, gathered where ZeRO 3 divides it. They
 are taken once, at the start of a run, and the factors are saved with the adapter: PEFT's configuration has them as
@@ -26,14 +36,13 @@ are taken once, at the start of a run, and the factors are saved with the adapte
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glora_llm.adapters.auto_rate import RANK_EXPONENT
+from glora_llm.adapters.auto_rate import RANK_EXPONENT, REFERENCE_ALPHA
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.errors import UserError
 from glora_llm.glora.embedding import GLoRAEmbedding
@@ -42,40 +51,46 @@ from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.glora.path import slots_with
-from glora_llm.schema.slots import BLOCK
+from glora_llm.schema.slots import BLOCK, RANKED_MODES
 from glora_llm.vlora.partitioned import whole
 
 Scales = dict[str, dict[str, dict[str, float]]]  # layer -> slot -> mode -> factor
 
 # Of (slot, mode); 1 where it is not here. Until `scripts/bench_scales.py slots` has measured them, those of slots that
-# shift an output by the same for every token are the factors of learning_rates.py, which keep the default slots stable.
+# shift an output by the same for every token are what learning_rates.py gives them at alpha 16.
 CONSTANTS: dict[tuple[str, str], float] = {
-    (slot, mode): DEFAULT_LR_FACTORS[slot] for slot in "CDE" for mode in ("lora", "vector", "scalar")
+    ("C", "lora"): DEFAULT_LR_FACTORS["C"],
+    **{(slot, mode): DEFAULT_LR_FACTORS[slot] / REFERENCE_ALPHA for slot in "CDE" for mode in ("vector", "scalar")},
 }
 DIGITS = 6  # of a factor: sums on other devices differ in the last bits
 
 
 @torch.no_grad()
-def even_scales(layers: Mapping[str, GLoRALinear], rank_stabilized: bool = False) -> Scales:
-    """Return the factors of all slots and modes that the layers hold; under ZeRO 3 all processes call it together.
+def even_scales(model: Any) -> Scales:
+    """Return the factors of all slots and modes of a PEFT model's adapter; under ZeRO 3 all processes call it together.
 
     Args:
-        layers: by their names in the base model, with the adapter `default` in them.
-        rank_stabilized: the path's scales are alpha / sqrt(rank), and stay.
+        model: with a GLoRA adapter `default`.
     """
-    found: Scales = {}
-    for name, layer in layers.items():
+    config, found = model.peft_config["default"], Scales()
+    for name, layer in adapted_layers(model).items():
         sizes, composition = sizes_of(layer), layer.composition["default"]
         found[name] = {
             slot: {
-                mode: _rounded(
-                    factor(slot, mode, composition, sizes) * (1.0 if rank_stabilized else rank ** (1 - RANK_EXPONENT))
-                )
+                mode: _rounded(factor(slot, mode, composition, sizes) * _of_alpha(config, mode, rank))
                 for mode, rank in sorted(modes.items())
             }
             for slot, modes in _modes_of(layer).items()
         }
     return found
+
+
+def _of_alpha(config: Any, mode: str, rank: int) -> float:
+    """Return what a slot gets of alpha, beside the alpha / rank or alpha / sqrt(rank) of a path with a rank."""
+    stabilized = config.rank_stabilized
+    if mode in RANKED_MODES:
+        return 1.0 if stabilized else float(rank ** (1 - RANK_EXPONENT))
+    return float(config.alpha * (config.rank ** (RANK_EXPONENT - 0.5) if stabilized else 1.0))
 
 
 def require_even(model: Any) -> None:
@@ -121,7 +136,7 @@ def sizes_of(layer: GLoRALinear) -> Sizes:
 
 
 def factor(slot: str, mode: str, composition: str, sizes: Sizes) -> float:
-    """Return what a slot of a mode is multiplied by, beside alpha / rank."""
+    """Return what a slot of a mode is multiplied by at alpha 1, beside 1 / rank of a slot that has one."""
     inputs, unit = sizes.in_features, sizes.outputs
     moved = {
         "A": unit,

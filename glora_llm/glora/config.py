@@ -44,8 +44,8 @@ class GLoRAConfig(PeftConfig):
         d_without_bias: what to do where D is asked for and the layer has no bias: `error`, or `none` (leave D out).
         seed: draws the start of the `up` factors; None: torch's default generator.
         scaling: `alpha`, or `even`: slots were scaled by their layer's weight too, by `scales`.
-        scales: layer name -> slot -> mode -> factor on the slot, beside alpha / rank (`adapters.even` measures them);
-            what is not there has 1.
+        scales: layer name -> slot -> mode -> factor on the slot, beside alpha / rank of a slot with a rank
+            (`adapters.even` measures them); what is not there has 1.
         init_weights: True: the adapter changes nothing at the start; False: every number of it starts at random (the
             meaning of PEFT's methods; for tests).
     """

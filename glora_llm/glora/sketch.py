@@ -14,11 +14,13 @@ and processes are sums of Y and Z.
 
 Slot A in product form sees W0' G (I, I). Its sketch takes W0 no further times: Y_A = W0' Y, once at the end, and
 Z_A = (dy (W0 V_A))' x with W0 V_A computed once at the start.
+
+The products of a batch are in the dtype of the layer (bfloat16, else float32), the sums in float32, and the singular
+vectors in float64: what rounding adds is far below what another draw of samples does.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,54 +41,33 @@ class Directions(NamedTuple):
     right: Tensor  # (k, columns)
 
 
-@dataclass
-class Sketch:
-    """Sums over the tokens of a batch, of one layer; sums of sketches are sketches of the sums.
+class Reads(NamedTuple):
+    """Which sums are kept, beside Y, Z and that of dy."""
 
-    Attributes:
-        y: G W, (O, k).
-        z: V' G, (l, I).
-        z_a: V_A' W0' G, (l, I).
-        total: sum of dy, (O): the gradient by the bias.
-        gains: sum of dy * (W0 x), (O): by gains of the outputs.
-        shifts: sum of dy times sum(x), (O): by shifts of all inputs alike.
-        squares: sums of squares of these three in each token, (3, O).
-        inputs: sum of x squared, (I).
-        tokens: their number, (1).
-    """
+    through: bool = True  # Z_A: slot A in product form
+    gains: bool = False  # the gradient by gains of the outputs: slot A as a vector or scalar
+    shifts: bool = False  # by shifts of all inputs alike: slot B as a vector or scalar
+    noise: bool = False  # squares in each token
 
-    y: Tensor
-    z: Tensor
-    z_a: Tensor
-    total: Tensor
-    gains: Tensor
-    shifts: Tensor
-    squares: Tensor
-    inputs: Tensor
-    tokens: Tensor
 
-    def tensors(self) -> list[Tensor]:
-        """Return all sums, in a fixed order."""
-        return list(vars(self).values())
+# Sums over the tokens of a batch, of one layer, in float32; sums of sketches are sketches of the sums. By name:
+#   y: W' G', (k, O); z: V' G, (l, I); z_a: V_A' W0' G, (l, I)
+#   total: sum of dy, (O): the gradient by the bias; gains: sum of dy * (W0 x), (O); shifts: sum of dy sum(x), (O)
+#   total2, gains2, shifts2: sums of squares of these in each token, (O); inputs2: of x, (I); tokens: their number, (1)
+Sketch = dict[str, Tensor]
 
-    def add(self, other: "Sketch") -> None:
-        """Add another sketch of the same layer, in place."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.add_(theirs)
 
-    def plus(self, other: "Sketch") -> "Sketch":
-        """Return the sum of two sketches."""
-        pairs = zip(self.tensors(), other.tensors(), strict=True)
-        return Sketch(*(mine + theirs for mine, theirs in pairs))
+def plus(one: Sketch, other: Sketch) -> Sketch:
+    """Return the sum of two sketches of the same layer."""
+    return {name: one[name] + other[name] for name in one}
 
 
 class Tests(NamedTuple):
-    """The test matrices of one layer."""
+    """The test matrices of one layer, in the dtype of the products."""
 
     w: Tensor  # (I, k)
-    v: Tensor  # (O, l)
-    v_a: Tensor  # (I, l)
-    through: Tensor  # W0 V_A, (O, l)
+    v: Tensor  # V (O, l), or V beside W0 V_A (O, 2 l)
+    v_a: Tensor  # V_A (I, l)
 
 
 class Probe:
@@ -98,20 +79,30 @@ class Probe:
         seed: of the test matrices, which are the same on all processes.
         around: gives a layer's weight whole, for ZeRO 3.
         parts: sketches of each layer that are kept apart.
+        reads: which sums are kept.
 
     Attributes:
         sums: a sketch of each part, by layer.
         biases: the frozen bias of each layer in float32 (O), or None.
     """
 
-    def __init__(self, layers: Mapping[str, GLoRALinear], rank: int, seed: int, around: Around, parts: int = 2):
-        self.layers, self.around = dict(layers), around
+    def __init__(
+        self,
+        layers: Mapping[str, GLoRALinear],
+        rank: int,
+        seed: int,
+        around: Around,
+        parts: int = 2,
+        reads: Reads = Reads(),  # noqa: B008 - immutable
+    ):
+        self.layers, self.around, self.parts, self.reads = dict(layers), around, parts, reads
         columns = rank + OVERSAMPLED
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: dict[tuple[int, int], Tensor] = {}
+        self._shared: tuple[Tensor, Tensor, Tensor] | None = None  # the last input, cast, and its columns
         self.biases: dict[str, Tensor | None] = {}
         self.tests = {name: self._tests(name, layer, columns, 2 * columns + 1) for name, layer in self.layers.items()}
-        self.sums = {name: [_empty(self.tests[name]) for _ in range(parts)] for name in self.layers}
+        self.sums = {name: [_empty(self.tests[name], reads) for _ in range(parts)] for name in self.layers}
 
     @torch.no_grad()
     def _tests(self, name: str, layer: GLoRALinear, k: int, el: int) -> Tests:
@@ -122,7 +113,10 @@ class Probe:
                 self._draw(rows, columns).to(device)
                 for rows, columns in ((layer.in_features, k), (layer.out_features, el), (layer.in_features, el))
             )
-            return Tests(w, v, v_a, w0 @ v_a)
+            if self.reads.through:
+                v = torch.cat([v, w0 @ v_a], dim=1)
+        dtype = torch.bfloat16 if compute_dtype(layer.get_base_layer()) is torch.bfloat16 else torch.float32
+        return Tests(w.to(dtype), v.to(dtype), v_a.to(dtype))
 
     def _draw(self, rows: int, columns: int) -> Tensor:
         """Return a Gaussian test matrix: one for each shape."""
@@ -149,9 +143,9 @@ class Probe:
         def watch(name: str) -> Callable[..., Tensor]:
             def hook(layer: Any, inputs: Sequence[Tensor], y: Tensor) -> Tensor:
                 probes.append(torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True))
-                x, output = inputs[0].detach(), y.detach()
+                x, output = inputs[0], y.detach() if self.reads.gains else None
                 y = y + probes[-1]  # has a gradient, whatever is trained
-                y.register_hook(lambda dy: self._add(name, part, x, output, dy.detach()))
+                y.register_hook(lambda dy: self._add(name, part, x, output, dy))
                 return y
 
             return hook
@@ -161,16 +155,23 @@ class Probe:
             with torch.enable_grad():
                 torch.autograd.grad(loss(), probes)
         finally:
+            self._shared = None
             for handle in handles:
                 handle.remove()
 
     @torch.no_grad()
-    def _add(self, name: str, part: int | None, x: Tensor, y: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, part: int | None, x: Tensor, y: Tensor | None, dy: Tensor) -> None:
         if part is None:
             return
-        x, y, dy = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (x, y, dy))
-        bias = self.biases[name]
-        self.sums[name][part].add(sketch_of(self.tests[name], x, y if bias is None else y - bias, dy))
+        tests, bias = self.tests[name], self.biases[name]
+        if self._shared is None or self._shared[0] is not x:  # q, k and v, and gate and up, have one input
+            rows = x.detach().reshape(-1, x.shape[-1]).to(tests.w.dtype)
+            self._shared = x, rows, columns_of(rows, tests.w, self.reads.shifts)
+        _, rows, columns = self._shared
+        outputs = None if y is None else y.reshape(-1, y.shape[-1]).float() - (0 if bias is None else bias)
+        dy = dy.reshape(-1, dy.shape[-1]).to(rows.dtype)
+        for key, value in sketch_of(tests, self.reads, rows, columns, dy, outputs).items():
+            self.sums[name][part][key].add_(value)
 
     @torch.no_grad()
     def sum_over(self, reduce: Callable[[Tensor], Any]) -> None:
@@ -181,55 +182,69 @@ class Probe:
         """
         for sums in self.sums.values():
             for sketch in sums:
-                for tensor in sketch.tensors():
+                for tensor in sketch.values():
                     reduce(tensor)
 
     def directions(self, name: str, sketch: Sketch) -> Directions:
         """Return the leading singular vectors of G: of slot B."""
-        return leading(sketch.y, sketch.z, self.tests[name].v)
+        tests = self.tests[name]
+        return leading(sketch["y"].t(), sketch["z"], tests.v[:, : tests.v_a.shape[1]])
 
     def directions_through(self, name: str, sketch: Sketch, w0: Tensor) -> Directions:
         """Return those of W0' G: of slot A in product form."""
-        return leading(w0.t() @ sketch.y.to(w0.dtype), sketch.z_a, self.tests[name].v_a)
+        return leading((sketch["y"] @ w0).t(), sketch["z_a"], self.tests[name].v_a)
 
 
-def sketch_of(tests: Tests, x: Tensor, y: Tensor, dy: Tensor) -> Sketch:
-    """Return the sketch of one batch.
+def columns_of(x: Tensor, w: Tensor, shifts: bool) -> Tensor:
+    """Return what dy' is multiplied by, (T, k + 1): x W, a 1 for each token; and for shifts sum(x).
 
     Args:
         x: (T, I).
-        y: W0 x, (T, O).
-        dy: (T, O).
+        w: W, (I, k).
     """
-    sums = x.sum(1, keepdim=True)
-    by_gain, by_shift = dy * y, dy * sums
-    return Sketch(
-        y=dy.t() @ (x @ tests.w),
-        z=(dy @ tests.v).t() @ x,
-        z_a=(dy @ tests.through).t() @ x,
-        total=dy.sum(0),
-        gains=by_gain.sum(0),
-        shifts=by_shift.sum(0),
-        squares=torch.stack([dy.square().sum(0), by_gain.square().sum(0), by_shift.square().sum(0)]),
-        inputs=x.square().sum(0),
-        tokens=x.new_tensor([len(x)]),
-    )
+    more = [x.sum(1, keepdim=True)] if shifts else []
+    return torch.cat([x @ w, torch.ones_like(x[:, :1]), *more], dim=1)
 
 
-def _empty(tests: Tests) -> Sketch:
-    (inputs, k), (outputs, el) = tests.w.shape, tests.v.shape
-    shapes = [
-        (outputs, k),
-        (el, inputs),
-        (el, inputs),
-        (outputs,),
-        (outputs,),
-        (outputs,),
-        (3, outputs),
-        (inputs,),
-        (1,),
-    ]
-    return Sketch(*(tests.w.new_zeros(shape) for shape in shapes))
+def sketch_of(tests: Tests, reads: Reads, x: Tensor, columns: Tensor, dy: Tensor, y: Tensor | None = None) -> Sketch:
+    """Return the sketch of one batch.
+
+    Args:
+        x: (T, I), in the dtype of the test matrices.
+        columns: of `columns_of`.
+        dy: (T, O), in the same dtype.
+        y: W0 x, (T, O) in float32; of gains.
+    """
+    (k, el), products = (tests.w.shape[1], tests.v_a.shape[1]), (columns.t() @ dy).float()
+    both = ((dy @ tests.v).t() @ x).float()
+    found = {"y": products[:k], "z": both[:el], "total": products[k]}
+    if reads.through:
+        found["z_a"] = both[el:]
+    if reads.shifts:
+        found["shifts"] = products[k + 1]
+    by_gain = dy.float() * y if y is not None else None
+    if by_gain is not None:
+        found["gains"] = by_gain.sum(0)
+    if reads.noise:
+        squares = dy.float().square()
+        count = torch.full((1,), len(x), dtype=torch.float32, device=x.device)
+        found |= {"total2": squares.sum(0), "inputs2": x.float().square().sum(0), "tokens": count}
+        if by_gain is not None:
+            found["gains2"] = by_gain.square().sum(0)
+        if reads.shifts:
+            found["shifts2"] = squares.t() @ columns[:, -1].float().square()
+    return found
+
+
+def _empty(tests: Tests, reads: Reads) -> Sketch:
+    (inputs, k), outputs, el = tests.w.shape, tests.v.shape[0], tests.v_a.shape[1]
+    shapes: dict[str, tuple[int, ...]] = {"y": (k, outputs), "z": (el, inputs), "total": (outputs,)}
+    more = {"through": {"z_a": (el, inputs)}, "gains": {"gains": (outputs,)}, "shifts": {"shifts": (outputs,)}}
+    shapes |= {name: shape for key, fields in more.items() if getattr(reads, key) for name, shape in fields.items()}
+    if reads.noise:
+        shapes |= {f"{name}2": (outputs,) for name in ("total", "gains", "shifts") if name in shapes}
+        shapes |= {"inputs2": (inputs,), "tokens": (1,)}
+    return {name: tests.w.new_zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import nn
 from glora_llm.adapters.config import reads_base
 from glora_llm.adapters.even import even_scales, set_scales
 from glora_llm.adapters.inject import (
-    adapted_layers,
     inject,
     match_frozen_tensors,
     searched_layers,
@@ -214,7 +213,7 @@ def _set_weights(
     if section.scaling == "even":
         saved = resumed.folder / "adapter" if resumed else Path(adapter) if adapter else None
         found = None if saved is None else (saved_config(saved) or {}).get("scales")
-        set_scales(model, found or even_scales(adapted_layers(model), section.rank_stabilized))
+        set_scales(model, found or even_scales(model))
     if resumed is not None:
         require_same_frozen(model, resumed.folder / "adapter")
         for item in items:

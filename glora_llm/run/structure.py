@@ -1,12 +1,10 @@
 """Choose slots, ranks and targets of every layer before the first step, within `adapter.budget`.
 
-The base is loaded with an adapter that changes nothing, under the run's own DeepSpeed configuration. Gradients of some
-training samples pass by as thin sketches (`glora.sketch`), are summed over the processes, and are scored
-(`search.predictors`); the choice is a knapsack (`search.knapsack`). What was chosen is a genome like any other: the run
-goes on as if the recipe had named it, and so does every later launch.
+Gradients of some training samples (`run.gradients`) are scored (`search.predictors`); the choice is a knapsack
+(`search.knapsack`). What was chosen is a genome like any other: the run goes on as if the recipe had named it, and so
+does every later launch.
 """
 
-import gc
 import json
 import time
 from collections.abc import Mapping
@@ -16,37 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed as dist
 
 from glora_llm.adapters.budgeted import structure_space
-from glora_llm.adapters.even import factor, sizes_of
-from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
-from glora_llm.adapters.weights import trainables
-from glora_llm.data.sampler import permutation
 from glora_llm.errors import UserError
-from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.glora.path import Genome, SlotSpec, genome_from_json, genome_to_json
-from glora_llm.glora.sketch import Probe, Sketch
 from glora_llm.launch import ranks
 from glora_llm.launch.ranks import Processes
-from glora_llm.models import load
 from glora_llm.models.load import compute_dtype
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report import search_figures
-from glora_llm.run.build import shards_of
-from glora_llm.schema import AdapterSection
+from glora_llm.run.gradients import measured, meta_layers, rows_seen
 from glora_llm.search import cost
-from glora_llm.search.budget import LEAST_ROWS, Budget, limits_of, read_budget, uniform
+from glora_llm.search.budget import Budget, limits_of, read_budget, uniform
 from glora_llm.search.knapsack import choose
-from glora_llm.search.predictors import OF_HALVES, PREDICTORS, Gradients, LayerGradients, scores
+from glora_llm.search.predictors import PREDICTORS, LayerGradients, scores
 from glora_llm.search.space import Code, LayerShape, Space
-from glora_llm.training.engine import Engine
 from glora_llm.training.loop import peak_memory_gb
-from glora_llm.vlora.partitioned import whole
-
-ROWS_STREAM = 43  # of the seeded choice of the samples
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,7 @@ def _choose(plan: Plan, processes: Processes) -> Structure:
     recipe, began = plan.recipe, time.perf_counter()
     section = recipe.adapter
     budgets, predictor = read_budget(section.budget), section.predictor
-    layers, gradients = _measured(plan, processes) if predictor != "uniform" else (_meta_layers(plan), {})
+    layers, gradients = measured(plan, processes) if predictor != "uniform" else (meta_layers(plan), {})
     space = structure_space(layers, section)
     told: Any = None
     if processes.is_main_process:
@@ -119,7 +103,7 @@ def _choose(plan: Plan, processes: Processes) -> Structure:
         "budget": [budget.text for budget in budgets],
         "parameters": int(parameters.sum()),
         **solved,
-        "samples": len(_rows(plan)) if gradients else 0,
+        "samples": len(rows_seen(plan)) if gradients else 0,
         "seconds": time.perf_counter() - began,
         "peak_memory_gb": peak_memory_gb(processes.device),
     }
@@ -137,6 +121,12 @@ def _solve(
     else:
         table = scores(space, gradients, PREDICTORS.get(plan.recipe.adapter.predictor))
         best = choose(table, limits)
+        if not best.code.any():
+            raise UserError(
+                f"adapter.predictor {plan.recipe.adapter.predictor} finds no slot that is worth anything: by "
+                f"{len(rows_seen(plan))} samples all gradients are noise. Raise adapter.budget_rows, or set "
+                "adapter.predictor=uniform."
+            )
         code, used = best.code, {"score": best.score, "bound": best.bound}
     rows = np.arange(len(code))
     spent = {budget.unit: float(limit.costs[rows, code].sum()) for budget, limit in zip(budgets, limits, strict=True)}
@@ -159,106 +149,6 @@ def _costs(plan: Plan, space: Space, budgets: list[Budget], device: torch.device
 
         found[unit] = Space(space.layers, space.choices, space.composition, value).costs
     return found
-
-
-def _rows(plan: Plan) -> list[int]:
-    """Return the numbers of the samples that are looked at, in a seeded order."""
-    order = permutation(len(plan.task.train), plan.recipe.training.seed, ROWS_STREAM)
-    return [int(row) for row in order[: max(LEAST_ROWS, plan.recipe.adapter.budget_rows)]]
-
-
-def _meta_layers(plan: Plan) -> dict[str, GLoRALinear]:
-    """Return the adapted layers of the model without weights."""
-    bare = load.meta_model(plan.recipe.model, plan.base.folder)
-    return adapted_layers(inject(bare, _silent(plan.recipe.adapter), plan.recipe.training.seed, plan.steps))
-
-
-def _silent(section: AdapterSection) -> AdapterSection:
-    """Return an adapter on the same targets that costs nearly nothing and is never trained."""
-    changes = {"budget": None, "slots": {"E": "vector"}, "dropout": 0.0, "scaling": "alpha", "lr_factors": None}
-    return section.model_copy(update=changes)
-
-
-def _measured(plan: Plan, processes: Processes) -> tuple[dict[str, GLoRALinear], dict[str, LayerGradients]]:
-    """Return the layers without their weights, and the gradients of each, of the samples of all processes."""
-    recipe, device, rows = plan.recipe, processes.device, _rows(plan)
-    silent = _silent(recipe.adapter)
-    base = load.load_base(recipe.model, plan.base.folder, device, shards_of(plan))
-    model = inject(base, silent, recipe.training.seed, plan.steps)
-    layers = adapted_layers(model)
-    structure_space(layers, recipe.adapter)  # refuses other layers before anything is computed
-    objective = plan.task.objective(without_adapter(model))
-    engine = Engine(objective, trainables(model, silent, 1.0), recipe.training, plan.deepspeed, device)
-    try:
-        probe = Probe(layers, recipe.adapter.rank, recipe.training.seed, lambda layer: whole(layer.parameters()))
-        _see(plan, probe, engine, rows, processes)
-        engine.release()
-        probe.sum_over(dist.all_reduce)
-        found = {name: _of_layer(probe, name, recipe.adapter) for name in layers}
-    finally:
-        engine.close()
-    del engine, objective, model, base, probe, layers
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return _meta_layers(plan), found
-
-
-def _see(plan: Plan, probe: Probe, engine: Engine, rows: list[int], processes: Processes) -> None:
-    """Let the gradients of the samples pass by: batches are cut alike however many processes share them."""
-    # in evaluation mode all activations are kept: a model that is trained with checkpointing gets row by row
-    size = 1 if plan.recipe.model.gradient_checkpointing else plan.recipe.training.micro_batch
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    for first in range(0, len(batches), processes.world_size):
-        number = first + processes.process_rank
-        batch = plan.batch(plan.task.train, batches[min(number, len(batches) - 1)])
-        # a process without a batch keeps step, and adds nothing: divided layers need all processes
-        probe.see(lambda batch=batch: engine.loss(batch), number % 2 if number < len(batches) else None)  # type: ignore[misc]
-
-
-def _of_layer(probe: Probe, name: str, section: AdapterSection) -> LayerGradients:
-    layer, sums = probe.layers[name], probe.sums[name]
-    sizes = sizes_of(layer)
-    with probe.weight(layer) as weight:
-        w0, squared = weight.double(), weight.double().square()
-    parts = sums if section.predictor in OF_HALVES else [sums[0].plus(sums[1])]
-    found = tuple(_gradients(probe, name, sketch, w0, squared) for sketch in parts)
-    factors = {
-        slot: {mode: factor(slot, mode, section.composition, sizes) for mode in ("lora", "vector", "scalar")}
-        if section.scaling == "even"
-        else dict.fromkeys(("lora", "vector", "scalar"), lr_factor)
-        for slot, lr_factor in DEFAULT_LR_FACTORS.items()
-    }
-    return LayerGradients(found, factors)
-
-
-@torch.no_grad()
-def _gradients(probe: Probe, name: str, sketch: Sketch, w0: torch.Tensor, squared: torch.Tensor) -> Gradients:
-    """Return what the predictors read, in float64 on the CPU.
-
-    Args:
-        w0: in float64, and its squares.
-    """
-    bias = probe.biases[name]
-    of_b, of_a = probe.directions(name, sketch), probe.directions_through(name, sketch, w0)
-    dy, gain, shift = sketch.squares.double()
-    inputs, tokens = sketch.inputs.double(), float(sketch.tokens)
-    through = w0 @ of_a.left
-    noise = {
-        "B": (of_b.left.square().t() @ dy) * (of_b.right.square() @ inputs) / tokens,
-        "A": (through.square().t() @ dy) * (of_a.right.square() @ inputs) / tokens,
-    }
-    vectors = {"A": sketch.gains, "B": sketch.shifts, "C": w0.t() @ sketch.total.double(), "E": sketch.total}
-    squares = {"A": gain, "B": shift, "C": squared.t() @ dy, "E": dy}
-    if bias is not None:
-        vectors["D"], squares["D"] = bias * sketch.total, bias.double().square() * dy
-    return Gradients(
-        {slot: low._replace(**{key: value.cpu() for key, value in low._asdict().items()}) for slot, low in
-         (("A", of_a), ("B", of_b))},
-        {slot: value.cpu() for slot, value in noise.items()},
-        {slot: value.double().cpu() for slot, value in vectors.items()},
-        {slot: value.cpu() for slot, value in squares.items()},
-    )  # fmt: skip
 
 
 def _named(space: Space, table: NDArray[np.float64] | None) -> dict[str, dict[str, dict[str, float]]]:

@@ -86,7 +86,11 @@ class AdapterSection(Section):
         "of adapter.budget, what a slot is worth: uniform: B alone, of one rank everywhere; the others by gradients of "
         "adapter.budget_rows samples (docs/glora.md)",
     )
-    budget_rows: PositiveInt = key(256, "training samples whose gradients a predictor reads", "samples")
+    budget_rows: PositiveInt | None = key(
+        None,
+        "training samples whose gradients a predictor reads; default: 2 % of those that the run trains on, 64 to 256",
+        "samples",
+    )
     weights: LocalPath | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
@@ -166,7 +170,7 @@ class AdapterSection(Section):
 
     def _check_budget(self) -> None:
         if self.budget is None:
-            if self.predictor != "uniform" or self.budget_rows != type(self).model_fields["budget_rows"].default:
+            if self.predictor != "uniform" or self.budget_rows is not None:
                 raise ValueError("predictor and budget_rows are of adapter.budget: set that too")
             return
         if self.method != "glora":

@@ -21,6 +21,7 @@ UNITS = {
     "mb": ("megabytes", 1.0), "gb": ("megabytes", 1e3), "s": ("seconds", 1.0), "ms": ("seconds", 1e-3),
 }  # fmt: skip
 LEAST_ROWS = 32  # below that, a gradient is of these samples and not of the task
+SHARE, FEWEST, MOST = 0.02, 64, 256  # samples whose gradients are read: this share of those of the run, within these
 KINDS_AT_ONCE = 14  # kinds of linears of which every subset is tried
 
 
@@ -66,6 +67,16 @@ def require_rows(section: AdapterSection, count: int) -> None:
             f"there are {count}: a choice by fewer is of these samples and not of the task. Set "
             "adapter.predictor=uniform."
         )
+
+
+def rows_of(section: AdapterSection, trained: int) -> int:
+    """Return how many samples a predictor reads the gradients of.
+
+    Args:
+        trained: samples that the run trains on, a sample of two epochs twice.
+    """
+    wanted = section.budget_rows or min(max(FEWEST, round(SHARE * trained)), MOST)
+    return max(LEAST_ROWS, wanted)
 
 
 def structure_choices(section: AdapterSection) -> SlotChoices:

@@ -4,17 +4,20 @@ Each is a function of one layer's gradients and a choice; a structure is the cho
 the budget. Which of them predicts the end of a training is found by experiment (`scripts/bench_frontier.py`).
 
 Letters: G the gradient by the weight (O, I), W0' G that by A (I, I), s_k, u_k, v_k their singular values and vectors;
-f the factor of a slot in even scaling, so that a step of the rate changes the output alike; g a vector's gradient.
+f the factor of a slot in even scaling at alpha 1, so that a step of the rate changes the output alike; g a vector's
+gradient. A product of rank r has its leading r directions; `scores` sums what each of them is worth.
 
-- `first_step`: by how much the first step of Adam lowers the loss, with `up` along v_k: f sum_k s_k |u_k|_1 for a
-  product of rank r, f |g|_1 for a vector.
-- `energy`: the squared gradient that a slot can follow, f^2 sum_k s_k^2 or f^2 |g|^2: the rate at which gradient flow
-  lowers the loss at first.
+- `first_step`: by how much the first step of Adam lowers the loss, with `up` along v_k: f s_k |u_k|_1 of a direction,
+  f |g|_1 of a vector.
+- `energy`: the squared gradient that a slot can follow, f^2 s_k^2 or f^2 |g|^2: the rate at which gradient flow lowers
+  the loss at first.
 - `curvature`: by how much the best step of a second-order model does, whose curvature is the empirical Fisher matrix's
-  diagonal: sum of g^2 / F - 1 over directions and entries, where pure noise gives 0. The F of a direction takes inputs
-  and output gradients for independent, as K-FAC does (arXiv 1503.05671).
-- `agreement`: `first_step` from one half of the records, judged by the gradient of the other half: only directions that
-  both halves agree on count.
+  diagonal: the sum of g^2 / F over directions and entries, less what pure noise gives: 1 of an entry, and of a
+  direction (sqrt(O) + sqrt(I))^2, the largest squared singular value of a matrix of unit noise (Bai and Yin's limit).
+  The F of a direction takes inputs and output gradients for independent, as K-FAC does (arXiv 1503.05671), and tokens
+  too, which those of one sample are not.
+- `agreement`: `first_step` from one half of the records, judged by the gradient of the other half. What the halves do
+  not agree on has mean zero, so noise is worth nothing, whatever its size.
 - `uniform` reads no gradients (`budget.uniform`); it is the one to beat.
 """
 
@@ -25,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glora_llm.glora.path import SlotSpec
 from glora_llm.glora.sketch import Directions
 from glora_llm.registry import Registry
 from glora_llm.search.space import Space
@@ -39,14 +41,14 @@ class Gradients:
 
     Args:
         low: A, B -> leading singular vectors of the gradient.
-        noise: A, B -> sum over the tokens of the squared gradient along each of these, (k).
         vectors: slot -> gradient by a vector in that slot.
-        vector_noise: slot -> sum over the tokens of its squares.
+        noise: A, B -> sum over the tokens of the squared gradient along each direction of `low`, (k); for `curvature`.
+        vector_noise: slot -> sum over the tokens of the squares of `vectors`; for `curvature`.
     """
 
     low: Mapping[str, Directions]
-    noise: Mapping[str, Tensor]
     vectors: Mapping[str, Tensor]
+    noise: Mapping[str, Tensor]
     vector_noise: Mapping[str, Tensor]
 
 
@@ -56,7 +58,7 @@ class LayerGradients:
 
     Args:
         parts: of all, or of each half.
-        factors: slot -> mode -> factor of the slot in even scaling.
+        factors: slot -> mode -> factor of the slot at alpha 1.
     """
 
     parts: tuple[Gradients, ...]
@@ -73,8 +75,9 @@ class LayerGradients:
         return self.factors.get(slot, {}).get(mode, 1.0)
 
 
-Predictor = Callable[[LayerGradients, str, SlotSpec], float]
+Predictor = Callable[[LayerGradients, str, str], Tensor]  # (layer, slot, mode) -> worth of each direction, or (1)
 OF_HALVES = ("agreement",)  # predictors that read each half; the others read all records at once
+OF_NOISE = ("curvature",)  # those that read squares in each token
 PREDICTORS: Registry[Predictor] = Registry("predictor")
 
 
@@ -83,54 +86,59 @@ def scores(space: Space, layers: Mapping[str, LayerGradients], predictor: Predic
     found = np.zeros(space.parameters.shape)
     for row, gene in enumerate(space.genes):
         layer = layers[space.layers[gene.layer].name]
+        worth = {
+            mode: predictor(layer, gene.slot, mode).cumsum(0).tolist()
+            for mode in dict.fromkeys(spec.mode for spec in gene.specs if spec.mode != "none")
+        }
         for column, spec in enumerate(gene.specs):
             if spec.mode != "none":
-                found[row, column] = float(f"{predictor(layer, gene.slot, spec):.{DIGITS}g}")
+                count = spec.rank if _is_product(gene.slot, spec.mode) else 1
+                found[row, column] = float(f"{worth[spec.mode][min(count, len(worth[spec.mode])) - 1]:.{DIGITS}g}")
     return found
 
 
 @PREDICTORS.register("first_step")
-def first_step(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
+def first_step(layer: LayerGradients, slot: str, mode: str) -> Tensor:
     """Return the fall of the loss in Adam's first step, in units of the rate."""
-    if _is_product(slot, spec):
+    if _is_product(slot, mode):
         low = layer.whole.low[slot]
-        gains = low.values * low.left.abs().sum(0)
-        return layer.factor(slot, spec.mode) * float(gains[: spec.rank].sum())
-    return layer.factor(slot, spec.mode) * float(_entries(layer.whole.vectors[slot], spec).abs().sum())
+        return layer.factor(slot, mode) * low.values * low.left.abs().sum(0)
+    return layer.factor(slot, mode) * _entries(layer.whole.vectors[slot], mode).abs().sum(0, keepdim=True)
 
 
 @PREDICTORS.register("energy")
-def energy(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
+def energy(layer: LayerGradients, slot: str, mode: str) -> Tensor:
     """Return the squared gradient that the slot can follow, in units of even scaling."""
-    if _is_product(slot, spec):
-        squares = layer.whole.low[slot].values[: spec.rank].square()
+    if _is_product(slot, mode):
+        squares = layer.whole.low[slot].values.square()
     else:
-        squares = _entries(layer.whole.vectors[slot], spec).square()
-    return layer.factor(slot, spec.mode) ** 2 * float(squares.sum())
+        squares = _entries(layer.whole.vectors[slot], mode).square().sum(0, keepdim=True)
+    return layer.factor(slot, mode) ** 2 * squares
 
 
 @PREDICTORS.register("curvature")
-def curvature(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
+def curvature(layer: LayerGradients, slot: str, mode: str) -> Tensor:
     """Return twice the fall of the loss by the best step of a diagonal second-order model, without that of noise."""
-    if _is_product(slot, spec):
-        squares, noise = layer.whole.low[slot].values[: spec.rank].square(), layer.whole.noise[slot][: spec.rank]
-        return float((squares / noise.clamp_min(1e-300) - 1).clamp_min(0).sum())
-    gradient, noise = _entries(layer.whole.vectors[slot], spec), _entries(layer.whole.vector_noise[slot], spec)
-    return max(0.0, float((gradient.square() / noise.clamp_min(1e-300) - 1).sum()))
+    whole = layer.whole
+    if _is_product(slot, mode):
+        low = whole.low[slot]
+        of_noise = (len(low.left) ** 0.5 + low.right.shape[1] ** 0.5) ** 2
+        return (low.values.square() / whole.noise[slot].clamp_min(1e-300) - of_noise).clamp_min(0)
+    gradient, noise = _entries(whole.vectors[slot], mode), _entries(whole.vector_noise[slot], mode)
+    return (gradient.square() / noise.clamp_min(1e-300) - 1).sum(0, keepdim=True).clamp_min(0)
 
 
 @PREDICTORS.register("agreement")
-def agreement(layer: LayerGradients, slot: str, spec: SlotSpec) -> float:
+def agreement(layer: LayerGradients, slot: str, mode: str) -> Tensor:
     """Return the fall of the loss on one half of the records by Adam's first step on the other half."""
-    total = 0.0
+    found = []
     for mine, theirs in (layer.parts, layer.parts[::-1]):
-        if _is_product(slot, spec):
-            gains = judged(mine.low[slot], theirs.low[slot])[: spec.rank]
-            total += float(gains.clamp_min(0).sum())
+        if _is_product(slot, mode):
+            found.append(judged(mine.low[slot], theirs.low[slot]))
         else:
-            step = _entries(mine.vectors[slot], spec).sign()
-            total += max(0.0, float(step @ _entries(theirs.vectors[slot], spec)))
-    return layer.factor(slot, spec.mode) * total
+            step = _entries(mine.vectors[slot], mode).sign()
+            found.append((step * _entries(theirs.vectors[slot], mode)).sum(0, keepdim=True))
+    return layer.factor(slot, mode) * (found[0] + found[1])
 
 
 def judged(mine: Directions, theirs: Directions) -> Tensor:
@@ -139,9 +147,9 @@ def judged(mine: Directions, theirs: Directions) -> Tensor:
     return (mine.left.sign() * along).sum(0)
 
 
-def _is_product(slot: str, spec: SlotSpec) -> bool:
-    return spec.mode == "lora" and slot != "C"
+def _is_product(slot: str, mode: str) -> bool:
+    return mode == "lora" and slot != "C"
 
 
-def _entries(values: Tensor, spec: SlotSpec) -> Tensor:
-    return values.sum()[None] if spec.mode == "scalar" else values
+def _entries(values: Tensor, mode: str) -> Tensor:
+    return values.sum()[None] if mode == "scalar" else values

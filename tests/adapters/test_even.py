@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 def even(base: nn.Module, seed: int = 0, **arguments: Any) -> Any:
     model = get_peft_model(copy.deepcopy(base), GLoRAConfig(seed=seed, **arguments))  # type: ignore[arg-type]
-    set_scales(model, even_scales(adapted_layers(model)))
+    set_scales(model, even_scales(model))
     return model
 
 
@@ -102,10 +102,10 @@ OTHER_SLOTS = {
 }
 
 
-@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize(("width", "alpha"), [(64, 1), (256, 16)])
 @pytest.mark.parametrize("arguments", OTHER_SLOTS.values(), ids=OTHER_SLOTS)
-def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width: int) -> None:
-    """Within a factor of four, at any width and size of the weight; without scales they are apart by its size, 30."""
+def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width: int, alpha: int) -> None:
+    """Within a factor of four, at any width, alpha and size of the weight; without scales they are apart by these."""
     torch.manual_seed(0)
     base = nn.Linear(width, width, bias=False)
     with torch.no_grad():
@@ -114,11 +114,33 @@ def test_every_slot_moves_the_output_as_b_does(arguments: dict[str, Any], width:
     x, dy = torch.randn(ROWS, width), torch.randn(ROWS, width)
 
     def size(**more: Any) -> float:  # of several starts: `up` may be a single random number
-        adapted = (even(net, rank=1, alpha=1, target_modules=["0"], seed=seed, **more) for seed in range(5))
+        adapted = (even(net, rank=1, alpha=alpha, target_modules=["0"], seed=seed, **more) for seed in range(5))
         return float(torch.stack([moved(model, x, dy).square().mean() for model in adapted]).mean().sqrt())
 
     ratio = size(**arguments) / size(slots={"B": "lora"})
     assert 1 / 4 < ratio < 4, ratio
+
+
+def test_ranks_move_the_output_of_one_token_alike() -> None:
+    """The columns move together there; what RANK_EXPONENT differs from 1 by is for those that do not."""
+    from glora_llm.adapters.auto_rate import RANK_EXPONENT
+
+    torch.manual_seed(0)
+    base, x, dy = Net(3.0), torch.randn(1, WIDE), torch.randn(1, NARROW)
+    for slots in ({"A": "lora"}, {"B": "lora"}):
+        sizes = [float(moved(even(base, slots=slots, rank=rank), x, dy).norm()) for rank in (4, 64)]
+        assert sizes[1] / sizes[0] == pytest.approx(16 ** (1 - RANK_EXPONENT), rel=0.6)
+
+
+def test_rate_and_alpha_act_by_their_product() -> None:
+    """Twice the alpha moves twice as far, in slots with a rank and without, and rank-stabilised too."""
+    torch.manual_seed(0)
+    base, x, dy = Net(3.0), torch.randn(ROWS, WIDE), torch.randn(ROWS, NARROW)
+    for slots in ({"A": "lora"}, {"A": "vector"}, {"B": "vector"}, {"C": "lora"}, {"D": "scalar"}, {"E": "vector"}):
+        for stabilized in (False, True):
+            more = {"slots": slots, "rank": 4, "rank_stabilized": stabilized}
+            one, two = (moved(even(base, alpha=alpha, **more), x, dy) for alpha in (8, 16))
+            torch.testing.assert_close(two, 2 * one, rtol=2e-3, atol=1e-4)
 
 
 def test_a_lookup_moves_in_proportion_to_its_rows() -> None:
@@ -139,7 +161,7 @@ def test_a_supernet_has_a_factor_for_every_mode_and_its_genome_inherits_them() -
     assert set(found["A"]) == {"lora", "vector"}
     assert set(found["E"]) == {"vector"}
     assert set(found["B"]) == {"lora", "vector", "scalar"}
-    assert found["A"]["lora"] == found["A"]["vector"] != 1
+    assert found["A"]["vector"] == pytest.approx(16 * found["A"]["lora"]) and found["A"]["lora"] != 1
 
 
 def test_stacked_experts_have_no_single_size() -> None:

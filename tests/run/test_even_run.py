@@ -40,14 +40,14 @@ def test_the_number_and_its_reason_are_kept(run: Path) -> None:
 
 def test_scales_are_of_the_weight_in_four_bits(run: Path) -> None:
     from glora_llm.adapters.even import even_scales
-    from glora_llm.adapters.inject import adapted_layers, inject
+    from glora_llm.adapters.inject import inject
     from glora_llm.models.load import load_base
     from glora_llm.models.resolve import resolve
     from glora_llm.plan.run_folder import RunFolder
 
     recipe = RunFolder(run).recipe()
     base = load_base(recipe.model, resolve(recipe.model).folder, torch.device("cpu"))
-    assert scales(run / "adapter") == even_scales(adapted_layers(inject(base, recipe.adapter, 0, 1)))
+    assert scales(run / "adapter") == even_scales(inject(base, recipe.adapter, 0, 1))
     assert len(scales(run / "adapter")) == 14
 
 

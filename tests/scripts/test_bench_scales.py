@@ -39,6 +39,24 @@ def test_the_best_rate_is_the_minimum_of_a_parabola() -> None:
     assert math.isnan(bench_scales.best_rate({1e-3: math.inf})[0])
 
 
+def test_finer_rates_are_around_the_best_one() -> None:
+    assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0, 8e-3: math.inf}) == ["0.001", "0.004"]
+    assert bench_scales.finer({5e-4: 1.0, 2e-3: 2.0}) == ["0.00012"]
+    assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0}) == ["0.008"]
+    assert bench_scales.finer({5e-4: math.inf}) == []
+
+
+@pytest.mark.parametrize("task", bench_scales.TASKS)
+def test_every_run_is_a_command(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLORA_DATA", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["bench_scales.py", "slots", "--task", task])
+    arguments = bench_scales.parse()
+    words = bench_scales.command(arguments, bench_scales.SLOTS["A block"], "1e-3", 0)
+    checked = recipe.load(words[2], words[3:])
+    assert checked.training.steps == bench_scales.TASKS[task][0] and not checked.evaluation.test
+    assert checked.adapter.scaling == "even" and checked.data.validation == 200
+
+
 def test_an_exponent_is_the_slope_over_ranks() -> None:
     found = {}
     for rank in (1, 4, 16):

@@ -65,6 +65,12 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
     assert found.bound >= found.score - 1e-6
 
 
+def test_slots_that_are_worth_less_than_nothing_are_left_out() -> None:
+    space = space_of(("a.q", 8, 12))
+    table = np.where(np.isfinite(space.parameters) & (space.parameters > 0), -1.0, 0.0)
+    assert not choose(table, [Limit(space.parameters, 70.0)]).code.any()
+
+
 def test_an_even_structure_is_one_rank_everywhere() -> None:
     space = space_of(("l.0.q", 10, 10), ("l.0.up", 30, 10), ("l.1.q", 10, 10), ("l.1.up", 30, 10))
     whole = limits_of(space, read_budget(120), {"parameters": space.parameters})
