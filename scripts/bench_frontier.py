@@ -136,6 +136,7 @@ def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "glora_llm", "compare", "--recipe", recipe, "--methods", ",".join(one.methods)]
     words += ["--budget", one.budget, "--seeds", str(arguments.seeds), "--rates", ",".join(arguments.rates)]
     words += ["--score", score, "--out", str(one.folder)]
+    words += ["--nearest"] if one.targets else []  # rank 1 of some targets may be well below the budget
     words += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     words += ["--forgetting", arguments.forgetting] if arguments.forgetting else []
     data = os.environ.get("GLORA_DATA", "GLORA_DATA")

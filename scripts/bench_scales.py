@@ -8,6 +8,7 @@ slots  each slot and mode alone in even scaling, rank 8, alpha 16. Where all bes
 ranks  LoRA and even GLoRA (A, B, C, E) of rank 1, 4, 16 and 64 at alpha 16: RANK_EXPONENT (adapters/auto_rate.py) is 1
        less the slope of log(best rate) over log(rank), and BASE_RATE the level of the best rates.
 auto   forms at `training.lr: auto` alone: their losses stand beside the best of the other two tables' runs.
+Changed constants make new runs of `auto`, not of the others: give those another --out (a slot alone needs none).
 
 SmolLM2-135M in bfloat16; SST-2, 24 steps of 8 sentences (FOLDER/sst2 holds train.parquet and validation.parquet), or
 Banking77, 75 steps of 16 questions, shipped; validation loss on 200 rows that are no test rows, the same for all forms.
@@ -22,13 +23,14 @@ A run of Banking77 takes about ten times as long.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,7 @@ def train(arguments: argparse.Namespace, out: Path, forms: dict[str, str], rates
     if not waiting:
         return []
     pool = Pool(slots(arguments.jobs))
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with pool.ended_with_this():
             in_parallel(partial(train_one, pool), waiting)
@@ -131,21 +133,14 @@ def train_one(pool: Pool, run: Run) -> None:
         print(f"{place} failed with exit code {code}: see {log}", file=sys.stderr)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def finer(found: Losses) -> list[str]:
     """Return the rates that --refine adds: half and twice the best one; at an edge the next one of the grid."""
     rates = [rate for rate, loss in found.items() if math.isfinite(loss)]
     if not rates:
         return []
     best = min(rates, key=lambda rate: found[rate])
-    if best == min(found):
-        return [f"{best / 4:.2g}"]
-    if best == max(found):
-        return [f"{best * 4:.2g}"]
-    return [f"{best / 2:.2g}", f"{best * 2:.2g}"]
+    wanted = [best / 4] if best == min(found) else [best * 4] if best == max(found) else [best / 2, best * 2]
+    return [f"{rate:.2g}" for rate in wanted]
 
 
 def parse() -> argparse.Namespace:
@@ -169,9 +164,18 @@ def parse() -> argparse.Namespace:
 
 
 def folder(out: Path, form: str, rate: str, seed: int) -> Path:
-    """Return the folder of a run; a rate is written in one way however it was typed."""
-    text = rate if rate == "auto" else f"{float(rate):g}"
+    """Return the folder of a run; a rate is written in one way however it was typed, `auto` with what it is made of."""
+    text = f"auto{settled()}" if rate == "auto" else f"{float(rate):g}"
     return out / f"{form.replace(' ', '_')}-lr{text}-seed{seed}"
+
+
+@cache
+def settled() -> str:
+    """Return a digest of the constants that `auto` and even scaling are made of."""
+    from glora_llm.adapters import auto_rate, even
+
+    rates = (auto_rate.BASE_RATE, auto_rate.RANK_EXPONENT, auto_rate.WIDTH_EXPONENT)
+    return hashlib.sha256(repr((sorted(even.CONSTANTS.items()), rates)).encode()).hexdigest()[:6]
 
 
 def command(arguments: argparse.Namespace, section: str, rate: str, seed: int) -> list[str]:
@@ -190,7 +194,7 @@ def losses(out: Path, form: str, seeds: list[int]) -> Losses:
     for seed in seeds:
         for run in sorted(out.glob(f"{form.replace(' ', '_')}-lr*-seed{seed}/")):
             rate = run.name.partition("-lr")[2].rpartition("-seed")[0]
-            loss = None if rate == "auto" else loss_of(run)
+            loss = None if rate.startswith("auto") else loss_of(run)
             if loss is not None:
                 found.setdefault(float(rate), []).append(loss)
     return {rate: sum(values) / len(values) for rate, values in sorted(found.items())}
@@ -227,10 +231,8 @@ def best_rate(found: Losses) -> tuple[float, bool]:
 def table(found: dict[str, Losses]) -> str:
     """Return the losses by form and rate, and each form's best rate."""
     rates = sorted({rate for values in found.values() for rate in values})
-    lines = [
-        "| form | " + " | ".join(f"{rate:g}" for rate in rates) + " | best rate |",
-        "|---" * (len(rates) + 2) + "|",
-    ]
+    head = " | ".join(f"{rate:g}" for rate in rates)
+    lines = [f"| form | {head} | best rate |", "|---" * (len(rates) + 2) + "|"]
     for form, values in found.items():
         cells = [cell(values.get(rate)) for rate in rates]
         rate, is_edge = best_rate(values)
