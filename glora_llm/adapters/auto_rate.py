@@ -19,6 +19,8 @@ it:
   (2000 / width) ^ 0.781 at alpha 32, is two thirds of this one). It is taken over, not measured here, and no law: their
   exponent for Qwen is 0.0775. Theory has 1/2 as the bound of stability for one rate of both factors (arXiv 2406.08447).
 
+With training.loraplus_ratio the number is that of `down`, and training.lr, which is `up`'s, the number over the ratio.
+
 GLoRA's slots A, C, D, E move outputs as B does with `adapter.scaling: even`; without it, `adapter.lr_factors` does
 that, roughly.
 """
@@ -36,6 +38,8 @@ WIDTH_EXPONENT = 0.781
 REFERENCE_ALPHA = 16.0
 RANK_EXPONENT = 1.0
 DIGITS = 3  # of the rate
+# arguments of PEFT that give another scale or start, and the value by which they do not
+OF_PEFT = {"r": None, "lora_alpha": None, "alpha_pattern": None, "use_rslora": False, "init_lora_weights": True}
 COVERED = ("glora", "lora", "rslora", "dora", "lora_dropout", "periodic_lora")  # s down up, down zero at the start
 
 
@@ -56,7 +60,8 @@ def check_rate(section: AdapterSection) -> None:
     """Check that `training.lr: auto` has a number for a method.
 
     Raises:
-        UserError: for a method that is not covered, naming those that are; for slots without one of B's kind.
+        UserError: for a method that is not covered, naming those that are; for arguments of PEFT by which it has
+            another scale or start; for slots without one of B's kind.
     """
     if section.method not in COVERED:
         why = (
@@ -69,6 +74,12 @@ def check_rate(section: AdapterSection) -> None:
             f"training.lr is auto, which is one rate for {', '.join(COVERED)}, and adapter.method is "
             f"{section.method}: {why}. Give a number, or let `glora-llm compare` find it."
         )
+    other = [name for name, value in (section.peft or {}).items() if name in OF_PEFT and value != OF_PEFT[name]]
+    if other:
+        raise UserError(
+            f"training.lr is auto, which goes by adapter.rank, adapter.alpha and a zero start, and adapter.peft sets "
+            f"{other[0]}. Give a number."
+        )
     if section.method == "glora" and section.scaling != "even" and not _has_b(section):
         raise UserError(
             "training.lr is auto, which is the rate of a slot B in mode lora, and these slots have none: their own "
@@ -76,12 +87,13 @@ def check_rate(section: AdapterSection) -> None:
         )
 
 
-def auto_rate(section: AdapterSection, width: int | None, model: str) -> AutoRate:
+def auto_rate(section: AdapterSection, width: int | None, model: str, loraplus_ratio: float = 1.0) -> AutoRate:
     """Return the rate for an adapter on a model.
 
     Args:
         width: of the model's hidden states; None: it has no single one.
         model: its name, for the message.
+        loraplus_ratio: of the rate of `down` to the one that is returned.
 
     Raises:
         UserError: as `check_rate`, and for a model without a single width.
@@ -93,14 +105,16 @@ def auto_rate(section: AdapterSection, width: int | None, model: str) -> AutoRat
             "hidden_size. Give a number."
         )
     of_width = BASE_RATE * (BASE_WIDTH / width) ** WIDTH_EXPONENT
-    rank, alpha = section.rank, section.alpha
+    rank, alpha = _of_b(section)
     stabilized = section.rank_stabilized or section.method == "rslora"
     if section.scaling == "even" and not stabilized:
         scale, said = alpha / rank**RANK_EXPONENT, f"alpha {alpha:g} in even scaling"
     else:
         scale = alpha / (rank**0.5 if stabilized else rank)
         said = f"alpha {alpha:g} and rank {rank}, so a scale of {scale:.3g}"
-    lr = of_width * REFERENCE_ALPHA / rank**RANK_EXPONENT / scale
+    if loraplus_ratio != 1:
+        said += f"; over training.loraplus_ratio {loraplus_ratio:g}"
+    lr = of_width * REFERENCE_ALPHA / rank**RANK_EXPONENT / scale / loraplus_ratio
     lr = float(f"{lr:.{DIGITS}g}")
     return AutoRate(lr, f"{of_width:.3g} for the width {width}; {said}")
 
@@ -110,6 +124,13 @@ def width_of(config: Any) -> int | None:
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
     return width if isinstance(width, int) else None
+
+
+def _of_b(section: AdapterSection) -> tuple[int, float]:
+    """Return rank and alpha of slot B, which may have its own; those of the adapter elsewhere."""
+    given: Any = (section.slots or {}).get("B")
+    own = given if section.method == "glora" else None
+    return getattr(own, "rank", None) or section.rank, getattr(own, "alpha", None) or section.alpha
 
 
 def _has_b(section: AdapterSection) -> bool:

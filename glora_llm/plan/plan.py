@@ -156,7 +156,8 @@ def _rate(recipe: Recipe, base: ResolvedModel) -> AutoRate | None:
     """Return the number for `training.lr: auto`; None where the recipe has a number."""
     if recipe.training.lr != "auto":
         return None
-    return auto_rate(recipe.adapter, width_of(load_config(base.folder)), base.name)
+    width, ratio = width_of(load_config(base.folder)), recipe.training.loraplus_ratio
+    return auto_rate(recipe.adapter, width, base.name, ratio)
 
 
 def require_same_base(folder: RunFolder, plan: Plan) -> torch.dtype:

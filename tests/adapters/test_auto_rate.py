@@ -27,6 +27,12 @@ def test_it_follows_the_scale_that_a_method_gives_its_update() -> None:
     assert rate(method="glora", rank=4, alpha=16, scaling="even") == BASE_RATE
 
 
+def test_a_slot_of_its_own_and_loraplus_count() -> None:
+    assert rate(slots={"B": {"mode": "lora", "rank": 4, "alpha": 32}}) == BASE_RATE / 2
+    assert auto_rate(AdapterSection(), BASE_WIDTH, "a model", 4.0).lr == BASE_RATE / 4
+    assert rate(method="lora", alpha=16, peft={"init_lora_weights": True, "rank_pattern": {"q_proj": 4}}) == BASE_RATE
+
+
 def test_it_falls_with_the_width() -> None:
     assert rate(width=4096) == pytest.approx(BASE_RATE * (BASE_WIDTH / 4096) ** 0.781, rel=5e-3)
 
@@ -38,6 +44,8 @@ def test_it_falls_with_the_width() -> None:
         ({"method": "ia3"}, "follows no rule"),
         ({"slots": {"E": "vector"}}, "Set adapter.scaling=even"),
         ({"preset": "bitfit"}, "Set adapter.scaling=even"),
+        ({"method": "lora", "peft": {"use_rslora": True}}, "adapter.peft sets use_rslora"),
+        ({"method": "dora", "peft": {"init_lora_weights": "pissa"}}, "adapter.peft sets init_lora_weights"),
     ],
 )
 def test_what_has_no_such_rate_is_refused(adapter: dict[str, Any], says: str) -> None:

@@ -27,6 +27,11 @@ STRUCTURES: dict[str, Case] = {
     "lr auto without a slot of B's kind": bad(
         "training.lr is auto, which is the rate of a slot B in mode lora", "training.lr=auto", "adapter.preset=bitfit"
     ),
+    "lr auto beside another start of PEFT's": bad(
+        "adapter.peft sets init_lora_weights. Give a number.",
+        "training.lr=auto",
+        "adapter={method: lora, peft: {init_lora_weights: pissa}}",
+    ),
     "lr auto of such slots in even scaling": bad(
         "", "training.lr=auto", "adapter.slots={E: vector}", "adapter.scaling=even"
     ),
