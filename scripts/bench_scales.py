@@ -140,7 +140,7 @@ def finer(found: Losses) -> list[str]:
         return []
     best = min(rates, key=lambda rate: found[rate])
     wanted = [best / 4] if best == min(found) else [best * 4] if best == max(found) else [best / 2, best * 2]
-    return [f"{rate:.2g}" for rate in wanted]
+    return [f"{rate:.3g}" for rate in wanted]
 
 
 def parse() -> argparse.Namespace:

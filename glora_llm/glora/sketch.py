@@ -62,7 +62,7 @@ def plus(one: Sketch, other: Sketch) -> Sketch:
     return {name: one[name] + other[name] for name in one}
 
 
-class Tests(NamedTuple):
+class RandomMatrices(NamedTuple):
     """The test matrices of one layer, in the dtype of the products."""
 
     w: Tensor  # (I, k)
@@ -105,7 +105,7 @@ class Probe:
         self.sums = {name: [_empty(self.tests[name], reads) for _ in range(parts)] for name in self.layers}
 
     @torch.no_grad()
-    def _tests(self, name: str, layer: GLoRALinear, k: int, el: int) -> Tests:
+    def _tests(self, name: str, layer: GLoRALinear, k: int, el: int) -> RandomMatrices:
         with self.weight(layer) as w0:
             device, bias = w0.device, layer.b0
             self.biases[name] = None if bias is None else bias.detach().float().clone()
@@ -116,7 +116,7 @@ class Probe:
             if self.reads.through:
                 v = torch.cat([v, w0 @ v_a], dim=1)
         dtype = torch.bfloat16 if compute_dtype(layer.get_base_layer()) is torch.bfloat16 else torch.float32
-        return Tests(w.to(dtype), v.to(dtype), v_a.to(dtype))
+        return RandomMatrices(w.to(dtype), v.to(dtype), v_a.to(dtype))
 
     def _draw(self, rows: int, columns: int) -> Tensor:
         """Return a Gaussian test matrix: one for each shape."""
@@ -206,7 +206,9 @@ def columns_of(x: Tensor, w: Tensor, shifts: bool) -> Tensor:
     return torch.cat([x @ w, torch.ones_like(x[:, :1]), *more], dim=1)
 
 
-def sketch_of(tests: Tests, reads: Reads, x: Tensor, columns: Tensor, dy: Tensor, y: Tensor | None = None) -> Sketch:
+def sketch_of(
+    tests: RandomMatrices, reads: Reads, x: Tensor, columns: Tensor, dy: Tensor, y: Tensor | None = None
+) -> Sketch:
     """Return the sketch of one batch.
 
     Args:
@@ -236,10 +238,14 @@ def sketch_of(tests: Tests, reads: Reads, x: Tensor, columns: Tensor, dy: Tensor
     return found
 
 
-def _empty(tests: Tests, reads: Reads) -> Sketch:
+def _empty(tests: RandomMatrices, reads: Reads) -> Sketch:
     (inputs, k), outputs, el = tests.w.shape, tests.v.shape[0], tests.v_a.shape[1]
     shapes: dict[str, tuple[int, ...]] = {"y": (k, outputs), "z": (el, inputs), "total": (outputs,)}
-    more = {"through": {"z_a": (el, inputs)}, "gains": {"gains": (outputs,)}, "shifts": {"shifts": (outputs,)}}
+    more: dict[str, dict[str, tuple[int, ...]]] = {
+        "through": {"z_a": (el, inputs)},
+        "gains": {"gains": (outputs,)},
+        "shifts": {"shifts": (outputs,)},
+    }
     shapes |= {name: shape for key, fields in more.items() if getattr(reads, key) for name, shape in fields.items()}
     if reads.noise:
         shapes |= {f"{name}2": (outputs,) for name in ("total", "gains", "shifts") if name in shapes}

@@ -128,8 +128,11 @@ def test_ranks_move_the_output_of_one_token_alike() -> None:
     torch.manual_seed(0)
     base, x, dy = Net(3.0), torch.randn(1, WIDE), torch.randn(1, NARROW)
     for slots in ({"A": "lora"}, {"B": "lora"}):
-        sizes = [float(moved(even(base, slots=slots, rank=rank), x, dy).norm()) for rank in (4, 64)]
-        assert sizes[1] / sizes[0] == pytest.approx(16 ** (1 - RANK_EXPONENT), rel=0.6)
+        sizes = [
+            sum(float(moved(even(base, seed, slots=slots, rank=rank), x, dy).norm()) for seed in range(5))
+            for rank in (4, 64)
+        ]
+        assert sizes[1] / sizes[0] == pytest.approx(16 ** (1 - RANK_EXPONENT), rel=0.4)
 
 
 def test_rate_and_alpha_act_by_their_product() -> None:
@@ -138,7 +141,7 @@ def test_rate_and_alpha_act_by_their_product() -> None:
     base, x, dy = Net(3.0), torch.randn(ROWS, WIDE), torch.randn(ROWS, NARROW)
     for slots in ({"A": "lora"}, {"A": "vector"}, {"B": "vector"}, {"C": "lora"}, {"D": "scalar"}, {"E": "vector"}):
         for stabilized in (False, True):
-            more = {"slots": slots, "rank": 4, "rank_stabilized": stabilized}
+            more: dict[str, Any] = {"slots": slots, "rank": 4, "rank_stabilized": stabilized}
             one, two = (moved(even(base, alpha=alpha, **more), x, dy) for alpha in (8, 16))
             torch.testing.assert_close(two, 2 * one, rtol=2e-3, atol=1e-4)
 
@@ -161,7 +164,7 @@ def test_a_supernet_has_a_factor_for_every_mode_and_its_genome_inherits_them() -
     assert set(found["A"]) == {"lora", "vector"}
     assert set(found["E"]) == {"vector"}
     assert set(found["B"]) == {"lora", "vector", "scalar"}
-    assert found["A"]["vector"] == pytest.approx(16 * found["A"]["lora"]) and found["A"]["lora"] != 1
+    assert found["A"]["vector"] == pytest.approx(16 * found["A"]["lora"], rel=1e-5) and found["A"]["lora"] != 1
 
 
 def test_stacked_experts_have_no_single_size() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.glora import GLoRAConfig
-from glora_llm.glora.sketch import Probe, Reads, Sketch, Tests, columns_of, leading, plus, sketch_of
+from glora_llm.glora.sketch import Probe, RandomMatrices, Reads, Sketch, columns_of, leading, plus, sketch_of
 from glora_llm.models.resolve import ResolvedModel
 from glora_llm.vlora.partitioned import whole
 from tests.glora.conftest import IDS, glora
@@ -103,11 +103,11 @@ def test_layers_in_bfloat16_have_nearly_the_same_directions() -> None:
     torch.manual_seed(1)
     x, dy = torch.randn(TOKENS, 4) @ torch.randn(4, WIDE), torch.randn(TOKENS, NARROW)
     w0 = torch.randn(NARROW, WIDE)
-    tests = Tests(torch.randn(WIDE, 9), torch.randn(NARROW, 19), torch.randn(WIDE, 19))
+    tests = RandomMatrices(torch.randn(WIDE, 9), torch.randn(NARROW, 19), torch.randn(WIDE, 19))
     tests = tests._replace(v=torch.cat([tests.v, w0 @ tests.v_a], dim=1))
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        at = Tests(*(tensor.to(dtype) for tensor in tests))
+        at = RandomMatrices(*(tensor.to(dtype) for tensor in tests))
         sketch = sketch_of(at, Reads(), x.to(dtype), columns_of(x.to(dtype), at.w, False), dy.to(dtype))
         found.append(leading(sketch["y"].t(), sketch["z"], at.v[:, :19]))
     torch.testing.assert_close(found[1].values[:4], found[0].values[:4], rtol=2e-2, atol=0)
@@ -154,7 +154,7 @@ def test_sketches_on_nf4_are_those_of_its_dense_twin(tiny: ResolvedModel) -> Non
 def test_squares_are_of_each_token() -> None:
     torch.manual_seed(0)
     x, dy, w0 = torch.randn(7, 3), torch.randn(7, 5), torch.randn(5, 3)
-    tests = Tests(torch.randn(3, 2), torch.randn(5, 4), torch.randn(3, 2))
+    tests = RandomMatrices(torch.randn(3, 2), torch.randn(5, 4), torch.randn(3, 2))
     found = sketch_of(tests, ALL, x, columns_of(x, tests.w, True), dy, x @ w0.t())
     torch.testing.assert_close(found["gains2"], sum((dy[t] * (w0 @ x[t])).square() for t in range(7)))
     torch.testing.assert_close(found["shifts2"], sum((dy[t] * x[t].sum()).square() for t in range(7)))

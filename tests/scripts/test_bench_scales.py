@@ -41,7 +41,7 @@ def test_the_best_rate_is_the_minimum_of_a_parabola() -> None:
 
 def test_finer_rates_are_around_the_best_one() -> None:
     assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0, 8e-3: math.inf}) == ["0.001", "0.004"]
-    assert bench_scales.finer({5e-4: 1.0, 2e-3: 2.0}) == ["0.00012"]
+    assert bench_scales.finer({5e-4: 1.0, 2e-3: 2.0}) == ["0.000125"]
     assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0}) == ["0.008"]
     assert bench_scales.finer({5e-4: math.inf}) == []
 

@@ -107,7 +107,7 @@ def gradients(matrix: torch.Tensor, w0: torch.Tensor, tokens: int, noise: float)
     spread = {slot: directions.values.square() / tokens + noise for slot, directions in low.items()}
     vectors = {"E": matrix.sum(1), "C": w0.t() @ matrix.sum(1), "A": (matrix * w0).sum(1), "B": matrix.sum(1)}
     squares = {slot: value.square() / tokens + noise for slot, value in vectors.items()}
-    return Gradients(low, spread, vectors, squares)
+    return Gradients(low, vectors, spread, squares)
 
 
 @pytest.mark.parametrize("name", ["first_step", "energy", "curvature", "agreement"])
