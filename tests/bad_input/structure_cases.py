@@ -30,7 +30,7 @@ STRUCTURES: dict[str, Case] = {
     "lr auto beside another start of PEFT's": bad(
         "adapter.peft sets init_lora_weights. Give a number.",
         "training.lr=auto",
-        "adapter={method: lora, peft: {init_lora_weights: pissa}}",
+        "adapter={method: lora, peft: {init_lora_weights: gaussian}}",
     ),
     "lr auto of such slots in even scaling": bad(
         "", "training.lr=auto", "adapter.slots={E: vector}", "adapter.scaling=even"
