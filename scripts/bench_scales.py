@@ -13,9 +13,9 @@ Changed constants make new runs of `auto`, not of the others: give those another
 SmolLM2-135M in bfloat16; SST-2, 24 steps of 8 sentences (FOLDER/sst2 holds train.parquet and validation.parquet), or
 Banking77, 75 steps of 16 questions, shipped; validation loss on 200 rows that are no test rows, the same for all forms.
 Trials are forked, as those of `glora-llm compare`. Finished ones are not made again and stopped ones go on, so the
-command may be stopped (Ctrl-C, SIGTERM) and started. --refine adds, for each form, half and twice its best rate, or the
-next rate where the best one is the lowest or highest. Prints a Markdown table of the loss by rate; the best rate is the
-minimum of the parabola through the three best-placed points over log(rate), or the edge, marked so.
+command may be stopped (Ctrl-C, SIGTERM) and started. --refine adds lower and higher rates to a form until the lowest
+and the highest are worse than the best. Prints a Markdown table of the loss by rate; the best rate is the middle, over
+log(rate), of those within 0.07 nats of the smallest loss: runs of neighbouring rates differ by half of that by chance.
 
 Cost: 24 steps and the validation of SST-2 take 20 to 40 s of a core (AMD EPYC), so `slots` with four rates and --refine
 is 9 x 6 runs, half a core-hour; `ranks` 8 x 6, of rank 64 at about twice the time, 0.6 core-hours; `auto` 17 runs, 0.2.
@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))  # the script is run by its path
 
 from glora_llm.compare.pool import Ending, Pool, in_parallel, slots  # noqa: E402
 from glora_llm.launch.stop import EXIT_CODE  # noqa: E402
+from scripts.scales.best_rates import Losses, best_rate, finer  # noqa: E402
 
 EVEN = "method: glora, targets: all-linear, scaling: even, alpha: 16"
 SLOTS = {
@@ -64,7 +65,6 @@ TASKS: dict[str, tuple[int, list[str]]] = {  # steps, recipe and settings
 }
 Run = tuple[Path, list[str]]  # the folder of a run, and the arguments of `glora-llm` that train it
 DIVERGED = "had a loss or gradient that is not finite"  # what a run says that ends so
-Losses = dict[float, float]  # rate -> validation loss, nats a target; infinite where the run diverged
 
 
 def main() -> int:
@@ -131,16 +131,6 @@ def train_one(pool: Pool, run: Run) -> None:
     print(f"{time.strftime('%H:%M:%S')} {place.name}: {cell(loss_of(place))}, {seconds:.0f} s", flush=True)
     if code and loss_of(place) is None:
         print(f"{place} failed with exit code {code}: see {log}", file=sys.stderr)
-
-
-def finer(found: Losses) -> list[str]:
-    """Return the rates that --refine adds: half and twice the best one; at an edge the next one of the grid."""
-    rates = [rate for rate, loss in found.items() if math.isfinite(loss)]
-    if not rates:
-        return []
-    best = min(rates, key=lambda rate: found[rate])
-    wanted = [best / 4] if best == min(found) else [best * 4] if best == max(found) else [best / 2, best * 2]
-    return [f"{rate:.3g}" for rate in wanted]
 
 
 def parse() -> argparse.Namespace:
@@ -212,22 +202,6 @@ def loss_of(run: Path) -> float | None:
     return math.inf if DIVERGED in said else None
 
 
-def best_rate(found: Losses) -> tuple[float, bool]:
-    """Return the rate of the smallest loss, by a parabola over log(rate), and whether it is at an edge of the rates."""
-    rates = [rate for rate, loss in found.items() if math.isfinite(loss)]
-    if not rates:
-        return math.nan, True
-    place = min(range(len(rates)), key=lambda index: found[rates[index]])
-    if place in (0, len(rates) - 1):
-        return rates[place], place == 0 or math.isfinite(list(found.values())[-1])
-    x = [math.log(rates[place + step]) for step in (-1, 0, 1)]
-    y = [found[rates[place + step]] for step in (-1, 0, 1)]
-    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    curve = (right - left) / (x[2] - x[0])
-    vertex = (x[0] + x[1]) / 2 - left / (2 * curve) if curve > 0 else x[1]
-    return math.exp(min(max(vertex, x[0]), x[2])), False
-
-
 def table(found: dict[str, Losses]) -> str:
     """Return the losses by form and rate, and each form's best rate."""
     rates = sorted({rate for values in found.values() for rate in values})
@@ -235,8 +209,8 @@ def table(found: dict[str, Losses]) -> str:
     lines = [f"| form | {head} | best rate |", "|---" * (len(rates) + 2) + "|"]
     for form, values in found.items():
         cells = [cell(values.get(rate)) for rate in rates]
-        rate, is_edge = best_rate(values)
-        best = "-" if math.isnan(rate) else f"{rate:.2g}{' (edge)' if is_edge else ''}"
+        rate, is_open = best_rate(values)
+        best = "-" if math.isnan(rate) else f"{rate:.2g}{' (open)' if is_open else ''}"
         lines.append(f"| {form} | " + " | ".join(cells) + f" | {best} |")
     return "\n".join(lines)
 

@@ -42,25 +42,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_llm.adapters.auto_rate import RANK_EXPONENT, REFERENCE_ALPHA
+from glora_llm.adapters.auto_rate import RANK_EXPONENT
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.errors import UserError
 from glora_llm.glora.embedding import GLoRAEmbedding
 from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.glora.path import slots_with
 from glora_llm.schema.slots import BLOCK, RANKED_MODES
 from glora_llm.vlora.partitioned import whole
 
 Scales = dict[str, dict[str, dict[str, float]]]  # layer -> slot -> mode -> factor
+OF_VECTORS = {"A": 2.0, "B": 2.0, "C": 0.1, "D": 0.2, "E": 0.2}  # of CONSTANTS: slots in mode vector or scalar
 
-# Of (slot, mode); 1 where it is not here. Until `scripts/bench_scales.py slots` has measured them, those of slots that
-# shift an output by the same for every token are what learning_rates.py gives them at alpha 16.
+# Of (slot, mode), A's hadamard product as a mode of its own; 1 where it is not here. Each is the best rate of that slot
+# alone over that of B, rounded, on SmolLM2-135M and SST-2, where a best rate is known to a factor of about 1.5
+# (docs/benchmarks/frontier.md, by scripts/bench_scales.py slots). D, which LLaMA-like models have no place for, and C
+# in mode lora were not measured: they have those of E and of C's vector, which move all tokens alike as they do.
 CONSTANTS: dict[tuple[str, str], float] = {
-    ("C", "lora"): DEFAULT_LR_FACTORS["C"],
-    **{(slot, mode): DEFAULT_LR_FACTORS[slot] / REFERENCE_ALPHA for slot in "CDE" for mode in ("vector", "scalar")},
+    ("A", "hadamard"): 3.0,
+    ("A", "block"): 4.0,
+    ("C", "lora"): 0.1,
+    **{(slot, mode): size for slot, size in OF_VECTORS.items() for mode in ("vector", "scalar")},
 }
 DIGITS = 6  # of a factor: sums on other devices differ in the last bits
 
@@ -147,11 +151,13 @@ def factor(slot: str, mode: str, composition: str, sizes: Sizes) -> float:
     }[slot]
     if sizes.is_embedding and slot != "A":
         moved = 1 / math.sqrt(inputs) if (slot, mode) == ("B", "lora") else 1.0
-    if slot == "A" and mode == "lora" and composition == "hadamard":
+    is_hadamard = (slot, mode, composition) == ("A", "lora", "hadamard")
+    if is_hadamard:
         moved /= math.sqrt(inputs)
     if slot == "A" and mode == "block":
         moved /= math.sqrt(inputs / BLOCK)
-    wanted = CONSTANTS.get((slot, mode), 1.0) * (unit if sizes.is_embedding else 1.0)
+    constant = CONSTANTS.get((slot, "hadamard" if is_hadamard else mode), 1.0)
+    wanted = constant * (unit if sizes.is_embedding else 1.0)
     return wanted / moved if moved else 1.0
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from glora_llm import recipe
 from scripts import bench_scales
+from scripts.scales.best_rates import best_rate, finer
 
 
 def run(out: Path, form: str, rate: str, loss: float | None, seed: int = 0) -> None:
@@ -31,19 +32,23 @@ def test_losses_are_those_of_the_runs(tmp_path: Path) -> None:
     assert bench_scales.losses(tmp_path, "B lora", [0]) == found, "a run that has not ended has no loss"
 
 
-def test_the_best_rate_is_the_minimum_of_a_parabola() -> None:
-    losses = {rate: (math.log(rate) - math.log(3e-3)) ** 2 for rate in (5e-4, 2e-3, 5e-3, 1e-2)}
-    rate, is_edge = bench_scales.best_rate(losses)
-    assert rate == pytest.approx(3e-3, rel=1e-6) and not is_edge
-    assert bench_scales.best_rate({1e-3: 2.0, 2e-3: 1.0}) == (2e-3, True)
-    assert math.isnan(bench_scales.best_rate({1e-3: math.inf})[0])
+def test_the_best_rate_is_the_middle_of_those_as_good_as_the_best() -> None:
+    losses = {rate: math.log(rate / 3e-3) ** 2 for rate in (1e-4, 1e-3, 3e-3, 9e-3, 9e-2)}
+    rate, is_open = best_rate(losses)
+    assert rate == pytest.approx(3e-3, rel=1e-6) and not is_open
+    noisy = {1e-3: 1.0, 2e-3: 0.21, 4e-3: 0.25, 8e-3: 0.2, 1.6e-2: 1.0}  # the bar is 0.27
+    assert best_rate(noisy)[0] == pytest.approx(4e-3, rel=0.02), "chance does not move the middle"
+    rate, is_open = best_rate({1e-3: 1.02, 2e-3: 1.0})
+    assert rate == pytest.approx(math.sqrt(2) * 1e-3) and is_open
+    assert not best_rate({1e-4: 2.0, 1e-3: 1.0, 2e-3: math.inf})[1], "divergence ends the range"
+    assert math.isnan(best_rate({1e-3: math.inf})[0])
 
 
-def test_finer_rates_are_around_the_best_one() -> None:
-    assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0, 8e-3: math.inf}) == ["0.001", "0.004"]
-    assert bench_scales.finer({5e-4: 1.0, 2e-3: 2.0}) == ["0.000125"]
-    assert bench_scales.finer({5e-4: 2.0, 2e-3: 1.0}) == ["0.008"]
-    assert bench_scales.finer({5e-4: math.inf}) == []
+def test_rates_are_added_beyond_those_that_are_as_good_as_the_best() -> None:
+    assert finer({5e-4: 2.0, 2e-3: 1.0, 8e-3: math.inf}) == []
+    assert finer({5e-4: 1.0, 2e-3: 1.05}) == ["0.000125", "0.008"]
+    assert finer({5e-4: 2.0, 2e-3: 1.0}) == ["0.008"]
+    assert finer({5e-4: math.inf}) == []
 
 
 @pytest.mark.parametrize("task", bench_scales.TASKS)
@@ -62,7 +67,8 @@ def test_an_exponent_is_the_slope_over_ranks() -> None:
     for rank in (1, 4, 16):
         best = 1e-2 * rank**-0.5
         found[f"LoRA {rank}"] = {
-            rate: (math.log(rate) - math.log(best)) ** 2 for rate in (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
+            rate: (math.log(rate) - math.log(best)) ** 2
+            for rate in (best / 8, best / 4, best / 2, best, best * 2, best * 4)
         }
     assert "LoRA: best rate as rank ^ -0.50 at alpha / rank, so RANK_EXPONENT 1.50" in bench_scales.exponents(found)
 
