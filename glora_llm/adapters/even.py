@@ -21,6 +21,9 @@ of the same product do the same, whatever the slots. The rows of an embedding ar
 moved in proportion to their own size, u = |W0| / sqrt(V d): A lora and vector 1, A hadamard sqrt(d), A block
 sqrt(d / 64), B lora u sqrt(d), B vector and E u; all times alpha.
 
+The slots of a layer share one step out: each factor is divided by how many slots the layer has (of a supernet: may
+have), as all of them move the output against the same gradient.
+
 The columns of `down` move together where their gradients, which are dy times (up x), have one sign for each entry of
 dy: in the first step exactly, later less. RANK_EXPONENT (`auto_rate`) says how much: a slot with a rank is scaled by
 alpha / rank ^ RANK_EXPONENT, unless `rank_stabilized` asks for alpha / sqrt(rank). What that is beside the alpha / rank
@@ -78,13 +81,14 @@ def even_scales(model: Any) -> Scales:
     """
     config, found = model.peft_config["default"], Scales()
     for name, layer in adapted_layers(model).items():
-        sizes, composition = sizes_of(layer), layer.composition["default"]
+        sizes, composition, slots = sizes_of(layer), layer.composition["default"], _modes_of(layer)
+        together = sum(bool(modes) for modes in slots.values()) or 1
         found[name] = {
             slot: {
-                mode: _rounded(factor(slot, mode, composition, sizes) * _of_alpha(config, mode, rank))
+                mode: _rounded(factor(slot, mode, composition, sizes) * _of_alpha(config, mode, rank) / together)
                 for mode, rank in sorted(modes.items())
             }
-            for slot, modes in _modes_of(layer).items()
+            for slot, modes in slots.items()
         }
     return found
 

@@ -135,6 +135,17 @@ def test_ranks_move_the_output_of_one_token_alike() -> None:
         assert sizes[1] / sizes[0] == pytest.approx(16 ** (1 - RANK_EXPONENT), rel=0.4)
 
 
+def test_slots_of_a_layer_share_out_what_one_alone_moves() -> None:
+    torch.manual_seed(0)
+    base, x, dy = Net(3.0), torch.randn(1, WIDE), torch.randn(1, NARROW)
+
+    def size(slots: dict[str, str]) -> float:
+        return sum(float(moved(even(base, seed, slots=slots, rank=4), x, dy).norm()) for seed in range(5))
+
+    together = size({"A": "lora", "B": "lora", "D": "vector", "E": "vector"})
+    assert together == pytest.approx(size({"B": "lora"}), rel=0.5)
+
+
 def test_rate_and_alpha_act_by_their_product() -> None:
     """Twice the alpha moves twice as far, in slots with a rank and without, and rank-stabilised too."""
     torch.manual_seed(0)
