@@ -2,7 +2,7 @@
 
   GLORA_DATA=FOLDER python scripts/bench_frontier.py [--tasks sst2 rte banking77] [--seeds 1] [--jobs 2]
       [--budgets 1.22M 0.305M 0.1M 0.05M] [--methods lora glora:uniform glora:agreement]
-      [--rates 1e-3 4e-3 1.6e-2] [--steps 24] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
+      [--rates 1e-3 2.5e-3 6e-3] [--steps 24] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
 
 A thin layer over `glora-llm compare`: one comparison for each task and budget, in OUT/TASK-BUDGET, in which each
 method's rate is chosen on validation rows, the worse half of the rates is stopped after a third, and the test rows are
@@ -37,7 +37,7 @@ TASKS: dict[str, tuple[int, str, str, list[str]]] = {
 }
 BUDGETS = ["1.22M", "0.305M", "0.1M", "0.05M"]
 METHODS = ["lora", "glora:uniform", "glora:first_step", "glora:curvature", "glora:agreement"]
-RATES = ["1e-3", "4e-3", "1.6e-2"]
+RATES = ["1e-3", "2.5e-3", "6e-3"]
 # Targets of LoRA of rank 1 within a budget below rank 1 everywhere, on SmolLM2-135M: 97,920, 80,640 and 97,920
 # parameters, and 46,080 and 34,560.
 TARGETS = {
@@ -142,6 +142,7 @@ def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     data = os.environ.get("GLORA_DATA", "GLORA_DATA")
     words += [text.replace("{data}", data) for text in changes]
     words += [f"training.steps={arguments.steps or steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
+    words += ["adapter.scaling=even"]  # and so one alpha for all methods and ranks
     words += [f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
     return words + ([f"adapter.targets=[{one.targets.replace('+', ', ')}]"] if one.targets else [])
 
@@ -174,24 +175,50 @@ def table(task: str, rows: list[dict[str, Any]]) -> str:
     """Return the rows of a task as Markdown."""
     lines = [
         f"\n{task}\n",
-        "| budget | method | parameters | best rate | test score (range) | against LoRA | to target | forgetting |",
+        "| budget | method | parameters | best rate | test score (range) | to LoRA (p) | to its loss | forgetting |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda one: -(one["parameters"] or 0)):
         lora = next((o for o in rows if o["budget"] == row["budget"] and o["name"].startswith("lora")), None)
-        lines.append("| " + " | ".join([row["budget"], row["name"], *cells(row, lora)]) + " |")
+        lines.append("| " + " | ".join([row["budget"], row["name"], *cells(row, lora, TASKS[task][2])]) + " |")
     return "\n".join(lines)
 
 
-def cells(row: dict[str, Any], lora: dict[str, Any] | None) -> list[str]:
-    """Return the cells of one method."""
+def cells(row: dict[str, Any], lora: dict[str, Any] | None, score: str) -> list[str]:
+    """Return the cells of one method; LoRA may be of another comparison, so what is compared with it is read here."""
     if row.get("mean") is None:
         return [str(row["parameters"] or "-"), "-", row.get("why") or row["verdict"], "-", "-", "-"]
-    gap = "-" if lora is None or lora is row or lora.get("mean") is None else f"{row['mean'] - lora['mean']:+.3f}"
+    rival = None if lora is None or lora is row or lora.get("mean") is None else lora
+    gap = "-" if rival is None else f"{row['mean'] - rival['mean']:+.3f} ({p_value(row, rival, score)})"
+    reached = row["steps"] if lora is row else steps_to(row, rival) if rival else None
     rate = f"{row['lr']:g}{' (edge)' if row['lr_at_edge'] else ''}"
-    score = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}, {len(row['scores'])})"
+    found = f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}, {len(row['scores'])})"
     forgotten = "-" if row["forgetting"] is None else f"{row['forgetting']:+.3f}"
-    return [f"{row['parameters']:,}", rate, score, gap, str(row["steps_to_target"] or "-"), forgotten]
+    return [f"{row['parameters']:,}", rate, found, gap, "-" if reached is None else f"{reached:g}", forgotten]
+
+
+def p_value(row: dict[str, Any], lora: dict[str, Any], score: str) -> str:
+    """Return the p-value of a test of a method against LoRA, paired over test rows, else over seeds."""
+    from glora_llm.compare.significance import over_rows, over_seeds, row_scores
+
+    both = [[row_scores(Path(p), score, s) for p, s in zip(o["trials"], o["scores"], strict=True)] for o in (lora, row)]
+    first, other = ([one for one in scores if one is not None] for scores in both)
+    whole = len(first) == len(other) == len(row["scores"])
+    test = (over_rows(first, other) if whole else None) or over_seeds(lora["scores"], row["scores"])
+    return "not tested" if test.p_value is None else f"p {test.p_value:.2g}"
+
+
+def steps_to(row: dict[str, Any], lora: dict[str, Any]) -> float | None:
+    """Return the mean steps after which the validation loss is at most LoRA's at its end; None: a seed never is."""
+    from glora_llm.compare.trial import Result
+
+    found = []
+    for mine, its in zip(row["trials"], lora["trials"], strict=True):
+        ends = list(Result.of(Path(its)).validations("loss").values())[-1:]
+        losses = Result.of(Path(mine)).validations("loss").items()
+        found.append(min((step for step, loss in losses if ends and loss <= ends[0]), default=None))
+    there = [steps for steps in found if steps is not None]
+    return sum(there) / len(there) if there and len(there) == len(found) else None
 
 
 def draw(found: dict[str, list[dict[str, Any]]]) -> Any:

@@ -11,7 +11,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.path import Genome, LayerPath
 from glora_llm.schema import AdapterSection
 from glora_llm.schema.slots import SLOTS
-from glora_llm.search.budget import limits_of, read_budget, structure_choices, uniform
+from glora_llm.search.budget import cheapest, limits_of, read_budget, structure_choices, uniform
 from glora_llm.search.space import LayerShape, Space
 
 
@@ -46,8 +46,15 @@ def settle(model: Any, layers: Mapping[str, GLoRALinear], section: AdapterSectio
     if not budgets:
         return
     limits = limits_of(space, budgets, {"parameters": space.parameters})
-    if len(space.choices["B"]) > 1:
-        give(model, layers, space.genome(uniform(space, limits)))
+    if len(space.choices["B"]) == 1:
+        return
+    try:
+        code = uniform(space, limits)
+    except UserError:
+        if section.predictor == "uniform":
+            raise
+        code = cheapest(space)  # gradients may choose what is below rank 1 of B
+    give(model, layers, space.genome(code))
 
 
 def give(model: Any, layers: Mapping[str, GLoRALinear], genome: Genome) -> None:

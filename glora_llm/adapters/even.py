@@ -29,8 +29,9 @@ dy: in the first step exactly, later less. RANK_EXPONENT (`auto_rate`) says how 
 alpha / rank ^ RANK_EXPONENT, unless `rank_stabilized` asks for alpha / sqrt(rank). What that is beside the alpha / rank
 of the path is part of the factor.
 
-Not in this law: the size of x, which is not 1 (C, D and E do not meet it), that C, D and E move all tokens alike, and
-that `up` moves too, along x by up to I times the rate in a step (the reason for LoRA+, arXiv 2402.12354): see the width
+Not in this law: the size of x, which is not 1 (C, D and E do not meet it); that C, D and E move all tokens alike; that a
+step of A or C lies along W0's leading directions, which W0 enlarges beyond g (by 11 where one singular value is 82 and
+the others at most 3); that columns of an embedding's slots do not move together; and that `up` moves too, along x by up to I times the rate in a step (the reason for LoRA+, arXiv 2402.12354): see the width
 in `auto_rate`.
 
 The norms are of the weight as it is trained on, quantised where it is quantised, gathered where ZeRO 3 divides it. They
@@ -52,7 +53,7 @@ from glora_llm.glora.embedding import GLoRAEmbedding
 from glora_llm.glora.experts import GLoRAExperts
 from glora_llm.glora.frozen_weight import dense_weight
 from glora_llm.glora.layer import GLoRALinear
-from glora_llm.glora.path import slots_with
+from glora_llm.glora.path import SlotSpec, slots_with
 from glora_llm.schema.slots import BLOCK, RANKED_MODES
 from glora_llm.vlora.partitioned import whole
 
@@ -85,20 +86,26 @@ def even_scales(model: Any) -> Scales:
         together = sum(bool(modes) for modes in slots.values()) or 1
         found[name] = {
             slot: {
-                mode: _rounded(factor(slot, mode, composition, sizes) * _of_alpha(config, mode, rank) / together)
-                for mode, rank in sorted(modes.items())
+                mode: _rounded(factor(slot, mode, composition, sizes) * _of_alpha(config, spec) / together)
+                for mode, spec in sorted(modes.items())
             }
             for slot, modes in slots.items()
         }
     return found
 
 
-def _of_alpha(config: Any, mode: str, rank: int) -> float:
-    """Return what a slot gets of alpha, beside the alpha / rank or alpha / sqrt(rank) of a path with a rank."""
-    stabilized = config.rank_stabilized
-    if mode in RANKED_MODES:
-        return 1.0 if stabilized else float(rank ** (1 - RANK_EXPONENT))
-    return float(config.alpha * (config.rank ** (RANK_EXPONENT - 0.5) if stabilized else 1.0))
+def _of_alpha(config: Any, spec: SlotSpec) -> float:
+    """Return what a slot gets of alpha, beside the scale that its path has.
+
+    A genome's own scales are those of the supernet that it was found in, alpha / its largest rank: they are replaced.
+    """
+    stabilized = config.rank_stabilized and config.supernet is None
+    if spec.mode not in RANKED_MODES:
+        return float(config.alpha * (config.rank ** (RANK_EXPONENT - 0.5) if stabilized else 1.0))
+    exponent = 0.5 if stabilized else RANK_EXPONENT
+    if config.genome is not None:
+        return float(config.alpha / spec.rank**exponent / spec.scale)
+    return float(spec.rank ** ((0.5 if stabilized else 1.0) - exponent))
 
 
 def require_even(model: Any) -> None:
@@ -181,16 +188,15 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _modes_of(layer: GLoRALinear) -> dict[str, dict[str, int]]:
-    """Return the modes that each slot may have, with the largest rank of each (1 of modes without): of a supernet all,
-    else those of the path."""
+def _modes_of(layer: GLoRALinear) -> dict[str, dict[str, SlotSpec]]:
+    """Return the modes that each slot may have, each at its largest rank: of a supernet all, else those of the path."""
     choices = layer.choices.get("default")
     if choices is None:
-        return {slot: {spec.mode: spec.rank or 1} for slot, spec in layer.path["default"].active()}
-    found: dict[str, dict[str, int]] = {}
+        return {slot: {spec.mode: spec} for slot, spec in layer.path["default"].active()}
+    found: dict[str, dict[str, SlotSpec]] = {}
     for slot in slots_with(layer.b0 is not None):
-        ranks = found[slot] = {}
-        for spec in choices[slot]:
+        modes = found[slot] = {}
+        for spec in choices[slot]:  # the largest rank of a mode first
             if spec.mode != "none":
-                ranks[spec.mode] = max(ranks.get(spec.mode, 1), spec.rank)
+                modes.setdefault(spec.mode, spec)
     return found

@@ -183,6 +183,8 @@ def _recipe_of(recipe: Recipe, contender: Contender, value: int | None) -> Recip
     """
     section = contender.settings(recipe.adapter, value)
     values = recipe.model_dump(mode="json", exclude_none=True) | {"adapter": section, "search": None}
+    if recipe.training.lr == "auto":  # a comparison tries rates of its own: auto refuses no method here
+        values["training"] |= {"lr": contender.rates[0]}
     checked = recipes.validate(values, recipes.Origins(f"method {contender.name}", {}, {}))
     assert isinstance(checked.adapter, AdapterSection)
     return checked

@@ -60,7 +60,8 @@ class Contender:
         """Return the adapter section as plain values.
 
         What the recipe says of targets, dropout and saved modules holds for every method. A rank keeps the recipe's
-        alpha / rank, so that the scale of the update does not follow the number of parameters.
+        alpha / rank, so that the scale of the update does not follow the number of parameters; where the recipe's
+        adapter.scaling is even, all methods keep alpha as it is, by which the best rate does not depend on the rank.
 
         Args:
             base: of the recipe.
@@ -84,7 +85,7 @@ class Contender:
         if value is not None and self.name in (*CHOSEN, EVEN):
             found[self.knob or "rank"] = value
         elif value is not None and self.knob == "rank":
-            found |= {"rank": value, "alpha": base.alpha / base.rank * value}
+            found |= {"rank": value, "alpha": base.alpha * (1 if base.scaling == "even" else value / base.rank)}
         elif value is not None:
             found["peft"] = found.get("peft", {}) | {self.knob: value}
         return found

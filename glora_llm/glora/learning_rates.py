@@ -30,7 +30,7 @@ def lr_factors(
         for slot in SLOTS:
             for mode in getattr(layer, f"slot_{slot}").modules():
                 for name, parameter in mode.named_parameters(recurse=False):
-                    zero_start = name.endswith("down")
+                    zero_start = name.endswith("down") or (even and name in ("vector", "scalar"))
                     in_blocks = name.startswith("block") and slot not in given
                     factor = BLOCK_LR_FACTOR if in_blocks else factors[slot]
                     yield id(parameter), factor * (loraplus_ratio if zero_start else 1.0)

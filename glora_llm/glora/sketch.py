@@ -30,6 +30,7 @@ from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.layer import GLoRALinear
 
 OVERSAMPLED = 6  # columns beyond the largest rank
+WIDER = 4  # V has so many times W's columns: the energy behind the sketch enters it by 1 / (WIDER - 1)
 Around = Callable[[Any], Any]  # a layer -> a context in which its weight is whole
 
 
@@ -101,7 +102,9 @@ class Probe:
         self._drawn: dict[tuple[int, int], Tensor] = {}
         self._shared: tuple[Tensor, Tensor, Tensor] | None = None  # the last input, cast, and its columns
         self.biases: dict[str, Tensor | None] = {}
-        self.tests = {name: self._tests(name, layer, columns, 2 * columns + 1) for name, layer in self.layers.items()}
+        self.tests = {
+            name: self._tests(name, layer, columns, WIDER * columns + 1) for name, layer in self.layers.items()
+        }
         self.sums = {name: [_empty(self.tests[name], reads) for _ in range(parts)] for name in self.layers}
 
     @torch.no_grad()
@@ -153,7 +156,7 @@ class Probe:
         handles = [layer.register_forward_hook(watch(name), prepend=True) for name, layer in self.layers.items()]
         try:
             with torch.enable_grad():
-                torch.autograd.grad(loss(), probes)
+                torch.autograd.grad(loss(), probes, allow_unused=True)  # of a layer that the loss does not reach: 0
         finally:
             self._shared = None
             for handle in handles:

@@ -83,6 +83,7 @@ class RunFolder:
         base, recipe = self.base(), self.written_recipe()
         if recipe.adapter.budget is not None and self.genome.is_file():
             chosen = {"budget": None, "slots": None, "genome": str(self.genome)}
+            chosen |= {"predictor": "uniform", "budget_rows": None}  # keys of a budget alone
             recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update=chosen)})
         return _at_commits(recipe, base.get("revision"), base.get("data"))
 

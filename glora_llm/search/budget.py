@@ -20,6 +20,7 @@ UNITS = {
     "": ("parameters", 1.0), "k": ("parameters", 1e3), "m": ("parameters", 1e6), "g": ("parameters", 1e9),
     "mb": ("megabytes", 1.0), "gb": ("megabytes", 1e3), "s": ("seconds", 1.0), "ms": ("seconds", 1e-3),
 }  # fmt: skip
+MOST_RANK = 255  # a code has a byte for each gene
 LEAST_ROWS = 32  # below that, a gradient is of these samples and not of the task
 SHARE, FEWEST, MOST = 0.02, 64, 256  # samples whose gradients are read: this share of those of the run, within these
 KINDS_AT_ONCE = 14  # kinds of linears of which every subset is tried
@@ -41,7 +42,7 @@ def read_budget(value: Any) -> list[Budget]:
     """
     parts = value if isinstance(value, list) else str(value).split(",")
     found: list[Budget] = []
-    for part in map(str, parts):
+    for part in map(str, parts or [""]):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?\d+)?)\s*([a-zA-Z]*)\s*", part)
         if match is None or match[2].lower() not in UNITS or float(match[1]) <= 0:
             raise UserError(
@@ -61,7 +62,11 @@ def require_rows(section: AdapterSection, count: int) -> None:
     Raises:
         UserError: for fewer than LEAST_ROWS where gradients are read.
     """
-    if section.budget is not None and section.predictor != "uniform" and count < LEAST_ROWS:
+    if section.budget is None or section.predictor == "uniform":
+        return
+    if section.budget_rows is not None and section.budget_rows < LEAST_ROWS:
+        raise UserError(f"adapter.budget_rows is {section.budget_rows}; a predictor needs {LEAST_ROWS} or more.")
+    if count < LEAST_ROWS:
         raise UserError(
             f"adapter.predictor {section.predictor} needs gradients of {LEAST_ROWS} training samples or more, and "
             f"there are {count}: a choice by fewer is of these samples and not of the task. Set "
@@ -75,8 +80,7 @@ def rows_of(section: AdapterSection, trained: int) -> int:
     Args:
         trained: samples that the run trains on, a sample of two epochs twice.
     """
-    wanted = section.budget_rows or min(max(FEWEST, round(SHARE * trained)), MOST)
-    return max(LEAST_ROWS, wanted)
+    return section.budget_rows or min(max(FEWEST, round(SHARE * trained)), MOST)
 
 
 def structure_choices(section: AdapterSection) -> SlotChoices:
@@ -85,6 +89,10 @@ def structure_choices(section: AdapterSection) -> SlotChoices:
     Raises:
         UserError: for a mode that gradients by thin sketches say nothing about, and for no slot to choose.
     """
+    if section.rank > MOST_RANK:
+        raise UserError(
+            f"adapter.budget chooses among ranks up to adapter.rank, which is {section.rank}: {MOST_RANK} is the most."
+        )
     slots: Any = section.slots or DEFAULT_SLOTS
     found: SlotChoices = {}
     for slot in SLOTS:
@@ -137,6 +145,15 @@ def limits_of(space: Space, budgets: Sequence[Budget], costs: dict[str, NDArray[
             )
         found.append(Limit(table, budget.most))
     return found
+
+
+def cheapest(space: Space) -> Code:
+    """Return the smallest structure: one slot of one layer, of the fewest parameters."""
+    code = np.zeros(len(space.genes), np.uint8)
+    some = np.where(space.parameters > 0, space.parameters, np.inf)
+    gene, choice = np.unravel_index(some.argmin(), some.shape)
+    code[gene] = choice
+    return code
 
 
 def fits(code: Code, limits: Sequence[Limit]) -> bool:

@@ -7,13 +7,17 @@ Letters: G the gradient by the weight (O, I), W0' G that by A (I, I), s_k, u_k, 
 f the factor of a slot in even scaling at alpha 1, so that a step of the rate changes the output alike; g a vector's
 gradient. A product of rank r has its leading r directions; `scores` sums what each of them is worth.
 
+The score of a slot is the sum over its directions, each at the full alpha; in training they share alpha, and the slots
+of a layer share its step, so the sum ranks structures and is not what one step does. Thin sketches enlarge the singular
+values of noise, which `first_step` and `energy` take for signal; the two predictors of halves do not.
+
 - `first_step`: by how much the first step of Adam lowers the loss, with `up` along v_k: f s_k |u_k|_1 of a direction,
   f |g|_1 of a vector.
 - `energy`: the squared gradient that a slot can follow, f^2 s_k^2 or f^2 |g|^2: the rate at which gradient flow lowers
   the loss at first.
 - `curvature`: by how much the best step of a second-order model does, whose curvature is the empirical Fisher matrix's
-  diagonal: the sum of g^2 / F over directions and entries, less what pure noise gives: 1 of an entry, and of a
-  direction (sqrt(O) + sqrt(I))^2, the largest squared singular value of a matrix of unit noise (Bai and Yin's limit).
+  diagonal: the sum of g^2 / F over directions and entries, with one g of one half of the records and the other g of
+  the other half, so that noise is worth nothing: a floor for it would have to know how a sketch enlarges noise.
   The F of a direction takes inputs and output gradients for independent, as K-FAC does (arXiv 1503.05671), and tokens
   too, which those of one sample are not.
 - `agreement`: `first_step` from one half of the records, judged by the gradient of the other half. What the halves do
@@ -76,7 +80,7 @@ class LayerGradients:
 
 
 Predictor = Callable[[LayerGradients, str, str], Tensor]  # (layer, slot, mode) -> worth of each direction, or (1)
-OF_HALVES = ("agreement",)  # predictors that read each half; the others read all records at once
+OF_HALVES = ("agreement", "curvature")  # predictors that read each half; the others read all records at once
 OF_NOISE = ("curvature",)  # those that read squares in each token
 PREDICTORS: Registry[Predictor] = Registry("predictor")
 
@@ -119,13 +123,17 @@ def energy(layer: LayerGradients, slot: str, mode: str) -> Tensor:
 @PREDICTORS.register("curvature")
 def curvature(layer: LayerGradients, slot: str, mode: str) -> Tensor:
     """Return twice the fall of the loss by the best step of a diagonal second-order model, without that of noise."""
-    whole = layer.whole
-    if _is_product(slot, mode):
-        low = whole.low[slot]
-        of_noise = (len(low.left) ** 0.5 + low.right.shape[1] ** 0.5) ** 2
-        return (low.values.square() / whole.noise[slot].clamp_min(1e-300) - of_noise).clamp_min(0)
-    gradient, noise = _entries(whole.vectors[slot], mode), _entries(whole.vector_noise[slot], mode)
-    return (gradient.square() / noise.clamp_min(1e-300) - 1).sum(0, keepdim=True).clamp_min(0)
+    found = []
+    for mine, theirs in (layer.parts, layer.parts[::-1]):
+        if _is_product(slot, mode):
+            low = mine.low[slot]
+            squares, noise = low.values * (low.left * along(low, theirs.low[slot])).sum(0), mine.noise[slot]
+        else:
+            squares = _entries(mine.vectors[slot], mode) * _entries(theirs.vectors[slot], mode)
+            noise = _entries(mine.vector_noise[slot], mode)
+        worth = squares / noise.clamp_min(1e-300)
+        found.append(worth if _is_product(slot, mode) else worth.sum(0, keepdim=True))
+    return found[0] + found[1]
 
 
 @PREDICTORS.register("agreement")
@@ -143,8 +151,12 @@ def agreement(layer: LayerGradients, slot: str, mode: str) -> Tensor:
 
 def judged(mine: Directions, theirs: Directions) -> Tensor:
     """Return sign(u_k)' M v_k of each of my directions for their matrix M, (k)."""
-    along = theirs.left @ (theirs.values[:, None] * (theirs.right @ mine.right.t()))  # M v_k, (rows, k)
-    return (mine.left.sign() * along).sum(0)
+    return (mine.left.sign() * along(mine, theirs)).sum(0)
+
+
+def along(mine: Directions, theirs: Directions) -> Tensor:
+    """Return M v_k of each of my directions for their matrix M, (rows, k)."""
+    return theirs.left @ (theirs.values[:, None] * (theirs.right @ mine.right.t()))
 
 
 def _is_product(slot: str, mode: str) -> bool:

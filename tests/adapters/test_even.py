@@ -167,7 +167,17 @@ def test_a_lookup_moves_in_proportion_to_its_rows() -> None:
         torch.testing.assert_close(ten, 10 * one, rtol=2e-3, atol=1e-4)
 
 
-def test_a_supernet_has_a_factor_for_every_mode_and_its_genome_inherits_them() -> None:
+def test_a_genome_that_is_trained_anew_has_no_scales_of_its_supernet() -> None:
+    """There all ranks have alpha / the largest one; alone, each moves the output as far as the largest."""
+    totals = []
+    for rank in (8, 2):
+        genome = {"linear": {"B": {"mode": "lora", "rank": rank, "scale": 16 / 8}}}
+        layer = adapted_layers(even(Net(1.0), alpha=16, rank=8, genome=genome))["linear"]
+        totals.append(layer.path["default"]["B"].scale * layer.factor("default", "B", "lora") * rank)
+    assert totals == [16, 16]
+
+
+def test_a_supernet_has_a_factor_for_every_mode() -> None:
     torch.manual_seed(0)
     model = even(Net(5.0), supernet={"modes": {"A": ["lora", "vector"], "E": ["vector", "none"]}, "ranks": [4, 2]})
     layer = adapted_layers(model)["linear"]

@@ -45,7 +45,7 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
 def row(name: str, parameters: int, mean: float, **more: Any) -> dict[str, Any]:
     return {
         "name": name, "parameters": parameters, "mean": mean, "low": mean, "high": mean, "scores": [mean], "lr": 1e-3,
-        "lr_at_edge": False, "rates": {"1e-3": mean}, "steps_to_target": 5, "forgetting": 0.1, "verdict": "level",
+        "lr_at_edge": False, "rates": {"1e-3": mean}, "steps": 5, "forgetting": 0.1, "verdict": "level", "trials": [],
         **more,
     }  # fmt: skip
 
@@ -56,13 +56,22 @@ def test_the_best_targets_are_chosen_by_validation_rows(tmp_path: Path) -> None:
     for one in comparisons:
         one.folder.mkdir(parents=True)
         lora = {"k_proj+v_proj": (0.9, 0.1), "o_proj": (0.2, 0.3)}.get(one.targets)
-        rows = [row("glora:uniform", 49_000, 0.25)] if lora is None else []
-        rows += [row("lora", 40_000, lora[1], rates={"1e-3": lora[0], "4e-3": 0.0})] if lora else []
+        trial = one.folder / "trial"
+        trial.mkdir()
+        losses = {2: 0.9, 4: 0.7, 5: 0.5} if lora is None else {2: 0.95, 5: 0.7}
+        lines = [json.dumps({"step": step, "validation/loss": loss}) for step, loss in losses.items()]
+        (trial / "metrics.jsonl").write_text("\n".join(lines))
+        rows = [row("glora:uniform", 49_000, 0.25, trials=[str(trial)])] if lora is None else []
+        rates = {"1e-3": lora[0], "4e-3": 0.0} if lora else {}
+        rows += [row("lora", 40_000, lora[1], rates=rates, trials=[str(trial)])] if lora else []
         (one.folder / "comparison.json").write_text(json.dumps({"methods": rows, "higher": True}))
     found = bench_frontier.points(comparisons, "banking77")
     assert {one["name"] for one in found} == {"glora:uniform", "lora on k_proj, v_proj"}
     text = bench_frontier.table("banking77", found)
-    assert "| 0.05M | glora:uniform | 49,000 | 0.001 | 0.250 (0.250 to 0.250, 1) | +0.150 | 5 | +0.100 |" in text
+    expected = (
+        "| 0.05M | glora:uniform | 49,000 | 0.001 | 0.250 (0.250 to 0.250, 1) | +0.150 (not tested) | 4 | +0.100 |"
+    )
+    assert expected in text
     bench_frontier.draw({"banking77": found}).savefig(tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 

@@ -9,7 +9,7 @@ import torch
 
 from glora_llm.errors import UserError
 from glora_llm.glora.path import SlotSpec
-from glora_llm.glora.sketch import Directions
+from glora_llm.glora.sketch import Directions, leading
 from glora_llm.schema import AdapterSection
 from glora_llm.search.budget import fits, limits_of, read_budget, structure_choices, uniform
 from glora_llm.search.knapsack import Limit, choose
@@ -131,3 +131,24 @@ def test_a_predictor_finds_the_layer_and_the_rank_that_matter(name: str) -> None
     assert first[3] - first[2] < 0.2 * (first[2] - first[1]), "there is no third one"
     best = choose(table, [Limit(space.parameters, 2 * 22.0)])
     assert space.genome(best.code)["l.0.q"]["B"] == SlotSpec("lora", 2, 16.0 / 2)
+
+
+@pytest.mark.parametrize("name", ["curvature", "agreement"])
+def test_noise_in_a_sketch_is_worth_nothing(name: str) -> None:
+    """Gradients as training has them: all their singular values count, and a sketch has room for a few."""
+    torch.manual_seed(0)
+    size, tokens, kept = 160, 400, 9
+    w, v = torch.randn(size, kept).double(), torch.randn(size, 4 * kept + 1).double()
+    signal = torch.linalg.qr(torch.randn(size, 2).double()).Q @ torch.linalg.qr(torch.randn(size, 2).double()).Q.t()
+    worth = {}
+    for strength in (0.0, 6.0):
+        halves = []
+        for _ in range(2):
+            x, dy = torch.randn(2, tokens, size).double()
+            matrix = dy.t() @ x + strength * 2 * (tokens * size) ** 0.5 * signal
+            low = leading(matrix @ w, v.t() @ matrix, v)
+            noise = (low.left.square().t() @ dy.square().sum(0)) * (low.right.square() @ x.square().sum(0)) / tokens
+            halves.append(Gradients({"B": low}, {}, {"B": noise}, {}))
+        layer = LayerGradients(tuple(halves) if name in OF_HALVES else tuple(halves[:1]), {})
+        worth[strength] = float(PREDICTORS.get(name)(layer, "B", "lora")[:3].sum())
+    assert abs(worth[0.0]) < 0.05 * worth[6.0]
