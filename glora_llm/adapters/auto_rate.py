@@ -16,9 +16,9 @@ it:
 - BASE_RATE is of SmolLM2-135M (width 576) at alpha 16. The best rate depends on the task too, which no rule here knows:
   docs/benchmarks/frontier.md has a middle of 0.8e-3 for 24 steps of SST-2, 1.5e-3 for 75, and 4.8e-3 for 75 of
   Banking77. The number is between them, and that of the fit of the next line to 5 %.
-- WIDTH_EXPONENT is that of Thinking Machines' published fit for LLaMA: 5e-4 (2000 / width) ^ 0.781 at alpha 32, for long
-  runs. It is taken over, not measured here, and no law: their exponent for Qwen is 0.0775. Theory has 1/2 as the bound
-  of stability for one rate of both factors (arXiv 2406.08447).
+- WIDTH_EXPONENT is that of Thinking Machines' published fit for LLaMA: 5e-4 (2000 / width) ^ 0.781 at alpha 32, for
+  long runs. It is taken over, not measured here, and no law: their exponent for Qwen is 0.0775. Theory has 1/2 as the
+  bound of stability for one rate of both factors (arXiv 2406.08447).
 
 With training.loraplus_ratio the number is that of `down`, and training.lr, which is `up`'s, the number over the ratio.
 

@@ -29,10 +29,10 @@ dy: in the first step exactly, later less. RANK_EXPONENT (`auto_rate`) says how 
 alpha / rank ^ RANK_EXPONENT, unless `rank_stabilized` asks for alpha / sqrt(rank). What that is beside the alpha / rank
 of the path is part of the factor.
 
-Not in this law: the size of x, which is not 1 (C, D and E do not meet it); that C, D and E move all tokens alike; that a
-step of A or C lies along W0's leading directions, which W0 enlarges beyond g (by 11 where one singular value is 82 and
-the others at most 3); that columns of an embedding's slots do not move together; and that `up` moves too, along x by up to I times the rate in a step (the reason for LoRA+, arXiv 2402.12354): see the width
-in `auto_rate`.
+Not in this law: the size of x, which is not 1 (C, D and E do not meet it); that C, D and E move all tokens alike; that
+a step of A or C lies along W0's leading directions, which W0 enlarges beyond g (by 11 where one singular value is 82
+and the others at most 3); that columns of an embedding's slots do not move together; and that `up` moves too, along x
+by up to I times the rate in a step (the reason for LoRA+, arXiv 2402.12354): see the width in `auto_rate`.
 
 The norms are of the weight as it is trained on, quantised where it is quantised, gathered where ZeRO 3 divides it. They
 are taken once, at the start of a run, and the factors are saved with the adapter: PEFT's configuration has them as
