@@ -6,8 +6,9 @@
 
 A thin layer over `glora-llm compare`: one comparison for each task and budget, in OUT/TASK-BUDGET, in which each
 method's rate is chosen on validation rows, the worse half of the rates is stopped after a third, and the test rows are
-read once for each seed at the best rate. Below one rank of LoRA everywhere, LoRA takes part on chosen targets, each
-choice as a comparison of its own (OUT/TASK-BUDGET-lora-q_proj+...); the best of them on validation rows is LoRA there.
+read once for each seed at the best rate. Below one rank of LoRA everywhere, LoRA takes part on several choices of
+targets (lora@q_proj+up_proj); the best of them on validation rows is LoRA there. --methods may also name glora:energy,
+glora:short_run, and whatever else `compare` knows.
 FOLDER holds sst2/ and rte/ as train.parquet and validation.parquet; banking77 needs none.
 
 Finished runs are not made again, so the command may be stopped and started, and started again with more --seeds, as
@@ -55,14 +56,12 @@ class Comparison(NamedTuple):
         folder: of the comparison.
         task, budget: what it is of.
         methods: that take part.
-        targets: of all of them; empty: the recipe's.
     """
 
     folder: Path
     task: str
     budget: str
     methods: list[str]
-    targets: str = ""
 
 
 def main() -> int:
@@ -123,10 +122,8 @@ def planned(arguments: argparse.Namespace) -> list[Comparison]:
         for budget in arguments.budgets:
             small = budget in TARGETS
             methods = [name for name in arguments.methods if not (small and name in NEEDS_ALL)]
-            place = arguments.out / f"{task}-{budget}"
-            found += [Comparison(place, task, budget, methods)] if methods else []
-            for targets in TARGETS.get(budget, []) if "lora" in arguments.methods else []:
-                found.append(Comparison(Path(f"{place}-lora-{targets}"), task, budget, ["lora"], targets))
+            methods += [f"lora@{targets}" for targets in TARGETS.get(budget, []) if "lora" in arguments.methods]
+            found += [Comparison(arguments.out / f"{task}-{budget}", task, budget, methods)] if methods else []
     return found
 
 
@@ -136,15 +133,14 @@ def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     words = [sys.executable, "-m", "glora_llm", "compare", "--recipe", recipe, "--methods", ",".join(one.methods)]
     words += ["--budget", one.budget, "--seeds", str(arguments.seeds), "--rates", ",".join(arguments.rates)]
     words += ["--score", score, "--out", str(one.folder)]
-    words += ["--nearest"] if one.targets else []  # rank 1 of some targets may be well below the budget
+    words += ["--nearest"] if one.budget in TARGETS else []  # rank 1 of some targets may be well below the budget
     words += ["--jobs", str(arguments.jobs)] if arguments.jobs else []
     words += ["--forgetting", arguments.forgetting] if arguments.forgetting else []
     data = os.environ.get("GLORA_DATA", "GLORA_DATA")
     words += [text.replace("{data}", data) for text in changes]
     words += [f"training.steps={arguments.steps or steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
     words += ["adapter.scaling=even"]  # and so one alpha for all methods and ranks
-    words += [f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
-    return words + ([f"adapter.targets=[{one.targets.replace('+', ', ')}]"] if one.targets else [])
+    return [*words, f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
 
 
 def points(comparisons: list[Comparison], task: str) -> list[dict[str, Any]]:
@@ -156,9 +152,10 @@ def points(comparisons: list[Comparison], task: str) -> list[dict[str, Any]]:
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
         for row in content.get("methods", []):
-            found.append(row | {"budget": one.budget, "targets": one.targets, "higher": content["higher"]})
-    best = [best_targets([row for row in found if row["targets"] and row["budget"] == budget]) for budget in TARGETS]
-    return [row for row in found if not row["targets"]] + [row for row in best if row is not None]
+            found.append(row | {"budget": one.budget, "higher": content["higher"]})
+    chosen = [row for row in found if row["name"].startswith("lora@")]
+    best = [best_targets([row for row in chosen if row["budget"] == budget]) for budget in TARGETS]
+    return [row for row in found if row not in chosen] + [row for row in best if row is not None]
 
 
 def best_targets(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -168,7 +165,7 @@ def best_targets(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     pick = max if ended[0]["higher"] else min
     row = pick(ended, key=lambda one: pick(one["rates"].values()))
-    return row | {"name": f"lora on {row['targets'].replace('+', ', ')}"}
+    return row | {"name": row["name"].replace("@", " on ").replace("+", ", ")}
 
 
 def table(task: str, rows: list[dict[str, Any]]) -> str:
@@ -185,7 +182,7 @@ def table(task: str, rows: list[dict[str, Any]]) -> str:
 
 
 def cells(row: dict[str, Any], lora: dict[str, Any] | None, score: str) -> list[str]:
-    """Return the cells of one method; LoRA may be of another comparison, so what is compared with it is read here."""
+    """Return the cells of one method, the last ones against LoRA, whose targets may have been chosen by `best_targets`."""
     if row.get("mean") is None:
         return [str(row["parameters"] or "-"), "-", row.get("why") or row["verdict"], "-", "-", "-"]
     rival = None if lora is None or lora is row or lora.get("mean") is None else lora

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the script is run by its p
 
 from glora_llm.adapters.methods import METHODS
 from glora_llm.cli import main as glora_llm
-from glora_llm.compare.course import rate_text
+from glora_llm.compare.outcome import rate_text
 from glora_llm.errors import UserError
 from glora_llm.evaluation.trained import load_adapted, load_merged, whole_model
 from glora_llm.launch.quiet import quiet_libraries

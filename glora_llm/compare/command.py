@@ -11,15 +11,19 @@ from typing import Any
 import psutil
 
 from glora_llm import recipe as recipes
+from glora_llm.adapters.config import linear_suffixes
 from glora_llm.adapters.methods import check_method
+from glora_llm.adapters.targets import require_names
 from glora_llm.atomic import write_text
 from glora_llm.compare.budget import TOLERANCE, require_near, solve
 from glora_llm.compare.contenders import WHOLE, Contender
-from glora_llm.compare.course import Course, NotRun, Setting
+from glora_llm.compare.course import Course, Setting
+from glora_llm.compare.outcome import NotRun
 from glora_llm.compare.pool import Pool, in_parallel, slots
 from glora_llm.compare.progress import Progress
+from glora_llm.compare.race import Race, Racer, planned, require_rungs
 from glora_llm.compare.record import RECIPE, Record
-from glora_llm.compare.request import Request
+from glora_llm.compare.request import AUTO, Request
 from glora_llm.compare.table import Contest, print_table, rows
 from glora_llm.compare.trial import Trial
 from glora_llm.errors import UserError
@@ -28,8 +32,9 @@ from glora_llm.launch.launcher import written
 from glora_llm.launch.machine import commit, hardware, versions
 from glora_llm.launch.run_lock import locked
 from glora_llm.launch.stop import StopRequest
+from glora_llm.models.load import meta_model
 from glora_llm.plan.checks import check_combination
-from glora_llm.plan.plan import Plan, make_plan
+from glora_llm.plan.plan import Plan, make_plan, rate_of
 from glora_llm.schema import AdapterSection, Recipe
 from glora_llm.schema.scores import score_of
 
@@ -47,12 +52,15 @@ def compare(request: Request) -> int:
     with stop.listening():
         places = slots(request.jobs)
         plan = make_plan(request.recipe, world_size=1)
+        _require_targets(request, plan)
         contests = [_enter(request, plan, contender) for contender in request.contenders]
         fits = {contest.contender: contest.fit for contest in contests if contest.fit}
         if request.budget is not None and not request.nearest:
             require_near(fits, request.budget)
         if not fits:
             raise UserError("\n".join(f"{contest.contender.name} cannot run: {contest.why}" for contest in contests))
+        if request.race:
+            require_rungs(len(fits), plan.steps, _every(request, plan))
         record = Record(request.out, _settings(request, plan))
         _say_entries(contests, request.budget)
         request.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +82,7 @@ class Comparison:
     def __init__(self, request: Request, plan: Plan, contests: list[Contest], record: Record, pool: Pool):
         self.request, self.plan, self.contests, self.record, self.pool = request, plan, contests, record, pool
         recipe, out = request.recipe, request.out
-        every = recipe.evaluation.every or max(1, plan.steps // VALIDATIONS)
+        every = _every(request, plan)
         seeds = tuple(range(recipe.training.seed, recipe.training.seed + request.seeds))
         self.setting = Setting(out, request.score, every, seeds, request.forgetting, recipe.output.save_every)
         self.progress = Progress(self._planned(plan.steps), pool.jobs)
@@ -82,14 +90,13 @@ class Comparison:
 
     def _planned(self, steps: int) -> int:
         """Return the training steps of all trials, as far as they are known before."""
-        counts = [len(self._rates(contest)) for contest in self.contests if not contest.why]
-        rung, more = self.setting.rung(steps), (len(self.setting.seeds) - 1) * steps
+        counts = [len(contest.rates) for contest in self.contests if not contest.why]
+        setting = self.setting
+        if self.request.race:
+            return planned(counts, steps, setting.every, len(setting.seeds))
+        rung, more = setting.rung(steps), (len(setting.seeds) - 1) * steps
         halved = (count * rung + -(-count // 2) * (steps - rung) if count > 2 else count * steps for count in counts)
         return sum(halved) + len(counts) * more
-
-    def _rates(self, contest: Contest) -> tuple[float, ...]:
-        is_whole = contest.contender.method in WHOLE
-        return (self.request.full_rates if is_whole else self.request.rates) or contest.contender.rates
 
     def run(self) -> int:
         """Run what is missing, print the table, and return the exit code."""
@@ -98,19 +105,27 @@ class Comparison:
         self._write()
         try:
             with self.pool.ended_with_this():
-                in_parallel(self._run_one, [contest for contest in self.contests if not contest.why])
+                entered = [contest for contest in self.contests if not contest.why]
+                if self.request.race:
+                    racers = [Racer.of(contest, self._course(contest)) for contest in entered]
+                    Race(self.setting, racers, self.plan.steps, self._write).run()
+                else:
+                    in_parallel(self._run_one, entered)
         finally:
             self._write()
         print_table(self.record.table | {"settings": self.record.settings})
         print(f"\n{self.request.out / 'comparison.json'}; runs: {self.request.out / 'trials'}", flush=True)
         return int(any(contest.is_defect for contest in self.contests))
 
+    def _course(self, contest: Contest) -> Course:
+        return Course(self.setting, partial(self._trial, contest), self.record, self.pool, self.progress)
+
     def _run_one(self, contest: Contest) -> None:
         """Run all trials of a method."""
-        course = Course(self.setting, partial(self._trial, contest), self.record, self.pool, self.progress)
+        course = self._course(contest)
         try:
             contest.steps = self._steps(contest, course)
-            contest.outcome = course.run(self._rates(contest))
+            contest.outcome = course.run(contest.rates)
         except NotRun as error:
             contest.why, contest.is_defect = str(error), error.is_defect
         except BaseException:
@@ -125,7 +140,7 @@ class Comparison:
         name = contest.contender.name
         if name not in self.record.speeds:
             contest.steps = max(self.plan.steps, 1000)  # the launch ends long before
-            rates = self._rates(contest)
+            rates = contest.rates
             speed = course.seconds_per_step(self._trial(contest, rates[len(rates) // 2], self.setting.seeds[0]))
             self.record.speeds[name] = speed
             self.record.write()
@@ -145,13 +160,28 @@ class Comparison:
                 "starting": self.before["starting"] + self.starting,
                 "with_trials": self.before["with_trials"] + self.pool.busy_seconds,
             }
+            methods = rows(self.contests, self.setting)
+            for row in methods:
+                row["steps_spent"] = self._steps_spent(row["name"])
             record.table = {
                 "recipe": request.name, "score": request.score, "higher": score_of(request.score).higher,
                 "budget": request.budget, "seconds_of_training": request.seconds, "cost": request.cost,
-                "methods": rows(self.contests, self.setting), "versions": versions(), "commit": commit(),
+                "race": request.race, "choice": self.setting.choice, "methods": methods,
+                "steps_spent": sum(row["steps_spent"] for row in methods), "versions": versions(), "commit": commit(),
                 "hardware": hardware(choose_device().type), "command": written(sys.orig_argv, os.environ),
             }  # fmt: skip
             record.write()
+
+    def _steps_spent(self, name: str) -> int:
+        """Return the steps of all trials of a method, and those that as many samples as chose its structures make."""
+        trials = [trial for trial in self.record.trials.values() if trial["method"] == name]
+        batch = self.request.recipe.training.global_batch
+        return sum(trial.get("trained", 0) + -(-trial.get("selected_by", 0) // batch) for trial in trials)
+
+
+def _every(request: Request, plan: Plan) -> int:
+    """Return the steps between two validations."""
+    return request.recipe.evaluation.every or max(1, plan.steps // VALIDATIONS)
 
 
 def _age() -> float:
@@ -170,9 +200,44 @@ def _enter(request: Request, plan: Plan, contender: Contender) -> Contest:
         contest.fit = solve(
             plan, contender, lambda value: _recipe_of(request.recipe, contender, value).adapter, request.budget
         )
+        value = contest.fit.value if request.budget is not None else None
+        contest.rates = _rates(request, plan, contender, _recipe_of(request.recipe, contender, value))
     except UserError as error:
         contest.why = str(error)
     return contest
+
+
+def _rates(request: Request, plan: Plan, contender: Contender, recipe: Recipe) -> tuple[float, ...]:
+    """Return the learning rates of a method.
+
+    Raises:
+        UserError: where it is to be that of `training.lr: auto`, which does not cover the method.
+    """
+    if contender.method in WHOLE:
+        return request.full_rates or contender.rates
+    is_auto = request.rates is None and request.race and request.recipe.training.lr == AUTO
+    if request.rates == AUTO or is_auto:
+        return (rate_of(recipe, plan.base).lr,)
+    return request.rates or contender.rates
+
+
+def _require_targets(request: Request, plan: Plan) -> None:
+    """Check that the modules behind an @ are modules of the model.
+
+    Raises:
+        UserError: naming the linears.
+    """
+    named = [contender for contender in request.contenders if contender.targets is not None]
+    if not named:
+        return
+    bare = meta_model(plan.recipe.model, plan.base.folder)
+    modules, linears = [name for name, _ in bare.named_modules()], linear_suffixes(bare)
+    for contender in named:
+        section = request.recipe.adapter.model_copy(update={"targets": contender.targets, "modules_to_save": None})
+        try:
+            require_names(section, modules, linears)
+        except UserError as error:
+            raise UserError(f"--methods: '{contender.name}': {error}") from None
 
 
 def _recipe_of(recipe: Recipe, contender: Contender, value: int | None) -> Recipe:
@@ -207,6 +272,7 @@ def _settings(request: Request, plan: Plan) -> dict[str, Any]:
         "seeds": request.seeds,
         "rates": request.rates,
         "full_rates": request.full_rates,
+        "race": request.race,
         "forgetting": request.forgetting,
         "base": plan.base.fingerprint,
         "data": data,
@@ -215,8 +281,9 @@ def _settings(request: Request, plan: Plan) -> dict[str, Any]:
 
 def _say_entries(contests: list[Contest], budget: int | None) -> None:
     """Print what each method trains."""
+    width = max(len(contest.contender.name) for contest in contests)
     for contest in contests:
-        name = f"{contest.contender.name:<14}"
+        name = f"{contest.contender.name:<{width}}"
         if contest.fit is None:
             print(f"{name} not run: {contest.why}")
             continue

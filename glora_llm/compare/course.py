@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from glora_llm import recipe as recipes
+from glora_llm.compare.outcome import NotRun, Outcome, rate_text
 from glora_llm.compare.pool import Pool, in_parallel
 from glora_llm.compare.progress import Progress
 from glora_llm.compare.record import RECIPE, Record
@@ -19,18 +20,6 @@ OF_ANSWERS = ("number_match",)  # scores of generated answers, which validations
 KEPT = 0.5  # share of the rates that goes on at each halving
 BAD_INPUT = 2  # exit code of a UserError
 SPEED_STEPS = 12  # of the launch that measures a method's speed
-
-
-class NotRun(Exception):
-    """A method cannot be compared; the message says why.
-
-    Args:
-        is_defect: a trial failed in a way that neither the user nor the method causes.
-    """
-
-    def __init__(self, why: str, is_defect: bool = False):
-        super().__init__(why)
-        self.is_defect = is_defect
 
 
 @dataclass(frozen=True)
@@ -68,25 +57,6 @@ class Setting:
         return (-value if score_of(score).higher else value) if math.isfinite(value) else math.inf
 
 
-@dataclass
-class Outcome:
-    """The result of one method: its best rate, and the runs at it.
-
-    Attributes:
-        lr: the best rate.
-        rates: rate -> validation score at the end of the first seed's run.
-        stopped: rate -> validation score where it was stopped; None: it diverged.
-        is_at_edge: the best rate is the lowest or highest that was tried.
-        finals: results at the best rate, one a seed.
-    """
-
-    lr: float = math.nan
-    rates: dict[float, float] = field(default_factory=dict)
-    stopped: dict[float, float | None] = field(default_factory=dict)
-    is_at_edge: bool = False
-    finals: list[Result] = field(default_factory=list)
-
-
 class Course:
     """Runs the trials of one method; several courses run beside each other in threads.
 
@@ -113,6 +83,16 @@ class Course:
             found.lr = rates[0]
         else:
             self._choose([self.make(lr, seed) for lr in sorted(rates)], found)
+        return self.test(found)
+
+    def test(self, found: Outcome) -> Outcome:
+        """Run all seeds at the best rate and score their test rows.
+
+        Raises:
+            NotRun: when a seed diverges, or a trial fails.
+        """
+        tried = [*found.rates, *found.stopped]
+        found.is_at_edge = len(tried) > 1 and found.lr in (min(tried), max(tried))
         finals = [self.make(found.lr, each) for each in self.setting.seeds]
         results = in_parallel(lambda trial: self.launch(trial, None, is_final=True), finals)
         found.finals = [result for result in results if result is not None]
@@ -120,6 +100,7 @@ class Course:
             raise NotRun(f"it diverged at rate {rate_text(found.lr)}")
         if any(result.test(self.setting.score) is None for result in found.finals):
             raise NotRun(f"its test rows have no score {self.setting.score}")
+        found.stopped.pop(found.lr, None)
         score = found.finals[0].validation(self.setting.choice, finals[0].steps)
         found.rates |= {} if score is None else {found.lr: score}
         return found
@@ -130,22 +111,22 @@ class Course:
         Raises:
             NotRun: when every rate diverges.
         """
-        self._finish(self._halve(trials, found), found)
-        if not found.rates:
-            raise NotRun(f"it diverged at every rate that was tried: {', '.join(map(rate_text, found.stopped))}")
-        found.lr = self._best(found)
-        beyond = _beyond(found)
+        self.finish(self._halve(trials, found), found)
+        beyond = found.beyond()
         if beyond is not None:
-            self._finish([self.make(beyond, trials[0].seed)], found)
-            found.lr = self._best(found)
-        tried = [*found.rates, *found.stopped]
-        found.is_at_edge = found.lr in (min(tried), max(tried))
+            self.finish([self.make(beyond, trials[0].seed)], found)
 
     def _halve(self, trials: list[Trial], found: Outcome) -> list[Trial]:
         """Run the first third of each trial, and return the better half."""
         rung = self.setting.rung(trials[0].steps)
-        if len(trials) < 3 or rung >= trials[0].steps:
-            return trials
+        return trials if len(trials) < 3 or rung >= trials[0].steps else self.reach(trials, rung, found)
+
+    def reach(self, trials: list[Trial], rung: int, found: Outcome) -> list[Trial]:
+        """Run trials up to a step, note their scores there, and return the better half of those that do not diverge.
+
+        Raises:
+            NotRun: when every one diverges.
+        """
         results = in_parallel(lambda trial: self.launch(trial, rung), trials)
         scores = {}
         for trial, result in zip(trials, results, strict=True):
@@ -153,11 +134,18 @@ class Course:
             found.stopped[trial.lr] = score
             if score is not None:
                 scores[trial.lr] = self.setting.better(score, self.setting.choice)
+        if not scores:
+            raise NotRun(found.diverged())
         kept = sorted(scores, key=lambda lr: (scores[lr], lr))[: math.ceil(KEPT * len(trials))]
+        found.lr = kept[0]
         return [trial for trial in trials if trial.lr in kept]
 
-    def _finish(self, trials: list[Trial], found: Outcome) -> None:
-        """Run trials to their end, and note their scores."""
+    def finish(self, trials: list[Trial], found: Outcome) -> None:
+        """Run trials to their end, and note their scores and the best rate.
+
+        Raises:
+            NotRun: when every one diverges.
+        """
         for trial, result in zip(trials, in_parallel(lambda trial: self.launch(trial, None), trials), strict=True):
             score = None if result is None else result.validation(self.setting.choice, trial.steps)
             if score is None:
@@ -165,9 +153,9 @@ class Course:
             else:
                 found.rates[trial.lr] = score
                 found.stopped.pop(trial.lr, None)
-
-    def _best(self, found: Outcome) -> float:
-        return min(found.rates, key=lambda lr: (self.setting.better(found.rates[lr], self.setting.choice), lr))
+        if not found.rates:
+            raise NotRun(found.diverged())
+        found.lr = min(found.rates, key=lambda lr: (self.setting.better(found.rates[lr], self.setting.choice), lr))
 
     def seconds_per_step(self, trial: Trial) -> float:
         """Return the measured seconds of a step: the mean of the steps after the first two of a short launch."""
@@ -200,7 +188,7 @@ class Course:
     def _train(self, trial: Trial, name: str, until: int | None, is_final: bool) -> Result | None:
         """Start a trial, wait for it, and note what came of it."""
         folder, log = trial.root / name, trial.root / f"{name}.log"
-        start = max((line["step"] for line in Result.of(folder).lines), default=0)
+        start = Result.of(folder).trained()
         log_start = log.stat().st_size if log.is_file() else 0
         of_launch = self._of_launch(folder, until, is_final)
         command = ["train", "--recipe", str(self.setting.out / RECIPE), *trial.settings(), *of_launch]
@@ -255,7 +243,7 @@ class Course:
         values = {
             "method": trial.method, "lr": trial.lr, "seed": trial.seed, "steps": trial.steps, "status": status,
             "folder": str(Path("trials") / name), "validation": result.validations(self.setting.choice),
-            "test": result.summary.get("test"),
+            "test": result.summary.get("test"), "trained": result.trained(), "selected_by": result.selected_by(),
         }  # fmt: skip
         self.record.note(name, **values, **more)
 
@@ -263,21 +251,6 @@ class Course:
         scores = result.validations(self.setting.choice)
         last = f"validation {self.setting.choice} {scores[max(scores)]:.4f} at step {max(scores)}" if scores else ""
         return ", ".join(part for part in (status, last) if part)
-
-
-def _beyond(found: Outcome) -> float | None:
-    """Return the rate beyond the best one, a step of the grid farther, where that is the grid's lowest or highest."""
-    tried = sorted([*found.rates, *found.stopped])
-    if len(tried) < 2 or found.lr not in (tried[0], tried[-1]):
-        return None
-    neighbour = tried[1] if found.lr == tried[0] else tried[-2]
-    return float(f"{found.lr * found.lr / neighbour:.2g}")
-
-
-def rate_text(lr: float) -> str:
-    """Return a rate as it is written: 1e-3, 2.5e-4."""
-    mantissa, _, exponent = f"{lr:.3e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _last_words(said: str) -> str:

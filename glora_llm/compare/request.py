@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from glora_llm import recipe as recipes
 from glora_llm.compare.contenders import Contender, contenders
@@ -18,6 +19,7 @@ from glora_llm.search.limits import amount
 
 MOST_SEEDS = 1000
 LARGEST_RATE = 1000.0
+AUTO: Literal["auto"] = "auto"  # each method at what `training.lr: auto` is for it
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Request:
         nearest: a method that misses the budget by more than a quarter takes part at its nearest.
         seconds: of training; None: equal parameters.
         seeds: how many.
-        rates: that are tried; None: those of each method.
+        rates: that are tried; auto: that of `training.lr: auto`; None: those of each method.
         full_rates: that are tried instead for methods that train whole weights; None: those of each method.
         score: that decides.
         forgetting: source of the other text; None: none.
         out: folder of the comparison.
         jobs: trials at once; None: one a GPU, or one a core.
+        race: the worse half of the methods stops at some validations, and one is tested.
     """
 
     name: str
@@ -47,12 +50,13 @@ class Request:
     nearest: bool
     seconds: float | None
     seeds: int
-    rates: tuple[float, ...] | None
+    rates: tuple[float, ...] | Literal["auto"] | None
     full_rates: tuple[float, ...] | None
     score: str
     forgetting: str | None
     out: Path
     jobs: int | None
+    race: bool = False
 
     @property
     def cost(self) -> str:
@@ -70,14 +74,14 @@ def read_rates(text: str | None, option: str = "--rates") -> tuple[float, ...] |
     """
     if text is None:
         return None
-    rates = []
+    rates, more = [], ", or auto" if option == "--rates" else ""
     for part in text.split(","):
         try:
             rate = float(part)
         except ValueError:
             rate = math.nan
         if not 0 < rate <= LARGEST_RATE:
-            raise UserError(f"{option}: '{part.strip()}' is no learning rate; expected some as 5e-4,1e-3,2e-3.")
+            raise UserError(f"{option}: '{part.strip()}' is no learning rate; expected some as 5e-4,1e-3,2e-3{more}.")
         if rate in rates:
             raise UserError(f"{option} names {part.strip()} twice.")
         rates.append(rate)
@@ -114,7 +118,7 @@ def read_budget(text: str | None) -> int | None:
 def read_request(  # noqa: PLR0913 - an option each
     *, name: str, overrides: Sequence[str], methods: str, budget: str | None, nearest: bool, seconds: str | None,
     seeds: str, rates: str | None, full_rates: str | None, score: str | None, forgetting: str | None,
-    out: Path | None, jobs: str | None,
+    out: Path | None, jobs: str | None, race: bool = False,
 ) -> Request:  # fmt: skip
     """Return the options of a command line.
 
@@ -124,16 +128,21 @@ def read_request(  # noqa: PLR0913 - an option each
     recipe = recipes.load(name, overrides)
     if nearest and budget is None:
         raise UserError("--nearest is about --budget, and there is --time, of which every method gets the same.")
+    if race and budget is None:
+        raise UserError("--race is about --budget: with --time each method would stop at other steps.")
     chosen, main = contenders(methods), _main_score(recipe, score)
+    if race and len(chosen) < 2:
+        raise UserError(f"--race is between two methods or more, and --methods names {chosen[0].name} alone.")
     text = SHIPPED if forgetting is None and recipe.data.format != "images" and not recipe.head else forgetting
     request = Request(
         name=Path(name).stem, recipe=recipe, contenders=chosen, budget=read_budget(budget),
         nearest=nearest,
         seconds=number_above_zero(seconds, "--time", "seconds of training above 0, such as 600"),
-        seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=read_rates(rates),
+        seeds=read_count(seeds, "--seeds", MOST_SEEDS) or 1, rates=AUTO if rates == AUTO else read_rates(rates),
         full_rates=read_rates(full_rates, "--full-rates"),
         score=main, forgetting=None if text == "none" else text, out=out or Path("runs") / f"compare-{Path(name).stem}",
         jobs=read_count(jobs, "--jobs", 10_000),
+        race=race,
     )  # fmt: skip
     require_held_out(recipe)
     return request

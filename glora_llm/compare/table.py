@@ -9,7 +9,8 @@ from typing import Any
 
 from glora_llm.compare.budget import Fit
 from glora_llm.compare.contenders import Contender
-from glora_llm.compare.course import Outcome, Setting, rate_text
+from glora_llm.compare.course import Setting
+from glora_llm.compare.outcome import Outcome, rate_text
 from glora_llm.compare.significance import LEVEL, PairedTest, corrected, over_rows, over_seeds, row_scores
 from glora_llm.compare.trial import Result
 
@@ -24,7 +25,9 @@ class Contest:
         contender: the method.
         fit: its knob and parameters; None where it does not fit the model.
         steps: of its runs.
+        rates: that are tried.
         outcome: of its trials, once they have ended.
+        stopped_at: step at which it was stopped in a race; None: it was not.
         why: it was not run; empty where it was.
         is_defect: a trial failed for no reason of the method's.
     """
@@ -32,14 +35,16 @@ class Contest:
     contender: Contender
     fit: Fit | None = None
     steps: int = 0
+    rates: tuple[float, ...] = ()
     outcome: Outcome | None = None
+    stopped_at: int | None = None
     why: str = ""
     is_defect: bool = False
 
 
 def rows(contests: Sequence[Contest], setting: Setting) -> list[dict[str, Any]]:
     """Return a row a method, in the order of --methods; what is not known (yet) is None."""
-    scored = [contest for contest in contests if contest.outcome and not contest.why]
+    scored = [contest for contest in contests if contest.outcome and contest.outcome.finals and not contest.why]
     best = min(scored, key=lambda contest: setting.better(mean(_scores(contest, setting)), setting.score), default=None)
     targets = _targets(scored)
     found = [_row(contest, setting, best, targets) for contest in contests]
@@ -59,12 +64,17 @@ def _row(contest: Contest, setting: Setting, best: Contest | None, targets: Sequ
     if contest.why or contest.outcome is None:
         return row | ({} if contest.why else {"verdict": "running"})
     outcome, finals = contest.outcome, contest.outcome.finals
-    scores = _scores(contest, setting)
     row |= {
         "lr": outcome.lr,
         "lr_at_edge": outcome.is_at_edge,
         "rates": {rate_text(lr): score for lr, score in sorted(outcome.rates.items())},
         "stopped_rates": {rate_text(lr): score for lr, score in sorted(outcome.stopped.items())},
+    }
+    if contest.stopped_at is not None:
+        validation = outcome.rates.get(outcome.lr, outcome.stopped.get(outcome.lr))
+        return row | {"verdict": "stopped", "stopped_at": contest.stopped_at, "validation": validation}
+    scores = _scores(contest, setting)
+    row |= {
         "scores": scores,
         "mean": _mean(scores),
         "low": min(scores),
@@ -170,7 +180,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     """Return a row of the table as text, in the order of COLUMNS."""
     parameters = "" if row["parameters"] is None else f"{row['parameters']:,}"
     if "mean" not in row:
-        return [row["name"], parameters, row["knob"] if parameters else "", "", "", "", row["verdict"], "", "", "", ""]
+        rate = rate_text(row["lr"]) if "stopped_at" in row else ""
+        verdict = f"stopped at {row['stopped_at']}" if "stopped_at" in row else row["verdict"]
+        return [row["name"], parameters, row["knob"] if parameters else "", rate, "", "", verdict, "", "", "", ""]
     score = f"{row['mean']:.4f}"
     if len(row["scores"]) > 1:
         score += f" ({row['low']:.4f} to {row['high']:.4f})"
@@ -200,9 +212,27 @@ def notes(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"level: p > {LEVEL:g}, or not tested.")
     if any(row["lr_at_edge"] for row in ran):
         lines.append("*: the best rate is at the edge of those that were tried; name farther ones by --rates.")
-    if ran:
+    if ran and not content.get("race"):
         lines.append(f"to target: steps to the validation loss that {ran[0]['name']} ends with.")
     if any(row.get("forgetting") is not None for row in ran):
         lines.append(f"forgetting: rise of the loss on {content['settings']['forgetting']}, nats a token.")
     lines += [f"{row['name']} not run: {row['why']}" for row in methods if row["verdict"] == "not run"]
+    lines += race_notes(content)
+    return lines
+
+
+def race_notes(content: Mapping[str, Any]) -> list[str]:
+    """Return of a race what stopped the methods that were, and the steps of all; nothing of another comparison."""
+    if not content.get("race"):
+        return []
+    stopped = sorted((row for row in content["methods"] if "stopped_at" in row), key=lambda row: row["stopped_at"])
+    lines = [
+        f"{row['name']} was stopped at step {row['stopped_at']}: validation {content['choice']} "
+        f"{_shown(row['validation'], '.4f') or 'not finite'} at rate {rate_text(row['lr'])}."
+        for row in stopped
+    ]
+    spent = [f"{row['name']} {row['steps_spent']:,}" for row in content["methods"] if row["steps_spent"]]
+    if spent:
+        lines.append(f"Steps trained, of all rates and seeds and to choose structures: {', '.join(spent)}; ")
+        lines[-1] += f"{content['steps_spent']:,} in all."
     return lines

@@ -13,6 +13,7 @@ from glora_llm.schema import Recipe
 
 # what is done with a run, and where it lies, makes no other trial of it
 NOT_OF_THE_RUN = {"description", "output", "merge", "evaluation", "search"}
+LONGEST_NAME = 120  # of a method in the name of a folder; what is cut off is in the digest
 WARM_UP = 2  # first steps of a launch that say nothing about its speed
 
 
@@ -54,7 +55,8 @@ class Trial:
         """
         bound = recipe.model_dump(mode="json", exclude_defaults=True, exclude=NOT_OF_THE_RUN)
         digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.method.replace(':', '-')}-lr{self.lr:g}-seed{self.seed}-{digest}"
+        method = self.method.replace(":", "-")[:LONGEST_NAME]
+        return f"{method}-lr{self.lr:g}-seed{self.seed}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,16 @@ class Result:
     def series(self, name: str) -> list[float]:
         """Return the values of a metric of the steps, in order."""
         return [line[name] for line in self.lines if name in line]
+
+    def trained(self) -> int:
+        """Return the steps that were trained."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    def selected_by(self) -> int:
+        """Return the samples by whose gradients, or short run, the structure was chosen, each forward and backward."""
+        file = self.folder / "structure" / "choice.json"
+        found: int = json.loads(file.read_text(encoding="utf-8")).get("samples", 0) if file.is_file() else 0
+        return found
 
     def seconds(self) -> float:
         """Return the seconds of all training steps; where not every step is logged, from those that are."""

@@ -19,7 +19,7 @@ The products of a batch are in the dtype of the layer (bfloat16, else float32), 
 vectors in float64: what rounding adds is far below what another draw of samples does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from glora_llm.glora.frozen_weight import compute_dtype, dense_weight
 from glora_llm.glora.layer import GLoRALinear
+from glora_llm.glora.shown import showing
 
 OVERSAMPLED = 6  # columns beyond the largest rank
 WIDER = 4  # V has so many times W's columns: the energy behind the sketch enters it by 1 / (WIDER - 1)
@@ -141,40 +142,42 @@ class Probe:
             loss: runs the model forward and returns its summed loss, with a graph. Nobody's `.grad` is touched.
             part: which sums they are added to; None: to none.
         """
-        probes: list[Tensor] = []
+        with self.watching(part) as anchor, torch.enable_grad():
+            torch.autograd.grad(loss(), anchor, allow_unused=True)
 
-        def watch(name: str) -> Callable[..., Tensor]:
-            def hook(layer: Any, inputs: Sequence[Tensor], y: Tensor) -> Tensor:
-                probes.append(torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True))
-                x, output = inputs[0], y.detach() if self.reads.gains else None
-                y = y + probes[-1]  # has a gradient, whatever is trained
-                y.register_hook(lambda dy: self._add(name, part, x, output, dy))
-                return y
+    @contextmanager
+    def watching(self, part: int | None, factor: float = 1.0) -> Iterator[Tensor]:
+        """Add the sketches of every backward pass that is run in the context, by whoever runs it.
 
-            return hook
+        Args:
+            part: which sums they are added to; None: to none.
+            factor: of the gradients; sums of squares must not be asked for then.
 
-        handles = [layer.register_forward_hook(watch(name), prepend=True) for name, layer in self.layers.items()]
+        Yields:
+            a tensor that all outputs depend on, so that each has a gradient, whatever is trained.
+        """
+
+        def show(name: str, x: Tensor, y: Tensor | None, dy: Tensor) -> None:
+            if part is not None:
+                self._add(name, part, factor, x, y, dy)
+
         try:
-            with torch.enable_grad():
-                torch.autograd.grad(loss(), probes, allow_unused=True)  # of a layer that the loss does not reach: 0
+            with showing(self.layers, show, self.reads.gains) as anchor:
+                yield anchor
         finally:
             self._shared = None
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
-    def _add(self, name: str, part: int | None, x: Tensor, y: Tensor | None, dy: Tensor) -> None:
-        if part is None:
-            return
+    def _add(self, name: str, part: int, factor: float, x: Tensor, y: Tensor | None, dy: Tensor) -> None:
         tests, bias = self.tests[name], self.biases[name]
-        if self._shared is None or self._shared[0] is not x:  # q, k and v, and gate and up, have one input
+        if self._shared is None or not _is_same(self._shared[0], x):  # q, k and v, and gate and up, have one input
             rows = x.detach().reshape(-1, x.shape[-1]).to(tests.w.dtype)
             self._shared = x, rows, columns_of(rows, tests.w, self.reads.shifts)
         _, rows, columns = self._shared
         outputs = None if y is None else y.reshape(-1, y.shape[-1]).float() - (0 if bias is None else bias)
         dy = dy.reshape(-1, dy.shape[-1]).to(rows.dtype)
         for key, value in sketch_of(tests, self.reads, rows, columns, dy, outputs).items():
-            self.sums[name][part][key].add_(value)
+            self.sums[name][part][key].add_(value, alpha=factor)
 
     @torch.no_grad()
     def sum_over(self, reduce: Callable[[Tensor], Any]) -> None:
@@ -196,6 +199,11 @@ class Probe:
     def directions_through(self, name: str, sketch: Sketch, w0: Tensor) -> Directions:
         """Return those of W0' G: of slot A in product form."""
         return leading((sketch["y"] @ w0).t(), sketch["z_a"], self.tests[name].v_a)
+
+
+def _is_same(kept: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are one in memory: as long as one is kept, nothing else is put there."""
+    return kept.data_ptr() == other.data_ptr() and kept.shape == other.shape and kept.dtype == other.dtype
 
 
 def columns_of(x: Tensor, w: Tensor, shifts: bool) -> Tensor:

@@ -27,7 +27,7 @@ from glora_llm.plan.prompt_checks import check_packing
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.teacher import find_teacher
 from glora_llm.schema import Recipe
-from glora_llm.search.budget import require_rows
+from glora_llm.search.budget import check_short_run, require_rows
 from glora_llm.tasks.heads import head_task
 from glora_llm.tasks.images import image_task
 from glora_llm.tasks.multiple_choice import choice_task
@@ -144,6 +144,7 @@ def make_plan(recipe: Recipe, weights: bool = True, world_size: int | None = Non
     training = recipe.training
     sampler = GlobalSampler(len(task.train), training.global_batch, training.seed)
     steps = training.steps or sampler.steps_for(training.epochs or 1)
+    check_short_run(recipe.adapter, steps, training.global_batch, dtype is torch.float16)
     return Plan(recipe, deepspeed, base, task, sampler, steps, genome, resident, teacher, rate)
 
 
@@ -156,6 +157,15 @@ def _rate(recipe: Recipe, base: ResolvedModel) -> AutoRate | None:
     """Return the number for `training.lr: auto`; None where the recipe has a number."""
     if recipe.training.lr != "auto":
         return None
+    return rate_of(recipe, base)
+
+
+def rate_of(recipe: Recipe, base: ResolvedModel) -> AutoRate:
+    """Return the number that `training.lr: auto` stands for with a recipe's adapter.
+
+    Raises:
+        UserError: for a method that it does not cover.
+    """
     width, ratio = width_of(load_config(base.folder)), recipe.training.loraplus_ratio
     return auto_rate(recipe.adapter, width, base.name, ratio)
 

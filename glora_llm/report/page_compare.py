@@ -51,7 +51,9 @@ def compare_part(folder: Path, name: str, out: Path) -> Part:
         f"{f', each with {budget}' if (budget := found.get('budget')) else ''}."
     )
     part = Part(f"Comparison of methods: {folder.resolve().name}", name, lead)
-    part.add("Result", _table(methods, metric), *_not_run(methods), *_means(ran, metric, name))
+    part.add(
+        "Result", _table(methods, metric), *_not_run(methods), *_stopped(found, methods), *_means(ran, metric, name)
+    )
     part.add("Learning rates", *_rates(ran, metric, name))
     part.add("Cost", _cost(ran))
     part.add("Trials", *_trials(found, methods, folder, out))
@@ -64,13 +66,18 @@ def _table(methods: Sequence[dict[str, Any]], metric: str) -> Table:
         [
             str(one["name"]), score(one.get("mean")),
             f"{score(one.get('low'))} to {score(one.get('high'))}" if "low" in one else "–",
-            str(one.get("verdict", "–")), number(one.get("p_value"), 2), number(len(one.get("scores") or []) or None),
+            _verdict(one), number(one.get("p_value"), 2), number(len(one.get("scores") or []) or None),
             number(one.get("parameters")), _knob(one.get("knob")), _rate(one),
         ]
         for one in methods
     ]  # fmt: skip
     head = ["method", f"mean {metric}", "range", "verdict", "p", "seeds", "parameters", "set by", "rate"]
     return Table(f"Methods by {metric} on test rows", head, rows, " ".join(_notes(methods)))
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    stopped = one.get("stopped_at")
+    return str(one.get("verdict", "–")) if stopped is None else f"stopped at step {stopped}"
 
 
 def _knob(knob: Any) -> str:
@@ -100,6 +107,20 @@ def _not_run(methods: Sequence[dict[str, Any]]) -> list[Text]:
         for one in methods
         if one.get("verdict") == NOT_RUN
     ]
+
+
+def _stopped(found: dict[str, Any], methods: Sequence[dict[str, Any]]) -> list[Text]:
+    """Return by what the methods of a race were stopped, and the steps that each of them trained."""
+    if not found.get("race"):
+        return []
+    stopped = [
+        f"{one['name']} at step {one['stopped_at']} with {score(one.get('validation'))}"
+        for one in methods
+        if one.get("stopped_at") is not None
+    ]
+    spent = [f"{one['name']} {number(one['steps_spent'])}" for one in methods if one.get("steps_spent")]
+    by = f"Stopped in the race, by validation {found.get('choice', 'score')}: {', '.join(stopped) or 'none'}."
+    return [Text(by), Text(f"Steps trained: {', '.join(spent)}; {number(found.get('steps_spent'))} in all.")]
 
 
 def _means(ran: Sequence[dict[str, Any]], metric: str, name: str) -> list[Picture]:

@@ -1,33 +1,52 @@
-"""Gradients at the base's weights as thin sketches, of some of the training samples: what predictors read.
+"""Gradients by the base's weights as thin sketches, of some of the training samples: what predictors read.
 
-The base is loaded with an adapter that changes nothing, under the run's own DeepSpeed configuration, so that it fits
-where the run fits. Sums are over all processes.
+At the base's weights, with an adapter that changes nothing; or along a short run, whose adapter is trained as the run's
+will be, on the samples of the run's first steps, and is then thrown away. Both under the run's own DeepSpeed
+configuration, so that they fit where the run fits. Sums are over all processes.
 """
 
 import gc
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import distributed as dist
 
-from glora_llm.adapters.budgeted import structure_space
-from glora_llm.adapters.even import factor, sizes_of
+from glora_llm.adapters.even import even_scales, factor, set_scales, sizes_of
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.weights import trainables
 from glora_llm.data.sampler import permutation
+from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
+from glora_llm.glora.path import Genome
 from glora_llm.glora.sketch import Directions, Probe, Reads, Sketch
 from glora_llm.launch.ranks import Processes
 from glora_llm.models import load
 from glora_llm.plan.plan import Plan
 from glora_llm.run.build import shards_of
 from glora_llm.schema import AdapterSection
-from glora_llm.search.budget import rows_of, structure_choices
+from glora_llm.search.budget import rows_of, short_steps, structure_choices
 from glora_llm.search.predictors import OF_HALVES, OF_NOISE, Gradients, LayerGradients
 from glora_llm.training.engine import Engine
+from glora_llm.training.loop import seed_micro_step
 from glora_llm.vlora.partitioned import whole
 
 ROWS_STREAM = 43  # of the seeded choice of the samples
+
+
+class Measured(NamedTuple):
+    """What was seen.
+
+    Args:
+        layers: the gradients of each layer.
+        samples: that were looked at.
+        losses: of the steps of a short run, nats/token; empty where there was none.
+    """
+
+    layers: dict[str, LayerGradients]
+    samples: int
+    losses: list[float]
 
 
 def rows_seen(plan: Plan) -> list[int]:
@@ -49,29 +68,43 @@ def _silent(section: AdapterSection) -> AdapterSection:
     return section.model_copy(update=changes)
 
 
-def measured(plan: Plan, processes: Processes) -> tuple[dict[str, GLoRALinear], dict[str, LayerGradients]]:
-    """Return the layers without their weights, and the gradients of each, of the samples of all processes."""
-    recipe, device, rows = plan.recipe, processes.device, rows_seen(plan)
-    silent = _silent(recipe.adapter)
+def measured(plan: Plan, processes: Processes, short: Genome | None) -> Measured:
+    """Return the gradients of each layer, of the samples of all processes.
+
+    Args:
+        short: the structure of the short run along which they are taken; None: at the base's weights.
+
+    Raises:
+        UserError: for a short run that diverges.
+    """
+    recipe, device = plan.recipe, processes.device
+    section = recipe.adapter if short else _silent(recipe.adapter)
     base = load.load_base(recipe.model, plan.base.folder, device, shards_of(plan))
-    model = inject(base, silent, recipe.training.seed, plan.steps)
-    layers = adapted_layers(model)
-    structure_space(layers, recipe.adapter)  # refuses other layers before anything is computed
-    objective = plan.task.objective(without_adapter(model))
-    engine = Engine(objective, trainables(model, silent, 1.0), recipe.training, plan.deepspeed, device)
+    model = inject(base, section, recipe.training.seed, plan.steps, short)
+    if section.scaling == "even":
+        set_scales(model, even_scales(model))
+    layers, objective = adapted_layers(model), plan.task.objective(without_adapter(model))
+    trained = trainables(model, section, recipe.training.loraplus_ratio if short else 1.0)
+    engine = Engine(objective, trained, recipe.training, plan.deepspeed, device)
+    losses: list[float] = []
     try:
         probe = _probe(recipe.adapter, layers, recipe.training.seed)
-        _see(plan, probe, engine, rows, processes)
+        if short is None:
+            samples = len(rows := rows_seen(plan))
+            _see(plan, probe, engine, rows, processes)
+        else:
+            losses = _train_briefly(plan, probe, engine, processes)
+            samples = len(losses) * recipe.training.global_batch
         engine.release()
         probe.sum_over(dist.all_reduce)
         found = {name: _of_layer(probe, name, recipe.adapter) for name in layers}
     finally:
         engine.close()
-    del engine, objective, model, base, probe, layers
+    del engine, objective, model, base, trained, probe, layers
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return meta_layers(plan), found
+    return Measured(found, samples, losses)
 
 
 def _probe(section: AdapterSection, layers: dict[str, GLoRALinear], seed: int) -> Probe:
@@ -101,6 +134,27 @@ def _see(plan: Plan, probe: Probe, engine: Engine, rows: list[int], processes: P
         # a process without a batch keeps step, and adds nothing: divided layers need all processes
         part = number % probe.parts if number < len(batches) else None
         probe.see(lambda batch=batch: engine.loss(batch), part)  # type: ignore[misc]
+
+
+def _train_briefly(plan: Plan, probe: Probe, engine: Engine, processes: Processes) -> list[float]:
+    """Train the first steps at the full rate while the gradients of their samples pass by; return the losses.
+
+    Every step's gradient is that of its mean loss, and counts alike. Of a gain, which is a vector in slot A, it is the
+    gradient by the gain of the weight as it is trained.
+    """
+    training, losses = plan.recipe.training, []
+    steps = short_steps(plan.recipe.adapter, plan.steps, training.global_batch)
+    with probe.watching(0, 1 / (steps * processes.world_size)):  # DeepSpeed averages over the processes
+        for step in range(steps):
+            batches = plan.process_batches(step, processes.process_rank, processes.world_size)
+            result = engine.train_step(batches, training.peak_lr, partial(seed_micro_step, training.seed, step))
+            if result.skipped:
+                raise UserError(
+                    f"The short run of adapter.predictor short_run diverged in step {step + 1} of {steps}: loss or "
+                    f"gradient is not finite at training.lr={training.peak_lr:g}. Lower it, or take another predictor."
+                )
+            losses.append(result.loss)
+    return losses
 
 
 def _of_layer(probe: Probe, name: str, section: AdapterSection) -> LayerGradients:

@@ -1,15 +1,15 @@
 """Choose slots, ranks and targets of every layer before the first step, within `adapter.budget`.
 
-Gradients of some training samples (`run.gradients`) are scored (`search.predictors`); the choice is a knapsack
-(`search.knapsack`). What was chosen is a genome like any other: the run goes on as if the recipe had named it, and so
-does every later launch.
+Gradients of some training samples (`run.gradients`), at the base's weights or along a short run, are scored
+(`search.predictors`); the choice is a knapsack (`search.knapsack`). What was chosen is a genome like any other: the run
+goes on as if the recipe had named it, and so does every later launch.
 """
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from glora_llm.models.load import compute_dtype
 from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.report import search_figures
-from glora_llm.run.gradients import measured, meta_layers, rows_seen
+from glora_llm.run.gradients import Measured, measured, meta_layers
 from glora_llm.search import cost
 from glora_llm.search.budget import Budget, limits_of, read_budget, uniform
-from glora_llm.search.knapsack import choose
-from glora_llm.search.predictors import PREDICTORS, LayerGradients, scores
+from glora_llm.search.knapsack import Limit, choose
+from glora_llm.search.predictors import OF_COURSE, PREDICTORS, scores
 from glora_llm.search.space import Code, LayerShape, Space
 from glora_llm.training.loop import peak_memory_gb
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,55 +84,79 @@ def _choose(plan: Plan, processes: Processes) -> Structure:
     recipe, began = plan.recipe, time.perf_counter()
     section = recipe.adapter
     budgets, predictor = read_budget(section.budget), section.predictor
-    layers, gradients = measured(plan, processes) if predictor != "uniform" else (meta_layers(plan), {})
-    space = structure_space(layers, section)
-    told: Any = None
-    if processes.is_main_process:
-        try:
-            told = _solve(plan, space, budgets, gradients, processes.device)
-        except UserError as error:
-            told = error
-    told = ranks.broadcast(told, processes.device)
-    if isinstance(told, UserError):
-        raise told
-    code, table, solved = told
-    parameters = np.array([space.parameters[row, choice] for row, choice in enumerate(code)])
+    space = structure_space(meta_layers(plan), section)
+    start = _by_main_process(lambda: _start(plan, space, budgets, processes.device), processes)
+    code, table = start.even, None
+    found: dict[str, Any] = {"samples": 0}
+    if predictor != "uniform":
+        short = None if start.even is None else space.genome(start.even)
+        seen = measured(plan, processes, short)
+        code, table, found = _by_main_process(lambda: _solve(plan, space, start.limits, seen), processes)
+        found |= {"samples": seen.samples} | ({"losses": seen.losses} if short else {})
+    assert code is not None
+    rows = np.arange(len(code))
+    parameters = space.parameters[rows, code]
     shares = dict.fromkeys((layer.name for layer in space.layers), 0)
     for gene, count in zip(space.genes, parameters, strict=True):
         shares[space.layers[gene.layer].name] += int(count)
+    pairs = zip(budgets, start.limits, strict=True)
     values = {
         "predictor": predictor,
         "budget": [budget.text for budget in budgets],
         "parameters": int(parameters.sum()),
-        **solved,
-        "samples": len(rows_seen(plan)) if gradients else 0,
+        **found,
+        "spent": {budget.unit: float(limit.costs[rows, code].sum()) for budget, limit in pairs},
         "seconds": time.perf_counter() - began,
         "peak_memory_gb": peak_memory_gb(processes.device),
     }
     return Structure(space.genome(code), values, _named(space, table), shares)
 
 
-def _solve(
-    plan: Plan, space: Space, budgets: list[Budget], gradients: Mapping[str, LayerGradients], device: torch.device
-) -> tuple[Code, NDArray[np.float64] | None, dict[str, Any]]:
-    """Return the code, the scores that it was chosen by (None of uniform), and what they come to."""
+def _by_main_process(work: Callable[[], T], processes: Processes) -> T:
+    """Return on all processes what the main process computes.
+
+    Raises:
+        UserError: on all processes, where the main process raises it.
+    """
+    told: Any = None
+    if processes.is_main_process:
+        try:
+            told = work()
+        except UserError as error:
+            told = error
+    told = ranks.broadcast(told, processes.device)
+    if isinstance(told, UserError):
+        raise told
+    found: T = told
+    return found
+
+
+class _Start(NamedTuple):
+    """What is known before any gradient."""
+
+    limits: list[Limit]
+    even: Code | None  # the structure of predictor uniform, where that or a short run of it is wanted
+
+
+def _start(plan: Plan, space: Space, budgets: list[Budget], device: torch.device) -> _Start:
     limits = limits_of(space, budgets, _costs(plan, space, budgets, device))
-    used = {}
-    if not gradients:
-        code, table = uniform(space, limits), None
-    else:
-        table = scores(space, gradients, PREDICTORS.get(plan.recipe.adapter.predictor))
-        best = choose(table, limits)
-        if not best.code.any():
-            raise UserError(
-                f"adapter.predictor {plan.recipe.adapter.predictor} finds no slot that is worth anything: by "
-                f"{len(rows_seen(plan))} samples all gradients are noise. Raise adapter.budget_rows, or set "
-                "adapter.predictor=uniform."
-            )
-        code, used = best.code, {"score": best.score, "bound": best.bound}
-    rows = np.arange(len(code))
-    spent = {budget.unit: float(limit.costs[rows, code].sum()) for budget, limit in zip(budgets, limits, strict=True)}
-    return code, table, used | {"spent": spent}
+    is_even = plan.recipe.adapter.predictor in ("uniform", *OF_COURSE)
+    return _Start(limits, uniform(space, limits) if is_even else None)
+
+
+def _solve(
+    plan: Plan, space: Space, limits: list[Limit], seen: Measured
+) -> tuple[Code, NDArray[np.float64], dict[str, Any]]:
+    """Return the code of the largest score, the scores, and what they come to."""
+    predictor = plan.recipe.adapter.predictor
+    table = scores(space, seen.layers, PREDICTORS.get(predictor))
+    best = choose(table, limits)
+    if not best.code.any():
+        raise UserError(
+            f"adapter.predictor {predictor} finds no slot that is worth anything: by {seen.samples} samples all "
+            "gradients are noise. Raise adapter.budget_rows, or set adapter.predictor=uniform."
+        )
+    return best.code, table, {"score": best.score, "bound": best.bound}
 
 
 def _costs(plan: Plan, space: Space, budgets: list[Budget], device: torch.device) -> dict[str, NDArray[np.float64]]:

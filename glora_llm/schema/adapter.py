@@ -81,14 +81,15 @@ class AdapterSection(Section):
         "they add to a step (20ms), or memory (12MB); several by commas",
         "limit",
     )
-    predictor: Literal["uniform", "first_step", "energy", "curvature", "agreement"] = key(
+    predictor: Literal["uniform", "first_step", "energy", "curvature", "agreement", "short_run"] = key(
         "uniform",
         "of adapter.budget, what a slot is worth: uniform: B alone, of one rank everywhere; the others by gradients of "
-        "adapter.budget_rows samples (docs/glora.md)",
+        "adapter.budget_rows samples; short_run: along a short training of these (docs/glora.md)",
     )
     budget_rows: PositiveInt | None = key(
         None,
-        "training samples whose gradients a predictor reads; default: 2 % of those that the run trains on, 64 to 256",
+        "training samples whose gradients a predictor reads; default: 2 % of those that the run trains on, 64 to 256; "
+        "of short_run those of 5 % of the steps, 4 steps at least",
         "samples",
     )
     weights: LocalPath | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")

@@ -1,6 +1,7 @@
 """`adapter.budget`: the limits that a structure keeps, and what each slot of each layer may be within them."""
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ UNITS = {
 MOST_RANK = 255  # a code has a byte for each gene
 LEAST_ROWS = 32  # below that, a gradient is of these samples and not of the task
 SHARE, FEWEST, MOST = 0.02, 64, 256  # samples whose gradients are read: this share of those of the run, within these
+STEPS_SHARE, FEWEST_STEPS, MOST_STEPS_SHARE = 0.05, 4, 0.25  # of a run's steps, which a short run before it has
 KINDS_AT_ONCE = 14  # kinds of linears of which every subset is tried
 
 
@@ -83,6 +85,40 @@ def rows_of(section: AdapterSection, trained: int) -> int:
     return section.budget_rows or min(max(FEWEST, round(SHARE * trained)), MOST)
 
 
+def short_steps(section: AdapterSection, steps: int, global_batch: int) -> int:
+    """Return the steps of the short run before a run of `steps`: 5 % of them, 4 at least, or what budget_rows says.
+
+    Raises:
+        UserError: for more than a quarter of the run.
+    """
+    share = max(FEWEST_STEPS, round(STEPS_SHARE * steps))
+    rows = max(LEAST_ROWS, section.budget_rows or share * global_batch)
+    found = max(2, math.ceil(rows / global_batch))
+    if found > MOST_STEPS_SHARE * steps:
+        raise UserError(
+            f"adapter.predictor short_run trains {found} steps before the run, of {rows} samples, and the run has "
+            f"{steps}: expected {math.ceil(found / MOST_STEPS_SHARE)} or more. Raise training.steps, or take another "
+            "predictor, such as agreement or uniform."
+        )
+    return found
+
+
+def check_short_run(section: AdapterSection, steps: int, global_batch: int, is_float16: bool) -> None:
+    """Check that a run can have a short run before it, where its structure is chosen by one.
+
+    Raises:
+        UserError: for a run that is too short itself, and for float16.
+    """
+    if section.budget is None or section.predictor != "short_run":
+        return
+    if is_float16:  # its first steps overflow until the loss scale fits, and would leave gradients that are not finite
+        raise UserError(
+            "adapter.predictor short_run reads gradients while it trains, and those of float16 overflow in the first "
+            "steps. Set model.dtype=bfloat16 or float32, or take another predictor, such as agreement."
+        )
+    short_steps(section, steps, global_batch)
+
+
 def structure_choices(section: AdapterSection) -> SlotChoices:
     """Return what each slot may be: none, or its mode in adapter.slots with any rank up to adapter.rank.
 
@@ -112,8 +148,9 @@ def structure_choices(section: AdapterSection) -> SlotChoices:
         found[slot] = (SlotSpec("none"), *(specs if mode != "none" else ()))
     if all(len(specs) == 1 for specs in found.values()):
         raise UserError("adapter.budget has no slot to choose: every one of adapter.slots is none.")
-    if section.predictor == "uniform" and len(found["B"]) == 1:
-        raise UserError("adapter.predictor uniform gives slot B to every layer, and adapter.slots has none: add B.")
+    if section.predictor in ("uniform", "short_run") and len(found["B"]) == 1:
+        does = "gives slot B to every layer" if section.predictor == "uniform" else "trains slot B in a short run"
+        raise UserError(f"adapter.predictor {section.predictor} {does}, and adapter.slots has none: add B.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Predictors of what a slot of a layer is worth, from gradients of a few hundred records at the base's weights.
+"""Predictors of what a slot of a layer is worth, from gradients of a few hundred records.
 
 Each is a function of one layer's gradients and a choice; a structure is the choice of the largest sum of scores within
 the budget. Which of them predicts the end of a training is found by experiment (`scripts/bench_frontier.py`).
@@ -22,6 +22,9 @@ values of noise, which `first_step` and `energy` take for signal; the two predic
   too, which those of one sample are not.
 - `agreement`: `first_step` from one half of the records, judged by the gradient of the other half. What the halves do
   not agree on has mean zero, so noise is worth nothing, whatever its size.
+- `short_run`: `first_step` of the mean gradient along a short run, in which the structure of `uniform` is trained at
+  the run's rate and then thrown away: the fall of the loss if every step of it went along that mean. What the first
+  steps put right, or turn round, cancels out; what goes on pulling adds up, and noise falls with the number of steps.
 - `uniform` reads no gradients (`budget.uniform`); it is the one to beat.
 """
 
@@ -81,6 +84,7 @@ class LayerGradients:
 
 Predictor = Callable[[LayerGradients, str, str], Tensor]  # (layer, slot, mode) -> worth of each direction, or (1)
 OF_HALVES = ("agreement", "curvature")  # predictors that read each half; the others read all records at once
+OF_COURSE = ("short_run",)  # those that read gradients along a short run; the others at the base's weights
 OF_NOISE = ("curvature",)  # those that read squares in each token
 PREDICTORS: Registry[Predictor] = Registry("predictor")
 
@@ -108,6 +112,12 @@ def first_step(layer: LayerGradients, slot: str, mode: str) -> Tensor:
         low = layer.whole.low[slot]
         return layer.factor(slot, mode) * low.values * low.left.abs().sum(0)
     return layer.factor(slot, mode) * _entries(layer.whole.vectors[slot], mode).abs().sum(0, keepdim=True)
+
+
+@PREDICTORS.register("short_run")
+def short_run(layer: LayerGradients, slot: str, mode: str) -> Tensor:
+    """Return the fall of the loss along a short run whose every step goes along the mean gradient."""
+    return first_step(layer, slot, mode)
 
 
 @PREDICTORS.register("energy")

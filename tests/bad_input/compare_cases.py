@@ -44,6 +44,28 @@ COMPARISONS: dict[str, Case] = {
     "methods that all do not train": wrong(
         "adaption_prompt cannot run: adapter.method adaption_prompt does not train here", "--methods", "adaption_prompt"
     ),
+    "targets that the model has not": wrong(
+        "--methods: 'lora@q_prj+v_proj': adapter.targets: 'q_prj' matches no module. Did you mean 'q_proj'? Linears of",
+        *("--methods", "glora,lora@q_prj+v_proj"),
+    ),
+    "targets twice": wrong("--methods: 'lora@q_proj+q_proj' names q_proj twice.", "--methods", "lora@q_proj+q_proj"),
+    "a method on the same targets twice": wrong(
+        "--methods names lora@v_proj+q_proj twice, as lora@q_proj+v_proj too.",
+        *("--methods", "lora@q_proj+v_proj,lora@v_proj+q_proj"),
+    ),
+    "no targets behind an @": wrong("--methods: 'lora@' names no modules behind the @", "--methods", "glora,lora@"),
+    "targets of a model that is trained as a whole": wrong(
+        "--methods: 'full@q_proj': method full is in no modules of its own", "--methods", "lora,full@q_proj"
+    ),
+    "an unknown method with targets": wrong(
+        "--methods: 'lorra' is unknown. Did you mean 'lora'?", "--methods", "lorra@q_proj"
+    ),
+    "a race of one": wrong("--race is between two methods or more, and", "--methods", "lora", "--race"),
+    "a race against the time": wrong("--race is about --budget: with --time", "--time", "60", "--race"),
+    "a race without a validation before the end": wrong(
+        "--race stops methods at validations, and evaluation.every=", "--race", "evaluation.every=100"
+    ),
+    "rates, one of them auto": wrong("--rates: 'auto' is no learning rate; expected some as", "--rates", "1e-3,auto"),
     "rates of text": wrong("--rates: 'fast' is no learning rate; expected some as", "--rates", "1e-3,fast"),
     "a rate of 0": wrong("--rates: '0' is no learning rate", "--rates", "0"),
     "a rate twice": wrong("--rates names 0.001 twice.", "--rates", "1e-3,0.001"),

@@ -83,6 +83,19 @@ STRUCTURES: dict[str, Case] = {
     "few samples for a predictor": bad(
         "adapter.predictor curvature needs gradients of 32 training samples or more, and there are", BUDGET, GRADIENTS
     ),
+    "a short run before a run of few steps": bad(
+        "adapter.predictor short_run trains 16 steps before the run, of 32 samples, and the run has 10: expected 64",
+        BUDGET,
+        "adapter.predictor=short_run",
+        "training.steps=10",
+        change=many,
+    ),
+    "a short run without slot B": bad(
+        "adapter.predictor short_run trains slot B in a short run, and adapter.slots",
+        BUDGET,
+        "adapter.predictor=short_run",
+        "adapter.slots={E: vector}",
+    ),
     "a predictor without a budget": bad("predictor and budget_rows are of adapter.budget", GRADIENTS),
     "a predictor that there is not": bad(
         "adapter.predictor: got 'magic' (text), expected", BUDGET, "adapter.predictor=magic"

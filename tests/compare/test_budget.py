@@ -27,7 +27,7 @@ METHODS += [
     "glora:repadapter",
     "glora:ssf",
 ]
-METHODS += ["p_tuning", "p_tuning_v2", "houlsby", "compacter"]
+METHODS += ["p_tuning", "p_tuning_v2", "houlsby", "compacter", "glora:short_run", "lora@q_proj+v_proj"]
 
 
 @pytest.fixture(scope="module")

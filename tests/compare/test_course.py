@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from glora_llm import recipe as recipes
-from glora_llm.compare.course import Course, NotRun, Outcome, Setting, rate_text
+from glora_llm.compare.course import Course, Setting
+from glora_llm.compare.outcome import NotRun, Outcome, rate_text
 from glora_llm.compare.pool import Pool
 from glora_llm.compare.progress import Progress
 from glora_llm.compare.record import RECIPE, Record
@@ -32,7 +33,8 @@ class MadeUp(Pool):
         training, evaluation, until = given.training, given.evaluation, given.output.stop_after or STEPS
         self.launched.append((training.peak_lr, training.seed, until, evaluation.test))
         folder.mkdir(parents=True, exist_ok=True)
-        lines = [{"step": step, "train/loss": 1.0, "train/seconds_per_step": 0.5} for step in range(1, until + 1)]
+        speed = {"train/tokens_per_second": 9.0, "train/seconds_per_step": 0.5}
+        lines = [{"step": step, "train/loss": 1.0, **speed} for step in range(1, until + 1)]
         for line in lines:
             if line["step"] % EVERY == 0:
                 line["validation/loss"] = self.loss(training.peak_lr, training.seed, int(line["step"]))

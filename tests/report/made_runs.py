@@ -80,7 +80,7 @@ def write_adapter(folder: Path) -> None:
 
 
 def write_comparison(folder: Path) -> Path:
-    """Write the folder of a comparison of three methods, one of which did not run."""
+    """Write the folder of a race of four methods, one of which did not run, and one was stopped."""
     folder.mkdir()
 
     def method(name: str, scores: list[float], verdict: str, **more: Any) -> dict[str, Any]:
@@ -98,10 +98,11 @@ def write_comparison(folder: Path) -> Path:
         method("glora", [0.75, 0.875], "best"),
         method("lora", [0.625, 0.6875], "behind", p_value=0.03),
         {"name": "beft", "verdict": "not run", "why": "a LLaMA's linears have no bias"},
+        {"name": "dora", "verdict": "stopped", "stopped_at": 10, "validation": 0.5, "lr": 1e-3, "steps_spent": 10},
     ]
     values = {
         "recipe": "tiny_cpu", "score": "label_accuracy", "higher": True, "budget": "10,000 trained parameters",
-        "methods": methods,
+        "methods": methods, "race": True, "choice": "label_accuracy", "steps_spent": 90,
         "versions": {"torch": "2.13.0"}, "hardware": LAUNCH["hardware"],
         "command": "glora-llm compare --recipe tiny_cpu --methods glora,lora,beft --budget 10k",
     }  # fmt: skip

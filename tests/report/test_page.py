@@ -144,9 +144,12 @@ def test_a_comparison_of_methods(tmp_path: Path) -> None:
         "behind",
         "0.03",
         "beft was not run: a LLaMA's linears",
+        "stopped at step 10",
+        "Stopped in the race, by validation label_accuracy: dora at step 10 with 0.5000.",
+        "Steps trained: dora 10; 90 in all.",
     ):
         assert expected in page, expected
-    assert "2 of 3 methods on recipe tiny_cpu" in page and "each with 10,000 trained parameters" in page
+    assert "2 of 4 methods on recipe tiny_cpu" in page and "each with 10,000 trained parameters" in page
     assert "c/trials/lora-1" in page and "rank 4" in page
 
 

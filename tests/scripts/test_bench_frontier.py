@@ -25,7 +25,7 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("GLORA_DATA", str(tmp_path))
     arguments = options(tmp_path)
     comparisons = bench_frontier.planned(arguments)
-    assert [len(one.methods) for one in comparisons[:4]] == [5, 4, 1, 1], "LoRA on two choices of targets"
+    assert [len(one.methods) for one in comparisons] == [5, 6, 5, 6], "LoRA on two choices of targets"
     for one in comparisons:
         words = bench_frontier.command(one, arguments)[4:]
         named = {name.removeprefix("--"): value for name, value in itertools.pairwise(words) if name[:2] == "--"}
@@ -37,6 +37,7 @@ def test_every_comparison_is_a_request(tmp_path: Path, monkeypatch: pytest.Monke
         )  # fmt: skip
         for contender in request.contenders:
             assert _recipe_of(request.recipe, contender, None).adapter.method == contender.method
+            assert (contender.targets is None) == ("@" not in contender.name)
             section = contender.settings(request.recipe.adapter, request.budget if contender.knob == "budget" else 2)
             assert section["method"] in ("lora", "glora")
             assert ("budget" in section) == (contender.knob == "budget")
@@ -53,18 +54,21 @@ def row(name: str, parameters: int, mean: float, **more: Any) -> dict[str, Any]:
 def test_the_best_targets_are_chosen_by_validation_rows(tmp_path: Path) -> None:
     arguments = options(tmp_path, tasks=["banking77"], budgets=["0.05M"])
     comparisons = bench_frontier.planned(arguments)
-    for one in comparisons:
-        one.folder.mkdir(parents=True)
-        lora = {"k_proj+v_proj": (0.9, 0.1), "o_proj": (0.2, 0.3)}.get(one.targets)
-        trial = one.folder / "trial"
+    (one,) = comparisons
+    one.folder.mkdir(parents=True)
+    rows = []
+    for name, validation, test, losses in (
+        ("glora:uniform", 0.2, 0.25, {2: 0.9, 4: 0.7, 5: 0.5}),
+        ("lora@k_proj+v_proj", 0.9, 0.1, {2: 0.95, 5: 0.7}),
+        ("lora@o_proj", 0.2, 0.3, {2: 0.95, 5: 0.7}),
+    ):
+        trial = tmp_path / name
         trial.mkdir()
-        losses = {2: 0.9, 4: 0.7, 5: 0.5} if lora is None else {2: 0.95, 5: 0.7}
         lines = [json.dumps({"step": step, "validation/loss": loss}) for step, loss in losses.items()]
         (trial / "metrics.jsonl").write_text("\n".join(lines))
-        rows = [row("glora:uniform", 49_000, 0.25, trials=[str(trial)])] if lora is None else []
-        rates = {"1e-3": lora[0], "4e-3": 0.0} if lora else {}
-        rows += [row("lora", 40_000, lora[1], rates=rates, trials=[str(trial)])] if lora else []
-        (one.folder / "comparison.json").write_text(json.dumps({"methods": rows, "higher": True}))
+        rates = {"1e-3": validation, "4e-3": 0.0}
+        rows.append(row(name, 49_000, test, rates=rates, trials=[str(trial)]))
+    (one.folder / "comparison.json").write_text(json.dumps({"methods": rows, "higher": True}))
     found = bench_frontier.points(comparisons, "banking77")
     assert {one["name"] for one in found} == {"glora:uniform", "lora on k_proj, v_proj"}
     text = bench_frontier.table("banking77", found)

@@ -23,7 +23,9 @@ COMMON = [
     *("adapter.slots=null", "adapter.scaling=even", "adapter.budget=4000", "adapter.budget_rows=60"),
     *("adapter.predictor=agreement", "output.save_every=2"),
 ]
-SCENARIOS = {"zero1": ["training.deepspeed=zero1"], "zero3": [f"training.deepspeed={DIVIDED}"]}
+STAGES = {"zero1": ["training.deepspeed=zero1"], "zero3": [f"training.deepspeed={DIVIDED}"]}
+SHORT = ["adapter.predictor=short_run", "adapter.budget_rows=32", "training.steps=8"]
+SCENARIOS = STAGES | {f"short-{name}": [*more, *SHORT] for name, more in STAGES.items()}
 
 
 def main() -> None:

@@ -40,6 +40,15 @@ def test_processes_and_stages_choose_alike(runs: dict[str, Path], name: str) -> 
             assert found[layer][slot] == pytest.approx(choices, rel=2e-3, abs=1e-2), (layer, slot)
 
 
+@pytest.mark.parametrize("name", ["1-short-zero3", "2-short-zero1", "2-short-zero3"])
+def test_short_runs_choose_alike(runs: dict[str, Path], name: str) -> None:
+    one, other = runs["1-short-zero1"], runs[name]
+    assert (one / "genome.json").read_text() == (other / "genome.json").read_text()
+    expected, found = read(one, "structure/choice.json"), read(other, "structure/choice.json")
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5) and len(expected["losses"]) == 2
+    assert found["score"] == pytest.approx(expected["score"], rel=2e-3)
+
+
 @pytest.mark.parametrize("name", ["1-zero3", "2-zero1", "2-zero3"])
 def test_scales_and_training_are_alike(runs: dict[str, Path], name: str) -> None:
     one, other = runs["1-zero1"], runs[name]
