@@ -182,7 +182,7 @@ def table(task: str, rows: list[dict[str, Any]]) -> str:
 
 
 def cells(row: dict[str, Any], lora: dict[str, Any] | None, score: str) -> list[str]:
-    """Return the cells of one method, the last ones against LoRA, whose targets may have been chosen by `best_targets`."""
+    """Return the cells of one method, the last ones against LoRA, on its own targets or on chosen ones."""
     if row.get("mean") is None:
         return [str(row["parameters"] or "-"), "-", row.get("why") or row["verdict"], "-", "-", "-"]
     rival = None if lora is None or lora is row or lora.get("mean") is None else lora
