@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glora_llm.errors import UserError
-from glora_llm.schema import AdapterSection
+from glora_llm.schema import AdapterSection, SupernetSection
 from glora_llm.schema.slots import DEFAULT_SLOTS, PRESETS
 
 BASE_RATE = 2.5e-3
@@ -128,7 +128,12 @@ def width_of(config: Any) -> int | None:
 
 
 def _of_b(section: AdapterSection) -> tuple[int, float]:
-    """Return rank and alpha of slot B, which may have its own; those of the adapter elsewhere."""
+    """Return rank and alpha of slot B, which may have its own; those of the adapter elsewhere.
+
+    Of a supernet it is the largest rank, whose scale all share (in even scaling the rank does not matter).
+    """
+    if section.method == "glora" and section.is_supernet:
+        return max((section.supernet or SupernetSection()).ranks), section.alpha
     given: Any = (section.slots or {}).get("B")
     own = given if section.method == "glora" else None
     return getattr(own, "rank", None) or section.rank, getattr(own, "alpha", None) or section.alpha

@@ -29,6 +29,9 @@ dy: in the first step exactly, later less. RANK_EXPONENT (`auto_rate`) says how 
 alpha / rank ^ RANK_EXPONENT, unless `rank_stabilized` asks for alpha / sqrt(rank). What that is beside the alpha / rank
 of the path is part of the factor.
 
+In a supernet each rank has its own alpha / rank (`glora.supernet.slot_choices`), and the factors of a mode are those of
+its largest rank.
+
 Not in this law: the size of x, which is not 1 (C, D and E do not meet it); that C, D and E move all tokens alike; that
 a step of A or C lies along W0's leading directions, which W0 enlarges beyond g (by 11 where one singular value is 82
 and the others at most 3); that columns of an embedding's slots do not move together; and that `up` moves too, along x

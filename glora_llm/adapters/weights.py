@@ -17,6 +17,7 @@ from glora_llm.adapters.methods import METHODS, check_loraplus
 from glora_llm.adapters.periodic_lora import PeriodicLora, past_factors
 from glora_llm.adapters.saved_prompts import SAVED, learns_prompt, saved_prompt, saved_prompt_names
 from glora_llm.adapters.start import ADAPTER_WEIGHTS, require_same_function, require_weights, saved_config
+from glora_llm.adapters.supernet_start import begins_with_b, check_b, load_b
 from glora_llm.errors import UserError
 from glora_llm.glora.learning_rates import lr_factors
 from glora_llm.schema import AdapterSection
@@ -61,7 +62,8 @@ def trainables(model: nn.Module, section: AdapterSection, loraplus_ratio: float)
 def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
     """Set the trained parameters to the weights of an adapter folder of the same slots; all processes call it together.
 
-    Ranks that AdaLoRA had pruned begin as zero again, so the function is the same.
+    Ranks that AdaLoRA had pruned begin as zero again, so the function is the same. A supernet may begin with a trained
+    B instead (`supernet_start`).
 
     Args:
         model: the PEFT model that `inject` returned.
@@ -70,6 +72,8 @@ def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
         UserError: as `check_weights`.
     """
     check_weights(model, items, folder)
+    if begins_with_b(model.peft_config["default"], folder):
+        return load_b(model, folder)
     weights, names = load_file(folder / ADAPTER_WEIGHTS), _saved_names(model, items)
     for item in items:
         name, pruned = names[item.name], _pruned(folder).get(names[item.name])
@@ -89,6 +93,9 @@ def check_weights(model: Any, items: list[Trainable], folder: Path) -> None:
     problem = adapter_fault(folder)
     if problem:
         raise UserError(f"adapter.weights: {folder} is damaged: {problem}.")
+    if begins_with_b(model.peft_config["default"], folder):
+        check_b(model, folder)
+        return
     require_same_function(model.peft_config["default"], folder)
     names = _saved_names(model, items)
     given_by_encoder = {SAVED} if _has_prompt(model) and SAVED not in names.values() else set()

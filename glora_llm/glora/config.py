@@ -93,7 +93,8 @@ class GLoRAConfig(PeftConfig):
         """Modes and ranks that each slot may take in a supernet; None where the paths are fixed."""
         if self.supernet is None:
             return None
-        return slot_choices(self.supernet.get("modes"), self.supernet.get("ranks") or [self.rank], self.alpha)
+        ranks = self.supernet.get("ranks") or [self.rank]
+        return slot_choices(self.supernet.get("modes"), ranks, self.alpha, self.scaling == "even")
 
     def _check_composition(self) -> None:
         """Refuse `hadamard` where no layer has A in mode lora, of which it is, and one has mode block."""

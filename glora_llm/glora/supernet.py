@@ -1,6 +1,7 @@
 """A supernet: every slot of a layer holds all modes that it may have, and a path says which of them are computed.
 
-Ranks share weights: rank 4 is the first 4 columns of rank 8, at the same scale, so a smaller rank is a truncation.
+Ranks share weights: rank 4 is the first 4 columns of rank 8. In plain scaling it has the same scale, so a smaller rank
+is a truncation; in even scaling each rank has its own, alpha / rank, as where it is trained alone (`slot_choices`).
 What a path leaves out is not computed, and gets a gradient of zero: every parameter has a gradient in every step on
 every rank, in the same order, whatever was drawn. ZeRO's buckets of 1, 2 and 3 stay sound by that.
 """
@@ -60,12 +61,18 @@ MODE_OF = {
 }  # parameter -> mode; the others are named after their mode
 
 
-def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int], alpha: float) -> SlotChoices:
+def slot_choices(
+    modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int], alpha: float, even: bool = False
+) -> SlotChoices:
     """Return what each slot may be; modes lora and block once for each rank, all at the scale alpha / largest rank.
 
     Args:
         modes: slot -> modes allowed; a slot that is not given may be anything of `SUPERNET_MODES`.
         ranks: of modes lora and block.
+        even: each rank r has the scale alpha / r instead. A step moves r columns by the rate each; columns that move
+            together move the output by scale x r, alike for all ranks then. At one scale rank 2 of 8 would move it by
+            a quarter, and a genome of rank 2 would train on at a quarter of the rate. DyLoRA (arXiv 2210.07558)
+            scales its truncations so too.
 
     Raises:
         UserError: for an unknown slot or mode, or a slot without any.
@@ -89,7 +96,9 @@ def slot_choices(modes: Mapping[Any, Sequence[str]] | None, ranks: Sequence[int]
             for mode in SLOT_MODES[slot]
             if mode in allowed
             for spec in (
-                [SlotSpec(mode, rank, alpha / sizes[0]) for rank in sizes] if mode in RANKED_MODES else [SlotSpec(mode)]
+                [SlotSpec(mode, rank, alpha / (rank if even else sizes[0])) for rank in sizes]
+                if mode in RANKED_MODES
+                else [SlotSpec(mode)]
             )
         )
     return found
@@ -104,6 +113,12 @@ def largest_path(choices: SlotChoices, has_bias: bool) -> LayerPath:
     """Return the path with the first choice of every slot; slot D is none where there is no bias."""
     specs = [(slot, choices[slot][0]) for slot in slots_of(choices, has_bias)]
     return LayerPath(tuple((slot, spec) for slot, spec in specs if spec.mode != "none"))
+
+
+def smallest_path(choices: SlotChoices, has_bias: bool) -> LayerPath:
+    """Return the path with the last choice of every slot that is not none: every slot acts, as small as it can be."""
+    acting = {slot: [spec for spec in choices[slot] if spec.mode != "none"] for slot in slots_of(choices, has_bias)}
+    return LayerPath(tuple((slot, specs[-1]) for slot, specs in acting.items() if specs))
 
 
 def make_choices(

@@ -26,14 +26,18 @@ def find_teacher(recipe: Recipe, base: ResolvedModel, task: Any, weights: bool) 
         UserError: for a task without tokens, a teacher that cannot be found, another tokenizer or vocabulary, and
             layers that cannot be compared.
     """
-    settings = recipe.training.distill
+    settings, supernet = recipe.training.distill, recipe.adapter.supernet
+    keys = {"training.distill": settings, "adapter.supernet.distill": supernet.distill if supernet else None}
+    given = [key for key, value in keys.items() if value is not None]
+    if given and type(task) is not TextTask:
+        raise UserError(
+            f"{given[0]} compares the logits of tokens, and this recipe learns no text by its next token "
+            f"(data.format {recipe.data.format}, task {recipe.task}). Take it away: {given[0]}=null."
+        )
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are two teachers of one model: set one of them to null.")
     if settings is None:
         return None
-    if type(task) is not TextTask:
-        raise UserError(
-            "training.distill compares the logits of tokens, and this recipe learns no text by its next token "
-            f"(data.format {recipe.data.format}, task {recipe.task}). Take it away: training.distill=null."
-        )
     found = resolve(settings.as_model(), weights)
     _check_tokenizers(task.tokenizer, load_tokenizer(found.folder), settings.teacher)
     _check_shapes(load_config(base.folder), load_config(found.folder), settings)

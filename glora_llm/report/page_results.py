@@ -70,12 +70,14 @@ def search_table(run: RunRecord) -> Table | None:
     found = run.summary.get("search")
     if not isinstance(found, dict) or not found:
         return None
+    tests = list(dict.fromkeys(name for one in found.values() for name in one.get("test") or ()))
     rows = [
-        [limit, number(one.get("parameters")), score(one.get("score")), number(one.get("candidates")),
+        [limit, number(one.get("parameters")), score(one.get("score")),
+         *(score((one.get("test") or {}).get(name)) for name in tests), number(one.get("candidates")),
          number(one.get("passes")), number(one.get("seconds"))]
         for limit, one in found.items()
     ]  # fmt: skip
-    head = ["limit", "parameters", "score", "candidates", "passes", "seconds"]
+    head = ["limit", "parameters", "score", *tests, "candidates", "passes", "seconds"]
     note = "The first limit's structure is RUN/genome.json. Higher scores are better. A pass is one over all rows."
     return Table("What the search chose", head, rows, note)
 

@@ -20,6 +20,7 @@ from glora_llm.adapters.inject import (
 )
 from glora_llm.adapters.start import saved_config
 from glora_llm.adapters.stateful import load_state, stateful_method
+from glora_llm.adapters.supernet_start import begins_with_b
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
 from glora_llm.glora.path_sampler import Supernet
@@ -33,7 +34,7 @@ from glora_llm.plan.plan import Plan
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.run.resumed import Resumed, describe_changes, layout
 from glora_llm.run.saving import Clock, Saver
-from glora_llm.schema import AdapterSection, Recipe
+from glora_llm.schema import AdapterSection, DistillSection, Recipe, SupernetSection
 from glora_llm.training import checkpoint
 from glora_llm.training.best import Best
 from glora_llm.training.distill import DistilledObjective
@@ -104,7 +105,9 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
     penalty = method.penalty_gradients() if method else None
     if recipe.model.compile:
         load.compile_layers(bare)
-    engine = Engine(objective_of(plan, bare, device), items, recipe.training, plan.deepspeed, device, penalty)
+    supernet = _supernet(plan, model)
+    objective = objective_of(plan, bare, device, supernet)
+    engine = Engine(objective, items, recipe.training, plan.deepspeed, device, penalty)
     match_frozen_tensors(model)
     if engine.stage == 3 and recipe.adapter.method == "deft":
         _gather_biases(model)
@@ -122,7 +125,7 @@ def build(plan: Plan, folder: RunFolder, processes: Processes) -> TrainingParts:
         best.load_state_dict(resumed.trainer.get("best", {}))
     saver = Saver(plan, folder, model, method, processes.is_main_process, data_digest, clock, best)
     vlora_stack = list(layers(bare)) if recipe.adapter.is_full and vlora_layers(bare) else []
-    supernet, load_peak_gb = _supernet(plan, model), peak_memory_gb(device)
+    load_peak_gb = peak_memory_gb(device)
     return TrainingParts(
         model, trained, engine, cost, supernet, vlora_stack, saver, clock, start, changes, load_peak_gb, best
     )
@@ -153,9 +156,17 @@ def describe_parts(parts: TrainingParts, adapter: AdapterSection, world_size: in
     return lines
 
 
-def objective_of(plan: Plan, model: Any, device: torch.device) -> Any:
-    """Return the task's objective for a model, with a teacher on the same device where the recipe has one."""
+def objective_of(plan: Plan, model: Any, device: torch.device, supernet: Supernet) -> Any:
+    """Return the task's objective for a model, with a teacher on the same device where the recipe has one.
+
+    Args:
+        supernet: whose largest path may be the teacher.
+    """
     objective, settings = plan.task.objective(model), plan.recipe.training.distill
+    drawn = plan.recipe.adapter.supernet
+    if drawn is not None and drawn.distill is not None:
+        own = DistillSection(teacher="", weight=drawn.distill)
+        return DistilledObjective(objective, None, own, supernet.as_teacher)
     if settings is None or plan.teacher is None:
         return objective
     teacher = load.load_base(settings.as_model(), plan.teacher.folder, device)
@@ -168,7 +179,7 @@ def reference_objective(plan: Plan, objective: Any, device: torch.device) -> tup
     Args:
         objective: of the model that is trained.
     """
-    if isinstance(objective, DistilledObjective):
+    if isinstance(objective, DistilledObjective) and not objective.is_own_teacher:
         return "teacher", objective.teacher
     model = plan.recipe.model
     if model.from_dense is None:
@@ -202,16 +213,15 @@ def _read_checkpoint(
     return Resumed(found, tensors, trainer)
 
 
-def _set_weights(
-    model: nn.Module, items: Sequence[Trainable], resumed: Resumed | None, section: AdapterSection
-) -> None:
+def _set_weights(model: Any, items: Sequence[Trainable], resumed: Resumed | None, section: AdapterSection) -> None:
     """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start.
 
     The scales of even slots are those that the weights were trained with; at a new start they are measured.
     """
     adapter = section.weights
     if section.scaling == "even":
-        saved = resumed.folder / "adapter" if resumed else Path(adapter) if adapter else None
+        fits = adapter is not None and not begins_with_b(model.peft_config["default"], Path(adapter))
+        saved = resumed.folder / "adapter" if resumed else Path(adapter or "") if fits else None
         found = None if saved is None else (saved_config(saved) or {}).get("scales")
         set_scales(model, found or even_scales(model))
     if resumed is not None:
@@ -243,5 +253,8 @@ def _rated(items: Sequence[Trainable], bare: Any, recipe: Recipe) -> list[Traina
 
 def _supernet(plan: Plan, model: nn.Module) -> Supernet:
     """Return the layers whose paths are drawn; none of them where the recipe fixes the paths."""
-    drawn = searched_layers(model) if plan.recipe.adapter.is_supernet else {}
-    return Supernet(drawn, plan.recipe.training.seed)
+    recipe = plan.recipe
+    drawn, settings = recipe.adapter.supernet or SupernetSection(), recipe.training
+    found = searched_layers(model) if recipe.adapter.is_supernet else {}
+    micro_batches = settings.global_batch // settings.micro_batch
+    return Supernet(found, settings.seed, drawn.sandwich or 0, micro_batches, drawn.odds)

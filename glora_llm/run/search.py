@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,8 +17,7 @@ from glora_llm.adapters.start import ADAPTER_WEIGHTS
 from glora_llm.errors import UserError
 from glora_llm.evaluation.scoring import Passes, passes_of, score_model
 from glora_llm.evaluation.trained import load_adapted
-from glora_llm.failpoints import reach
-from glora_llm.glora.path import SlotSpec, genome_to_json, genome_to_slots
+from glora_llm.glora.path import SlotSpec
 from glora_llm.glora.supernet import SearchedLayer, set_paths
 from glora_llm.launch import ranks
 from glora_llm.launch.device import choose_device
@@ -30,17 +28,19 @@ from glora_llm.plan.plan import Plan, make_plan, require_same_base
 from glora_llm.plan.run_folder import RunFolder
 from glora_llm.plan.search_checks import check_search
 from glora_llm.plan.trained_weights import trained_weights
-from glora_llm.report import search_figures
 from glora_llm.report.summary import print_scores
 from glora_llm.run.further import describe_further
+from glora_llm.run.search_files import limits_table, write_search
 from glora_llm.run.search_scorer import RowScorer
 from glora_llm.schema import SearchSection
 from glora_llm.search import cost
-from glora_llm.search.archive import Journal, Scored, pareto_front
+from glora_llm.search.archive import Journal
 from glora_llm.search.driver import Found, Progress, search
 from glora_llm.search.limits import limits
-from glora_llm.search.space import Code, LayerShape, Space, Value, space_of
+from glora_llm.search.space import LayerShape, Value, space_of
 from glora_llm.training.engine import Engine
+
+Test = Callable[[], dict[str, float]]
 
 
 class Launch(NamedTuple):
@@ -58,8 +58,9 @@ class Launch(NamedTuple):
 
 
 def search_after_training(
-    plan: Plan, folder: RunFolder, model: Any, engine: Engine, processes: Processes, say: Callable[[str], None]
-) -> dict[str, Any] | None:
+    plan: Plan, folder: RunFolder, model: Any, engine: Engine, processes: Processes, say: Callable[[str], None],
+    test: Test,
+) -> dict[str, Any] | None:  # fmt: skip
     """Search the supernet that this launch trained, on all of its processes; return None if that was done already.
 
     Raises:
@@ -71,7 +72,7 @@ def search_after_training(
         say(f"the search had ended already: {folder.genome} (`glora-llm search {folder.path}` starts another)")
         return None
     place = (processes.process_rank, processes.world_size, engine.stage == 3)
-    return run_search(plan, folder, model, Passes(engine.score, engine.loss), engine.gather_rows, launch, place)
+    return run_search(plan, folder, model, Passes(engine.score, engine.loss), engine.gather_rows, launch, place, test)
 
 
 def search_command(run: Path, overrides: Sequence[str]) -> None:
@@ -97,8 +98,12 @@ def _search_alone(plan: Plan, folder: RunFolder) -> None:
     require_same_base(folder, plan)
     model = load_adapted(plan, trained_weights(folder).weights, gradients=True)
     launch = Launch(True, lambda value: value, choose_device())
-    results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch)
-    scores = {} if plan.task.test is None else score_model(plan, model, "test")
+
+    def test() -> dict[str, float]:
+        return {} if plan.task.test is None else score_model(plan, model, "test")
+
+    results = run_search(plan, folder, model, passes_of(plan, model), lambda table: table, launch, test=test)
+    scores = next(iter(results.values()))["test"]
     folder.update_summary({"search": results, "test_genome": scores})
     for text, found in results.items():
         print(
@@ -118,15 +123,17 @@ def run_search(
     gather: Callable[[torch.Tensor], torch.Tensor],
     launch: Launch,
     place: tuple[int, int, bool] = (0, 1, False),
+    test: Test = dict,
 ) -> dict[str, Any]:
     """Search within every limit of the recipe; write genomes, archive and figures; leave the model on the first genome.
 
     Args:
         gather: sums a table over processes.
         place: process_rank, world_size, and True if parameters are sharded.
+        test: scores the test rows, of the genome of every limit once all are chosen.
 
     Returns:
-        by limit: parameters, score, forward passes over all rows, seconds: for summary.json.
+        by limit: parameters, score, forward passes over all rows, seconds, test scores: for summary.json.
 
     Raises:
         UserError: when a limit cannot be kept, or the journal belongs to another supernet.
@@ -149,9 +156,13 @@ def run_search(
 
             found[text] = search(space, settings, limit, scorer, journal, tell)
         results[text] = _summary(found[text], len(scorer.numbers))
-    set_paths(layers, space.genome(next(iter(found.values())).best.code))
     if launch.is_main_process:
-        _write(folder, space, settings, found)
+        write_search(folder, space, settings, found)
+    for text in reversed(found):
+        set_paths(layers, space.genome(found[text].best.code))
+        results[text]["test"] = test()
+    if launch.is_main_process:
+        (folder.search / "limits.md").write_text(limits_table(results, settings.metric), encoding="utf-8")
     return results
 
 
@@ -216,81 +227,3 @@ def _summary(found: Found, rows: int) -> dict[str, Any]:
         "passes": found.samples / rows,
         "seconds": found.seconds,
     }
-
-
-def _write(folder: RunFolder, space: Space, settings: SearchSection, found: dict[str, Found]) -> None:
-    """Write what was found: RUN/genome.json is the first limit's."""
-    reach("search.before_archive")
-    folder.search.mkdir(parents=True, exist_ok=True)
-    everything: dict[bytes, Scored] = {}
-    for text, part in found.items():
-        (folder.search / f"genome-{text}.json").write_text(
-            genome_to_json(space.genome(part.best.code)), encoding="utf-8"
-        )
-        everything |= {candidate.code.tobytes(): candidate for candidate in part.candidates}
-    first = next(iter(found.values()))
-    genome = space.genome(first.best.code)
-    folder.write("genome.json", genome_to_json(genome))
-    reach("search.after_genome")
-    candidates = list(everything.values())
-    front = pareto_front(candidates)
-    _write_archive(folder.search / "archive.json", space, settings, candidates, front)
-    allowed = list(limits(settings).items()) if settings.limit == "parameters" else []
-    figures = {
-        "pareto": search_figures.pareto(candidates, front, allowed, settings.metric),
-        "generations": search_figures.generations(first.history, settings.metric),
-        "modes": search_figures.modes(genome),
-        "sizes": search_figures.sizes(_shares(space, first.best.code)),
-    }
-    _show(folder, figures, first)
-    reach("search.after_archive")
-
-
-def _write_archive(
-    file: Path, space: Space, settings: SearchSection, candidates: list[Scored], front: list[Scored]
-) -> None:
-    on_front = {candidate.code.tobytes() for candidate in front}
-    entries = [
-        {
-            "score": candidate.score,
-            "parameters": candidate.parameters,
-            "cost": candidate.cost,
-            "generation": candidate.generation,
-            "pareto": candidate.code.tobytes() in on_front,
-        }
-        | ({"genome": genome_to_slots(space.genome(candidate.code))} if candidate.code.tobytes() in on_front else {})
-        for candidate in sorted(candidates, key=lambda c: (c.parameters, -c.score))
-    ]
-    values = {"metric": settings.metric, "limit": settings.limit, "candidates": entries}
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _shares(space: Space, code: Code) -> dict[str, int]:
-    """Return the trainable parameters of every layer."""
-    shares = dict.fromkeys((layer.name for layer in space.layers), 0)
-    for row, gene in enumerate(space.genes):
-        shares[space.layers[gene.layer].name] += int(space.parameters[row, code[row]])
-    return shares
-
-
-def _show(folder: RunFolder, figures: dict[str, Any], found: Found) -> None:
-    """Save the figures as PNG, and put them and the course of the search into TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder.path / "tensorboard")) as board:
-        for name, figure in figures.items():
-            figure.savefig(folder.search / f"{name}.png", dpi=150)
-            board.add_image(f"search/{name}", _pixels(figure), dataformats="HWC")
-        by_generation = {progress.generation: progress for progress in found.history}
-        for generation, progress in by_generation.items():
-            if np.isfinite(progress.best):
-                board.add_scalar("search/best_score", progress.best, generation)
-            board.add_scalar("search/samples", progress.samples, generation)
-
-
-def _pixels(figure: Any) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]

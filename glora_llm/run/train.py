@@ -265,11 +265,14 @@ class Run:
         reach("result.after_summary")
 
     def _search(self) -> None:
-        """Search the supernet that was trained, and score the genome on the test rows."""
+        """Search the supernet that was trained, and score the genome of each limit on the test rows."""
         parts = self.parts
-        results = search_after_training(self.plan, self.folder, parts.model, parts.engine, self.processes, self.log.say)
+        results = search_after_training(
+            self.plan, self.folder, parts.model, parts.engine, self.processes, self.log.say,
+            lambda: self._score("test", None),
+        )  # fmt: skip
         if results:
-            self._record({"search": results, "test_genome": self._score("test", None)})
+            self._record({"search": results, "test_genome": next(iter(results.values()))["test"]})
 
     def _record(self, values: dict[str, Any]) -> None:
         """Add values to summary.json; the first process writes."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from glora_llm.schema.section import LocalPath, PositiveInt, Rank, Section, key
-from glora_llm.schema.slots import Composition, Mode, Preset, Slot
+from glora_llm.schema.slots import SUPERNET_MODES, Composition, Mode, Preset, Slot
 
 
 class SlotSetting(Section):
@@ -35,6 +35,20 @@ class SupernetSection(Section):
     sizes: dict[SizedSlot, Annotated[list[Size], Field(min_length=1)]] | None = key(
         None, "method noah: sizes of each part of a block, 0: none; what is not named may be 0, 5, 10, 50 or 100"
     )
+    sandwich: Annotated[int, Field(ge=3)] | None = key(
+        None,
+        "of so many micro batches, counted through the run, one trains the largest path and the next one the smallest; "
+        "none: all paths are drawn",
+        "micro batches",
+    )
+    odds: dict[Slot, dict[Mode, Annotated[float, Field(ge=0)]]] | None = key(
+        None, "how likely a mode of a slot is drawn, against its others; what is not named has 1"
+    )
+    distill: Annotated[float, Field(gt=0, le=1)] | None = key(
+        None,
+        "share of the divergence from the largest path's logits in the loss of all other paths (needs sandwich); costs "
+        "a forward pass more for each micro batch",
+    )
 
     @field_validator("sizes", mode="after")
     @classmethod
@@ -50,6 +64,19 @@ class SupernetSection(Section):
         if len(set(ranks)) < len(ranks):
             raise ValueError(f"{ranks} names a rank twice")
         return ranks
+
+    @model_validator(mode="after")
+    def _draws_that_can_be(self) -> "SupernetSection":
+        for slot, given in (self.odds or {}).items():
+            allowed = (self.modes or {}).get(slot, SUPERNET_MODES[slot])
+            other = next((mode for mode in given if mode not in allowed), None)
+            if other is not None:
+                raise ValueError(f"odds: slot {slot} has no mode {other} in this supernet, but {', '.join(allowed)}")
+            if not any(given.get(mode, 1.0) for mode in allowed):  # type: ignore[call-overload]
+                raise ValueError(f"odds: every mode of slot {slot} has 0, so none can be drawn")
+        if self.distill is not None and self.sandwich is None:
+            raise ValueError("distill learns from the largest path, which sandwich trains: set sandwich, say to 4")
+        return self
 
 
 class AdapterSection(Section):
@@ -92,7 +119,11 @@ class AdapterSection(Section):
         "of short_run those of 5 % of the steps, 4 steps at least",
         "samples",
     )
-    weights: LocalPath | None = key(None, "an adapter folder to begin with (RUN/adapter), of the same method and slots")
+    weights: LocalPath | None = key(
+        None,
+        "an adapter folder to begin with (RUN/adapter), of the same method and slots; for a supernet also a LoRA, or "
+        "GLoRA with slot B alone, with which its slot B begins",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "dropout of the input of the low-rank factors")
     lr_factors: dict[Slot, Annotated[float, Field(ge=0)]] | None = key(
         None, "factor on training.lr by slot; what is not named keeps its measured default", "x training.lr"
@@ -139,8 +170,6 @@ class AdapterSection(Section):
         if len(chosen) > 1 and ("genome" in chosen or self.is_supernet):
             name = "genome" if "genome" in chosen else "paths: sample"
             raise ValueError(f"{name} says all about the slots: adapter.{chosen[0]}=null takes {chosen[0]} away")
-        if self.supernet and not self.is_supernet:
-            raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
         if self.preset == "lossless4" and self.dropout:
             raise ValueError(
                 "dropout is of the input of the low-rank factors of A and B, and preset lossless4 has none: "
@@ -155,12 +184,7 @@ class AdapterSection(Section):
             raise ValueError(
                 f"{given[0]} belongs to method glora, not to '{self.method}': adapter.{given[0]}=null takes it away"
             )
-        plain = SupernetSection()
-        others = ("modes", "ranks") if searched else ("sizes",)
-        foreign = [n for n in others if self.supernet and getattr(self.supernet, n) != getattr(plain, n)]
-        if foreign:
-            here = "sizes" if searched else "modes and ranks"
-            raise ValueError(f"supernet.{foreign[0]} is not of method {self.method}, whose supernet has {here}")
+        self._check_supernet()
         if self.method != "glora" and self.scaling != "alpha":
             raise ValueError(f"scaling {self.scaling} belongs to method glora, not to '{self.method}'")
         if self.is_full and any((self.peft, self.weights, self.modules_to_save)):
@@ -168,6 +192,18 @@ class AdapterSection(Section):
         if self.method == "glora" and self.peft:
             raise ValueError("peft holds arguments of PEFT's own methods; glora has keys of its own")
         return self
+
+    def _check_supernet(self) -> None:
+        if self.supernet and not self.is_supernet:
+            raise ValueError("supernet is what `paths: sample` draws from: set adapter.paths=sample")
+        if self.rank_stabilized and self.is_supernet:
+            raise ValueError("rank_stabilized is of fixed ranks, and a supernet scales by alpha / rank: take it away")
+        plain, sized = SupernetSection(), self.method == "noah"
+        others = ("modes", "ranks", "odds", "distill") if sized else ("sizes",)
+        foreign = [n for n in others if self.supernet and getattr(self.supernet, n) != getattr(plain, n)]
+        if foreign:
+            here = "sizes" if sized else "modes and ranks"
+            raise ValueError(f"supernet.{foreign[0]} is not of method {self.method}, whose supernet has {here}")
 
     def _check_budget(self) -> None:
         if self.budget is None:

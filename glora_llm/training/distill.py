@@ -10,7 +10,8 @@ teacher at the token that predicts it: the embeddings, after each layer, and aft
 Letters: N target tokens of the batch, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,22 +30,32 @@ TERMS = ("cross_entropy", "divergence", "states")
 class DistilledObjective(nn.Module):
     """An objective whose loss looks at a teacher too; its scores are those of the student alone.
 
-    The teacher is no submodule: no optimizer, ZeRO stage or checkpoint sees it, and every process holds it whole.
+    The teacher is no submodule: no optimizer, ZeRO stage or checkpoint sees it, and every process holds it whole. Or it
+    is the student itself, in another state: the largest path of a supernet (in-place distillation, arXiv 1903.05134).
 
     Args:
         student: of the model that is trained.
-        teacher: of a frozen model with the same vocabulary, on the same device.
+        teacher: of a frozen model with the same vocabulary, on the same device; None: the student.
         settings: weight, temperature and states.
+        as_teacher: makes the student its teacher for one forward pass, and says whether it is that anyway: then the
+            labels alone count. The pass is made all the same, for under ZeRO 3 all processes have to make it.
 
     Attributes:
         sums: of the loss's terms over the targets that this process has trained on since the last `observe`, and their
             number, (4) float64.
     """
 
-    def __init__(self, student: CausalLMObjective, teacher: CausalLMObjective, settings: DistillSection):
+    def __init__(
+        self,
+        student: CausalLMObjective,
+        teacher: CausalLMObjective | None,
+        settings: DistillSection,
+        as_teacher: Callable[[], AbstractContextManager[bool | None]] = nullcontext,
+    ):
         super().__init__()
-        self.student, self.settings = student, settings
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, which registers nothing
+        self.student, self.settings, self.as_teacher = student, settings, as_teacher
+        # in a tuple, which registers nothing
+        self._teacher = (student if teacher is None else teacher.eval().requires_grad_(False),)
         self.sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64)
 
     @property
@@ -52,20 +63,28 @@ class DistilledObjective(nn.Module):
         """The teacher's objective: what scores it."""
         return self._teacher[0]
 
+    @property
+    def is_own_teacher(self) -> bool:
+        """True if no other model is learnt from."""
+        return self.teacher is self.student
+
     def forward(self, score: bool = False, **batch: Any) -> Tensor | TokenScores:
-        """Return the summed loss of a batch's target tokens, a float32 scalar; or, to `score`, the student's scores."""
-        if score:
-            scores: TokenScores = self.student(**batch, score=True)
-            return scores
+        """Return the summed loss of a batch's target tokens, a float32 scalar; or, to `score`, the student's scores.
+
+        In evaluation mode the loss is that of the labels alone: a search asks for its gradient.
+        """
+        if score or not self.training:
+            alone: Tensor | TokenScores = self.student(**batch, score=score)
+            return alone
         every = self.settings.states > 0
         mine = _states(self.student, batch, every)
-        with torch.no_grad():
+        with torch.no_grad(), self.as_teacher() as is_teacher:
             theirs = _states(self.teacher, batch, every)
         terms = self.student.head.run(self._terms, mine[-1], theirs[-1].to(mine[-1].device), batch["targets"])
         errors = state_errors(mine, theirs) if every else terms.new_zeros(())
         if torch.is_grad_enabled():
             self._note(torch.stack([*terms, errors]), len(batch["targets"]))
-        weight = self.settings.weight
+        weight = 0.0 if is_teacher else self.settings.weight
         loss: Tensor = (1 - weight) * terms[0] + weight * terms[1] + self.settings.states * errors
         return loss
 

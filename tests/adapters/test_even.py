@@ -11,6 +11,7 @@ from torch import nn
 from glora_llm.adapters.even import even_scales, set_scales
 from glora_llm.adapters.inject import adapted_layers
 from glora_llm.glora import GLoRAConfig
+from glora_llm.glora.path import LayerPath
 
 WIDE, NARROW, ROWS = 96, 64, 512
 
@@ -186,6 +187,21 @@ def test_a_supernet_has_a_factor_for_every_mode() -> None:
     assert set(found["E"]) == {"vector"}
     assert set(found["B"]) == {"lora", "vector", "scalar"}
     assert found["A"]["vector"] == pytest.approx(16 * found["A"]["lora"], rel=1e-5) and found["A"]["lora"] != 1
+
+
+def test_ranks_of_a_supernet_move_the_output_alike() -> None:
+    """Also where they share columns: each has alpha over its own rank."""
+    torch.manual_seed(0)
+    base, x, dy = Net(3.0), torch.randn(1, WIDE), torch.randn(1, NARROW)
+    for slot in "AB":
+        sizes = {16: 0.0, 4: 0.0}
+        for seed, rank in ((seed, rank) for seed in range(5) for rank in sizes):
+            model = even(base, seed, supernet={"ranks": [16, 4]}, scaling="even")
+            layer = adapted_layers(model)["linear"]
+            spec = next(spec for spec in layer.choices["default"][slot] if spec.rank == rank)
+            layer.path["default"] = LayerPath(((slot, spec),))
+            sizes[rank] += float(moved(model, x, dy).norm())
+        assert sizes[4] / sizes[16] == pytest.approx(1, rel=0.4)
 
 
 def test_stacked_experts_have_no_single_size() -> None:

@@ -20,6 +20,7 @@ from tests.bad_input.run_cases import FOLDERS
 from tests.bad_input.score_cases import SCORES
 from tests.bad_input.smaller_cases import SMALLER
 from tests.bad_input.structure_cases import STRUCTURES
+from tests.bad_input.supernet_cases import SUPERNETS
 from tests.bad_input.task_cases import ANSWERS, CHOICES
 from tests.bad_input.tokenizer_cases import TOKENIZERS
 from tests.bad_input.vision_cases import VISION
@@ -48,6 +49,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "NOAH": NOAH,
     "genome files": GENOMES,
     "lr auto, even scaling, a structure within a budget": STRUCTURES,
+    "draws and start of a supernet": SUPERNETS,
     "DeepSpeed files": DEEPSPEED,
     "layers that share weights; Muon": SHARING,
     "a smaller model of a dense one; distillation": SMALLER,

@@ -28,6 +28,8 @@ RESUMED = ("zero1-several", "zero3-several", f"{PARTITIONED}-one")
 SEARCHED = "zero1-several"  # what all searches search
 SEARCHES = ("additive-zero1", "additive-zero3", "evolution-zero1", f"evolution-{PARTITIONED}")
 BUDGETS = ("3k", "1.5k")
+TAUGHT = ("zero0", PARTITIONED)  # stages that train with all options of a supernet
+OPTIONS = "adapter.supernet={ranks: [4, 2], sandwich: 3, odds: {B: {lora: 3}}, distill: 0.5}"
 drawn: list[tuple[int, int, Any]] = []  # step, number of the micro batch, path of every layer
 whole = Supernet.draw
 
@@ -62,6 +64,12 @@ def searched_as(out: Path, strategy: str, stage: str) -> list[str]:
     keys = [f"strategy={strategy}", f"budget=[{', '.join(BUDGETS)}]", "passes=3", "population=5", "generations=3"]
     more = [override for override in trained_as(out, SEARCHED) if override != "search=null"]
     return [*more, deepspeed(out, stage), *(f"search.{key}" for key in keys)]
+
+
+def taught_as(out: Path, stage: str) -> list[str]:
+    """Return the overrides of a training with all options."""
+    more = ["search=null", "training.micro_batch=2", "adapter.scaling=even", OPTIONS]
+    return [*settings(out), deepspeed(out, stage), *more]
 
 
 def deepspeed(out: Path, stage: str) -> str:
@@ -100,6 +108,8 @@ def main() -> None:
     out, processes = Path(sys.argv[-1]), ranks.start()
     for name in TRAINED:
         go(out / name, trained_as(out, name), processes)
+    for stage in TAUGHT:
+        go(out / f"taught-{stage}", taught_as(out, stage), processes)
     for name in RESUMED:
         copied(processes, out / name / "checkpoints" / "step-1", out / f"{name}-resumed" / "checkpoints" / "step-1")
         go(out / f"{name}-resumed", trained_as(out, name), processes)

@@ -1,5 +1,8 @@
 """Distillation: the loss and its gradients against a naive version in float64, in chunks and whole."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -96,3 +99,36 @@ def test_a_student_that_is_its_teacher_has_no_divergence() -> None:
         CausalLMObjective(student), CausalLMObjective(teacher), DistillSection(teacher="x", weight=1.0, states=1.0)
     )
     assert abs(float(objective(**batch_of(5, 6)).detach())) < 1e-6
+
+
+@pytest.mark.parametrize("is_teacher", [False, True])
+def test_a_model_learns_from_itself_in_another_state(is_teacher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a frozen copy of that state, which it leaves again; from the labels alone where it is in it."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
+    model, teacher = llama(0), llama(0).requires_grad_(False)
+    teacher.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    weight = model.model.layers[0].mlp.down_proj.weight
+
+    @contextmanager
+    def as_teacher() -> Iterator[bool]:
+        values = weight.data
+        weight.data = values * 1.5
+        yield is_teacher
+        weight.data = values
+
+    settings, batch = DistillSection(teacher="x", weight=0.7), batch_of(5, 9, 7)
+    objective = DistilledObjective(CausalLMObjective(model), None, settings, as_teacher).train()
+    assert objective.is_own_teacher and all(p.requires_grad for p in model.parameters())
+    loss = objective(**batch)
+    loss.backward()
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    other = DistilledObjective(CausalLMObjective(copy.deepcopy(teacher)), CausalLMObjective(teacher), settings).eval()
+    expected = naive(model, teacher, batch, settings if not is_teacher else settings.model_copy(update={"weight": 0.0}))
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():  # what a search asks for
+        alone = other.student(**batch)
+        assert torch.equal(other(**batch), alone)

@@ -23,6 +23,7 @@ from glora_llm.glora.path import genome_to_slots
 from glora_llm.glora.path_sampler import Supernet
 from glora_llm.models.load import meta_model
 from glora_llm.models.resolve import ResolvedModel
+from tests.in_process import train_in_process
 from tests.run.supernet.conftest import mark, unmark
 from tests.run.test_train import write_rows
 from tests.training.launching import ROOT, environment, finished, launch, metrics
@@ -33,8 +34,10 @@ from tests.training.supernet_worker import (
     RESUMED,
     SEARCHED,
     SEARCHES,
+    TAUGHT,
     TRAINED,
     searched_as,
+    taught_as,
     trained_as,
 )
 
@@ -112,6 +115,21 @@ def test_every_stage_trains_the_supernet_of_stage_zero(runs: Path, name: str) ->
     for key, weight in adapter(expected).items():
         torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-5, msg=key)
     assert sum(bool(weight.any()) for weight in weights.values()) > len(weights) / 2
+
+
+def test_the_options_of_a_supernet_are_one_process_s_on_two_and_under_every_stage(runs: Path) -> None:
+    """Sandwich, odds and the largest path as a teacher, which every process runs in every micro batch."""
+    one = runs / "taught-one"
+    assert train_in_process("tiny_cpu_search", *taught_as(runs, "zero0"), f"output.dir={one}") == 0
+    for stage in TAUGHT:
+        two = runs / f"taught-{stage}"
+        for key in ("train/loss", "train/cross_entropy", "train/divergence", "train/grad_norm", "validation/loss"):
+            assert metrics(two, key) == pytest.approx(metrics(one, key), rel=1e-5) and metrics(two, key), key
+        for key, weight in adapter(one).items():
+            torch.testing.assert_close(adapter(two)[key], weight, rtol=0, atol=1e-5, msg=key)
+    paths = {4 * step + number: genome for rank in range(2) for step, number, genome in drawn(two, rank)}
+    assert len(paths) == 12 and paths[0] == paths[3] == paths[6] != paths[1] == paths[4] == paths[7]
+    assert len({json.dumps(paths[turn]) for turn in (2, 5, 8, 11)}) == 4
 
 
 def computed(paths: list[dict[str, Any]], name: str) -> bool:
