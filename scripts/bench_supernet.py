@@ -245,7 +245,7 @@ def table(runs: list[Run], arguments: argparse.Namespace) -> str:
     head = ["variant", "rate", "seeds", "parameters", "largest path, loss", "inherited, loss", "trained further, loss"]
     head += ["score", "steps", "seconds (search)"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    starts = {run.folder: summary_of(run.folder) for run in runs if run.variant == START}
+    starts: dict[Path | None, Any] = {run.folder: summary_of(run.folder) for run in runs if run.variant == START}
     for variant in arguments.variants:
         for rate in arguments.rates:
             mine = [run for run in runs if run.variant == variant and f"training.lr={rate}" in run.words]

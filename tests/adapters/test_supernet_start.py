@@ -79,12 +79,14 @@ def test_the_largest_path_is_what_was_trained(scaling: str, ranks: list[int], st
 def test_ranks_at_one_scale_are_the_best_approximations(tmp_path: Path) -> None:
     trained(tmp_path, lora())
     model = supernet([8, 4, 2])
-    layer, before = adapted_layers(model)[DOWN], adapted_layers(supernet([8, 4, 2]))[DOWN]
+    layer: Any = adapted_layers(model)[DOWN]
+    before: Any = adapted_layers(supernet([8, 4, 2]))[DOWN]
     load_b(model, tmp_path)
 
     def change(rank: int) -> torch.Tensor:
         layer.path["default"] = LayerPath((("B", SlotSpec("lora", rank, 2.0)),))
-        return layer.merged_weight(["default"])[0] - layer.get_base_layer().weight
+        found: torch.Tensor = layer.merged_weight(["default"])[0] - layer.get_base_layer().weight
+        return found
 
     best = torch.linalg.svd(change(8))
     for rank in (4, 2):

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glora_llm import recipe
 from scripts import bench_supernet
+from scripts.bench_scales import DIVERGED
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> tuple[list[bench_supernet.Run], object]:
+def planned(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> tuple[list[bench_supernet.Run], Any]:
     monkeypatch.setenv("GLORA_DATA", str(out))
     monkeypatch.setattr("sys.argv", ["bench_supernet.py", "--out", str(out), *words])
     arguments = bench_supernet.parse()
@@ -18,7 +20,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> tuple[li
 
 def test_every_variant_is_a_recipe_and_has_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _ = planned(monkeypatch, tmp_path, "--steps", "30", "--further", "10", "--start", "8")
-    checked = {run.folder: recipe.load(run.words[2], [*run.words[3:], f"output.dir={run.folder}"]) for run in runs}
+    checked: dict[Path | None, Any] = {
+        run.folder: recipe.load(run.words[2], [*run.words[3:], f"output.dir={run.folder}"]) for run in runs
+    }
     assert len(checked) == len(bench_supernet.VARIANTS) + 1, "both supernets from B have the same start"
     for run in runs:
         one = checked[run.folder]
@@ -29,8 +33,8 @@ def test_every_variant_is_a_recipe_and_has_the_same_steps(tmp_path: Path, monkey
         assert one.adapter.is_supernet == (run.variant not in (bench_supernet.LORA, bench_supernet.START))
         assert one.search is None or str(one.search.budget) == "610560"
     options = {run.variant: checked[run.folder].adapter.supernet for run in runs}
-    assert options["even+distill"].sandwich == 4 and options["even+distill"].distill == 0.5  # type: ignore[union-attr]
-    assert options["even+weighted"].odds["B"] == {"lora": 4.0}  # type: ignore[union-attr,index]
+    assert options["even+distill"].sandwich == 4 and options["even+distill"].distill == 0.5
+    assert options["even+weighted"].odds["B"] == {"lora": 4.0}
 
 
 def test_the_table_is_what_the_runs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +56,8 @@ def test_the_table_is_what_the_runs_say(tmp_path: Path, monkeypatch: pytest.Monk
     start = by_variant[bench_supernet.START].folder
     start.mkdir()
     (start / "summary.json").write_text(json.dumps({"test": {}, "steps": 16, "seconds": 4.0}))
-    bench_supernet.log_of(by_variant["plain"]).write_text(f"{bench_supernet.DIVERGED}\n")
-    lines = bench_supernet.table(runs, arguments).splitlines()  # type: ignore[arg-type]
+    bench_supernet.log_of(by_variant["plain"]).write_text(f"{DIVERGED}\n")
+    lines = bench_supernet.table(runs, arguments).splitlines()
     assert lines[2:] == [
         "| LoRA | 0.004 | 1 | 500,000 | - | - | 0.200 | 0.750 | 72 | 10 (0) |",
         "| even | 0.004 | 1 | 500,000 | 2.000 | 0.400 | 0.300 | 0.750 | 72 | 25 (5) |",
