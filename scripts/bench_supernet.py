@@ -147,7 +147,7 @@ def runs_of(variant: str, rate: str, seed: int, arguments: argparse.Namespace) -
     section = f"adapter={{method: glora, targets: all-linear, paths: sample, alpha: 16, scaling: {scaling}, {supernet}"
     search = f"search={{budget: {arguments.rank * LORA_OF_RANK_1}, passes: {arguments.passes}, max_rows: 100}}"
     steps = arguments.steps - (arguments.start if starts else 0)
-    sizes = f"{arguments.steps}+{arguments.further}-p{arguments.passes}-{of_rank}"
+    sizes = f"{steps}+{arguments.further}-p{arguments.passes}-{of_rank}"
     sizes = f"{arguments.start}+{sizes}" if starts else sizes
     more = [section + weights + "}", search, f"search.finetune_steps={arguments.further}", *arguments.overrides]
     return [*starts, make(variant, steps, sizes, starts[0].folder if starts else None, *more)]
