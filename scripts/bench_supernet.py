@@ -1,6 +1,6 @@
 """A supernet, a search and further training against training LoRA alone for as many steps, at the same rate.
 
-  GLORA_DATA=FOLDER python scripts/bench_supernet.py [--variants plain even even+sandwich] [--rates 4e-3] [--seeds 0]
+  GLORA_DATA=FOLDER python scripts/bench_supernet.py [--variants plain even even+sandwich] [--rates 2.5e-3] [--seeds 0]
       [--steps 48] [--further 24] [--start 16] [--rank 2] [--passes 10] [--jobs 2] [--list] [--table-only]
 
 Each variant trains a supernet of ranks 8, 4 and 2 on all linears for --steps steps, searches within the parameters of a
@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_supernet"))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--rates", nargs="+", default=["4e-3"])
+    parser.add_argument("--rates", nargs="+", default=["2.5e-3"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=48, help="of the supernet (default: %(default)s)")
     parser.add_argument("--further", type=int, default=24, help="of the genome (default: %(default)s)")

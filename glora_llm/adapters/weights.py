@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glora_llm.adapters.adalora import kept_ranks, pruned_shape, spread
+from glora_llm.adapters.even_start import start_gains
 from glora_llm.adapters.frozen import is_frozen, load_frozen
 from glora_llm.adapters.fused import FrozenAdapters
 from glora_llm.adapters.methods import METHODS, check_loraplus
@@ -75,10 +76,11 @@ def load_start(model: Any, items: list[Trainable], folder: Path) -> None:
     if begins_with_b(model.peft_config["default"], folder):
         return load_b(model, folder)
     weights, names = load_file(folder / ADAPTER_WEIGHTS), _saved_names(model, items)
+    gains = start_gains(model, (saved_config(folder) or {}).get("scales"), list(names.values()))
     for item in items:
         name, pruned = names[item.name], _pruned(folder).get(names[item.name])
         whole = weights[name] if pruned is None else spread(weights[name], pruned, item.parameter.detach(), name)
-        set_whole(item.parameter, whole)
+        set_whole(item.parameter, whole if gains.get(name, 1.0) == 1 else gains[name] * whole)
     load_frozen(model, folder)
 
 

@@ -20,7 +20,6 @@ from glora_llm.adapters.inject import (
 )
 from glora_llm.adapters.start import saved_config
 from glora_llm.adapters.stateful import load_state, stateful_method
-from glora_llm.adapters.supernet_start import begins_with_b
 from glora_llm.adapters.weights import load_start, require_same_frozen, trainables
 from glora_llm.errors import UserError
 from glora_llm.glora.path_sampler import Supernet
@@ -216,13 +215,11 @@ def _read_checkpoint(
 def _set_weights(model: Any, items: Sequence[Trainable], resumed: Resumed | None, section: AdapterSection) -> None:
     """Set the trained parameters to those of a checkpoint, or of an adapter folder at a new start.
 
-    The scales of even slots are those that the weights were trained with; at a new start they are measured.
+    The factors of even slots are those of the run; at a new start they are measured, and weights are fitted to them.
     """
     adapter = section.weights
     if section.scaling == "even":
-        fits = adapter is not None and not begins_with_b(model.peft_config["default"], Path(adapter))
-        saved = resumed.folder / "adapter" if resumed else Path(adapter or "") if fits else None
-        found = None if saved is None else (saved_config(saved) or {}).get("scales")
+        found = None if resumed is None else (saved_config(resumed.folder / "adapter") or {}).get("scales")
         set_scales(model, found or even_scales(model))
     if resumed is not None:
         require_same_frozen(model, resumed.folder / "adapter")

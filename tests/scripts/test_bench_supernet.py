@@ -29,7 +29,7 @@ def test_every_variant_is_a_recipe_and_has_the_same_steps(tmp_path: Path, monkey
         steps = one.training.steps + (one.search.finetune_steps if one.search else 0)
         steps += checked[run.needs].training.steps if run.needs else 0
         assert steps == (8 if run.variant == bench_supernet.START else 40)
-        assert one.training.lr == 4e-3 and one.adapter.alpha == 16 and one.training.global_batch == 8
+        assert one.training.lr == 2.5e-3 and one.adapter.alpha == 16 and one.training.global_batch == 8
         assert one.adapter.is_supernet == (run.variant not in (bench_supernet.LORA, bench_supernet.START))
         assert one.search is None or str(one.search.budget) == "610560"
     options = {run.variant: checked[run.folder].adapter.supernet for run in runs}
@@ -59,8 +59,8 @@ def test_the_table_is_what_the_runs_say(tmp_path: Path, monkeypatch: pytest.Monk
     bench_supernet.log_of(by_variant["plain"]).write_text(f"{DIVERGED}\n")
     lines = bench_supernet.table(runs, arguments).splitlines()
     assert lines[2:] == [
-        "| LoRA | 0.004 | 1 | 500,000 | - | - | 0.200 | 0.750 | 72 | 10 (0) |",
-        "| even | 0.004 | 1 | 500,000 | 2.000 | 0.400 | 0.300 | 0.750 | 72 | 25 (5) |",
-        "| even+from B | 0.004 | 1 | 500,000 | 1.000 | 0.400 | 0.250 | 0.750 | 72 | 29 (5) |",
-        "| plain | 0.004 | 0, 1 diverged | - | - | - | - | - | - | - |",
+        "| LoRA | 0.0025 | 1 | 500,000 | - | - | 0.200 | 0.750 | 72 | 10 (0) |",
+        "| even | 0.0025 | 1 | 500,000 | 2.000 | 0.400 | 0.300 | 0.750 | 72 | 25 (5) |",
+        "| even+from B | 0.0025 | 1 | 500,000 | 1.000 | 0.400 | 0.250 | 0.750 | 72 | 29 (5) |",
+        "| plain | 0.0025 | 0, 1 diverged | - | - | - | - | - | - | - |",
     ]

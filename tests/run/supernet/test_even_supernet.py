@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from glora_llm.adapters.even import even_scales
+from glora_llm.adapters.config import read_genome
+from glora_llm.adapters.even import even_scales, set_scales
 from glora_llm.adapters.inject import adapted_layers, inject
+from glora_llm.adapters.weights import load_start, trainables
 from glora_llm.cli import main
 from glora_llm.evaluation.scoring import score_model
 from glora_llm.evaluation.trained import load_adapted
@@ -19,6 +21,7 @@ from glora_llm.models.resolve import resolve
 from glora_llm.plan.genome import deployed
 from glora_llm.plan.plan import make_plan
 from glora_llm.plan.run_folder import RunFolder
+from tests.merge.conftest import logits
 from tests.run.supernet.conftest import supernet_logits, train
 from tests.run.supernet.test_deployed import assert_close, merge, merged_logits
 from tests.run.test_train import write_rows
@@ -68,8 +71,28 @@ def test_a_genome_keeps_its_factors_and_scores_as_the_search_said(run: Path) -> 
     assert scores["validation/loss"] == pytest.approx(-summary["search"]["3k"]["score"], rel=1e-6)
     start = make_plan(RunFolder(run / "finetuned").recipe())
     assert start.recipe.training.lr == RunFolder(run).recipe().training.lr
-    tuned = config(run / "finetuned" / "adapter")["scales"]
-    assert all(tuned[name] == factors for name, factors in config(adapter)["scales"].items())
+
+
+def test_a_genome_is_trained_on_as_an_adapter_of_its_own_slots(run: Path) -> None:
+    """They share the step that four slots shared in the supernet, and begin as what they inherit."""
+    plan = make_plan(RunFolder(run / "finetuned").recipe())
+    section, genome = plan.recipe.adapter, read_genome(run / "genome.json")
+    assert section.weights == str(run / "search" / "adapter")
+    base = load_base(plan.recipe.model, resolve(plan.recipe.model).folder, torch.device("cpu"))
+    model = inject(base, section, 0, 1, genome)
+    set_scales(model, even_scales(model))
+    assert config(run / "finetuned" / "adapter")["scales"] == model.peft_config["default"].scales
+    inherited, changed = config(run / "search" / "adapter")["scales"], 0
+    for name, path in genome.items():
+        slots = [slot for slot, _ in path.active()]
+        changed += len(slots) < 4
+        for slot, spec in path.active():
+            factor = adapted_layers(model)[name].factor("default", slot, spec.mode)
+            assert factor == pytest.approx(inherited[name][slot][spec.mode] * 4 / len(slots), rel=1e-5)
+    assert changed, "every layer has every slot"
+    load_start(model, trainables(model, section, 1.0), Path(section.weights))
+    expected = logits(load_adapted(plan, run / "search" / "adapter"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_size_is_scored_and_deployed_by_its_file(
