@@ -8,7 +8,7 @@ from torch import nn
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.schema.slots import SLOTS
 
-# Measured: docs/benchmarks/learning_rates.md.
+# Measured: docs/benchmarks/frontier.md.
 DEFAULT_LR_FACTORS: dict[str, float] = {"A": 0.5, "B": 1.0, "C": 0.1, "D": 0.1, "E": 0.1}
 BLOCK_LR_FACTOR = 1.0  # of A in mode block. Measured: docs/benchmarks/lossless4.md.
 
