@@ -72,8 +72,8 @@ peft-suite: $(STAMP)  ## PEFT's own generic tests on GLoRA, against the failures
 	@$(IN_VENV) python scripts/peft_suite.py --workers $(WORKERS)
 
 # Whole matrices of trainings: bench-vlora, and bench_methods.py by its parts.
-LONG := scripts/bench_vlora_forms.py scripts/bench_methods.py
-bench: $(STAMP)  ## every scripts/bench_*.py, but those that take days: bench_vlora_forms.py, bench_methods.py
+LONG := $(patsubst %,scripts/bench_%.py,frontier methods scales supernet vlora_forms)
+bench: $(STAMP)  ## every scripts/bench_*.py but the longest: frontier, methods, scales, supernet, vlora_forms
 	@for script in $(filter-out $(LONG),$(wildcard scripts/bench_*.py)); do \
 	  echo "python $$script"; $(IN_VENV) python $$script || exit 1; \
 	done
