@@ -206,14 +206,17 @@ def p_value(row: dict[str, Any], lora: dict[str, Any], score: str) -> str:
 
 
 def steps_to(row: dict[str, Any], lora: dict[str, Any]) -> float | None:
-    """Return the mean steps after which the validation loss is at most LoRA's at its end; None: a seed never is."""
+    """Return the mean steps until the validation loss is at most LoRA's at its end; None: a seed never gets there.
+
+    With those that as many samples make as the structure was chosen by.
+    """
+    from glora_llm.compare.table import steps_until
     from glora_llm.compare.trial import Result
 
     found = []
     for mine, its in zip(row["trials"], lora["trials"], strict=True):
         ends = list(Result.of(Path(its)).validations("loss").values())[-1:]
-        losses = Result.of(Path(mine)).validations("loss").items()
-        found.append(min((step for step, loss in losses if ends and loss <= ends[0]), default=None))
+        found.append(steps_until(Result.of(Path(mine)), ends[0]) if ends else None)
     there = [steps for steps in found if steps is not None]
     return sum(there) / len(there) if there and len(there) == len(found) else None
 

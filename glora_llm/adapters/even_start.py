@@ -21,16 +21,16 @@ def start_gains(model: nn.Module, saved: Scales | None, names: list[str]) -> dic
 
     Args:
         model: with its factors set.
-        saved: those that the weights were trained with; None: of an adapter that has none.
+        saved: those that the weights were trained with; None: all were 1.
         names: of the parameters, as PEFT saves them. Of two factors the one that begins as zero is multiplied.
     """
     layers: dict[str, Any] = {**adapted_layers(model)}
     found = {}
-    for name in names if saved else ():
+    for name in names:
         place, is_slot, rest = name.removeprefix(PEFT_ROOT).partition(".slot_")
-        if saved and is_slot and not rest.endswith("up"):
+        if is_slot and not rest.endswith("up"):
             slot, _, part = rest.partition(".")
             mode = MODE_OF.get(part, part)
             here = layers[place].factor("default", slot, mode)
-            found[name] = saved.get(place, {}).get(slot, {}).get(mode, 1.0) / here
+            found[name] = (saved or {}).get(place, {}).get(slot, {}).get(mode, 1.0) / here
     return found

@@ -23,6 +23,11 @@ from glora_llm.training.sharding import set_whole, whole_shape
 
 # peft_type -> ends of the names of the two factors, (O, r) and (r, I)
 FACTORS = {"LORA": (".lora_B.weight", ".lora_A.weight"), GLORA_LLM.value: (".slot_B.down", ".slot_B.up")}
+# fields of PEFT's configuration by which a layer adds something else than one product at one scale, where they are set
+OTHER = (
+    *("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config"),
+)
 UP_NORM = math.sqrt(1 / 3)  # of a row of `up` as it is drawn, uniform in +-1 / sqrt(I)
 
 
@@ -78,10 +83,10 @@ def check_b(model: Any, folder: Path) -> dict[str, tuple[str, str]]:
         layer -> names of its two factors.
 
     Raises:
-        UserError: for another slot, layer, shape or a larger rank, and for DoRA and ranks or scales by layer.
+        UserError: for another slot, layer, shape or a larger rank, and for what has more than one product (OTHER).
     """
     saved, is_even = saved_config(folder) or {}, model.peft_config["default"].scaling == "even"
-    special = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if saved.get(key)]
+    special = [key for key in OTHER if saved.get(key)]
     if special:
         raise UserError(f"adapter.weights: {folder} has {special[0]}, and slot B of a supernet has nothing like it.")
     ends, layers, file = FACTORS[saved["peft_type"]], adapted_layers(model), folder / ADAPTER_WEIGHTS

@@ -175,8 +175,7 @@ class Comparison:
     def _steps_spent(self, name: str) -> int:
         """Return the steps of all trials of a method, and those that as many samples as chose its structures make."""
         trials = [trial for trial in self.record.trials.values() if trial["method"] == name]
-        batch = self.request.recipe.training.global_batch
-        return sum(trial.get("trained", 0) + -(-trial.get("selected_by", 0) // batch) for trial in trials)
+        return sum(trial.get("trained", 0) + trial.get("selection_steps", 0) for trial in trials)
 
 
 def _every(request: Request, plan: Plan) -> int:
@@ -197,11 +196,10 @@ def _enter(request: Request, plan: Plan, contender: Contender) -> Contest:
         recipe = _recipe_of(request.recipe, contender, None)
         check_method(recipe.adapter)
         check_combination(recipe, plan.deepspeed.stage)
-        contest.fit = solve(
-            plan, contender, lambda value: _recipe_of(request.recipe, contender, value).adapter, request.budget
-        )
-        value = contest.fit.value if request.budget is not None else None
+        fit = solve(plan, contender, lambda value: _recipe_of(request.recipe, contender, value).adapter, request.budget)
+        value = fit.value if request.budget is not None else None
         contest.rates = _rates(request, plan, contender, _recipe_of(request.recipe, contender, value))
+        contest.fit = fit  # last: what has a fit takes part
     except UserError as error:
         contest.why = str(error)
     return contest

@@ -243,7 +243,8 @@ class Course:
         values = {
             "method": trial.method, "lr": trial.lr, "seed": trial.seed, "steps": trial.steps, "status": status,
             "folder": str(Path("trials") / name), "validation": result.validations(self.setting.choice),
-            "test": result.summary.get("test"), "trained": result.trained(), "selected_by": result.selected_by(),
+            "test": result.summary.get("test"), "trained": result.trained(),
+            "selection_steps": result.selection_steps(),
         }  # fmt: skip
         self.record.note(name, **values, **more)
 

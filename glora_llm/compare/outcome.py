@@ -37,8 +37,11 @@ class Outcome:
     finals: list[Result] = field(default_factory=list)
 
     def diverged(self) -> str:
-        """Return that no rate is left, in words."""
-        return f"it diverged at every rate that was tried: {', '.join(map(rate_text, self.stopped))}"
+        """Return that no rate is left, in words; a rate that was stopped with a score did not diverge."""
+        gone = [rate_text(lr) for lr, score in self.stopped.items() if score is None]
+        stopped = [rate_text(lr) for lr, score in self.stopped.items() if score is not None]
+        which = f"that went on: {', '.join(gone)}; stopped before: {', '.join(stopped)}"
+        return f"it diverged at every rate {which if stopped else 'that was tried: ' + ', '.join(gone)}"
 
     def beyond(self) -> float | None:
         """Return the rate beyond the best one, a step of the grid farther, where that is the lowest or highest."""

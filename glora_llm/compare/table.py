@@ -141,12 +141,17 @@ def _targets(scored: Sequence[Contest]) -> list[float]:
 
 
 def _steps_to(finals: Sequence[Result], targets: Sequence[float]) -> float | None:
-    """Return the mean number of steps after which the validation loss is at most the target; None: a seed never is."""
-    firsts = [
-        min((step for step, loss in result.validations("loss").items() if loss <= target), default=None)
-        for result, target in zip(finals, targets, strict=False)
-    ]
-    return _mean(firsts)
+    """Return the mean steps until the validation loss is at most the target, with those that chose the structure.
+
+    None: a seed never gets there.
+    """
+    return _mean([steps_until(result, target) for result, target in zip(finals, targets, strict=False)])
+
+
+def steps_until(result: Result, target: float) -> int | None:
+    """Return the steps of one run until its validation loss is at most the target, with those of its selection."""
+    there = [step for step, loss in result.validations("loss").items() if loss <= target]
+    return min(there) + result.selection_steps() if there else None
 
 
 COLUMNS: Mapping[str, str] = {

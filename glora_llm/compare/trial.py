@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -108,11 +109,11 @@ class Result:
         """Return the steps that were trained."""
         return max((line["step"] for line in self.lines), default=0)
 
-    def selected_by(self) -> int:
-        """Return the samples by whose gradients, or short run, the structure was chosen, each forward and backward."""
+    def selection_steps(self) -> int:
+        """Return the steps that as many samples make as the structure was chosen by: each went forward and backward."""
         file = self.folder / "structure" / "choice.json"
-        found: int = json.loads(file.read_text(encoding="utf-8")).get("samples", 0) if file.is_file() else 0
-        return found
+        samples: int = json.loads(file.read_text(encoding="utf-8")).get("samples", 0) if file.is_file() else 0
+        return math.ceil(samples / RunFolder(self.folder).recipe().training.global_batch) if samples else 0
 
     def seconds(self) -> float:
         """Return the seconds of all training steps; where not every step is logged, from those that are."""

@@ -20,7 +20,7 @@ class _Shown(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, show: Callable[..., None], outputs: bool) -> Tensor:
         ctx.show = show
         ctx.save_for_backward(x, y if outputs else None)
-        return y.view_as(y)
+        return y.clone() if outputs else y.detach()  # no view of y: a model may add to it in place (Falcon's blocks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

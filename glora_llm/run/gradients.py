@@ -16,7 +16,6 @@ from glora_llm.adapters.even import even_scales, factor, set_scales, sizes_of
 from glora_llm.adapters.inject import adapted_layers, inject, without_adapter
 from glora_llm.adapters.weights import trainables
 from glora_llm.data.sampler import permutation
-from glora_llm.errors import UserError
 from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.learning_rates import DEFAULT_LR_FACTORS
 from glora_llm.glora.path import Genome
@@ -29,7 +28,7 @@ from glora_llm.schema import AdapterSection
 from glora_llm.search.budget import rows_of, short_steps, structure_choices
 from glora_llm.search.predictors import OF_HALVES, OF_NOISE, Gradients, LayerGradients
 from glora_llm.training.engine import Engine
-from glora_llm.training.loop import seed_micro_step
+from glora_llm.training.loop import NonFinite, seed_micro_step
 from glora_llm.vlora.partitioned import whole
 
 ROWS_STREAM = 43  # of the seeded choice of the samples
@@ -75,7 +74,7 @@ def measured(plan: Plan, processes: Processes, short: Genome | None) -> Measured
         short: the structure of the short run along which they are taken; None: at the base's weights.
 
     Raises:
-        UserError: for a short run that diverges.
+        NonFinite: for a short run that diverges, as of any run: a comparison goes on with other rates.
     """
     recipe, device = plan.recipe, processes.device
     section = recipe.adapter if short else _silent(recipe.adapter)
@@ -149,9 +148,10 @@ def _train_briefly(plan: Plan, probe: Probe, engine: Engine, processes: Processe
             batches = plan.process_batches(step, processes.process_rank, processes.world_size)
             result = engine.train_step(batches, training.peak_lr, partial(seed_micro_step, training.seed, step))
             if result.skipped:
-                raise UserError(
-                    f"The short run of adapter.predictor short_run diverged in step {step + 1} of {steps}: loss or "
-                    f"gradient is not finite at training.lr={training.peak_lr:g}. Lower it, or take another predictor."
+                raise NonFinite(
+                    f"Step {step + 1} of {steps} of adapter.predictor short_run had a loss or gradient that is not "
+                    f"finite, at training.lr {training.peak_lr:g}, which it trains at from its first step on. Lower "
+                    "it, or take another predictor."
                 )
             losses.append(result.loss)
     return losses

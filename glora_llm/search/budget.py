@@ -243,4 +243,6 @@ def _spread(code: Code, kinds: Sequence[Sequence[int]], limits: Sequence[Limit])
         spread = _raised(code, [cheapest[place] for place in places])
         if fits(spread, limits):
             return spread
-    raise UserError("adapter.budget is below rank 1 of slot B of any layer, which predictor uniform begins with.")
+    raise UserError(
+        "adapter.budget is below rank 1 of slot B of any layer, with which predictors uniform and short_run begin."
+    )

@@ -121,7 +121,7 @@ class DistilledObjective(nn.Module):
 
     def _of_chunk(self, hidden: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
         logits = self.student.head.logits(hidden).float()
-        with torch.no_grad():
+        with torch.no_grad(), self.as_teacher():  # the head may hold slots of the supernet too
             known = self.teacher.head.logits(theirs).float()
         divergence = logit_divergence(logits, known, self.settings.temperature)
         return torch.stack([cross_entropy(logits, targets, reduction="sum"), divergence])

@@ -163,7 +163,11 @@ class Engine:
                 for item in self.trainables:
                     item.parameter.grad = None
                 self.ds.skipped_steps += 1
-        self.ds.step()
+                self.ds.clip_fp32_gradients = lambda: None  # it takes for granted that there is a gradient
+        try:
+            self.ds.step()
+        finally:
+            vars(self.ds).pop("clip_fp32_gradients", None)
         if norm is None:
             norm = float(self.ds.get_global_grad_norm() or 0.0)
         return self.ds.skipped_steps > skipped_before, norm

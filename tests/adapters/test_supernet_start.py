@@ -113,9 +113,11 @@ def test_another_supernet_is_no_b(tmp_path: Path) -> None:
         (lora(), {"modes": {"B": ["vector"]}}, "slot B, which has no mode lora here: add it to adapter.supernet.modes"),
         (lora(target_modules=["q_proj", "up_proj"]), {}, "model.layers.0.mlp.up_proj, which is none of the 2 layers"),
         (lora(rank_pattern={"q_proj": 2}), {}, "has rank_pattern, and slot B of a supernet has nothing like it"),
+        (lora(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), {},
+         "has alora_invocation_tokens, and slot B of a supernet has nothing like it"),
         (lora(modules_to_save=["lm_head"]), {}, "lm_head.weight, and a supernet begins with slot B alone"),
     ],
-    ids=["slots", "rank", "even rank", "no mode", "targets", "pattern", "head"],
+    ids=["slots", "rank", "even rank", "no mode", "targets", "pattern", "activated", "head"],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(start: Any, model: dict[str, Any], said: str, tmp_path: Path) -> None:
     trained(tmp_path, start)

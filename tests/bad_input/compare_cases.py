@@ -65,6 +65,12 @@ COMPARISONS: dict[str, Case] = {
     "a race without a validation before the end": wrong(
         "--race stops methods at validations, and evaluation.every=", "--race", "evaluation.every=100"
     ),
+    "no method that rate auto covers": wrong(
+        "ia3 cannot run: training.lr is auto, which is one rate for", "--methods", "ia3,vera", "--rates", "auto"
+    ),
+    "a race of methods that rate auto does not cover": wrong(
+        "vera cannot run: training.lr is auto", "--methods", "ia3,vera", "--rates", "auto", "--race"
+    ),
     "rates, one of them auto": wrong("--rates: 'auto' is no learning rate; expected some as", "--rates", "1e-3,auto"),
     "rates of text": wrong("--rates: 'fast' is no learning rate; expected some as", "--rates", "1e-3,fast"),
     "a rate of 0": wrong("--rates: '0' is no learning rate", "--rates", "0"),

@@ -46,7 +46,7 @@ STRUCTURES: dict[str, Case] = {
         "adapter.budget 20 is below the smallest structure, slot E as vector of model.layers.0", "adapter.budget=20"
     ),
     "a budget that rank 1 of B does not fit into": bad(
-        "adapter.budget is below rank 1 of slot B of any layer, which predictor", "adapter.budget=70"
+        "adapter.budget is below rank 1 of slot B of any layer, with which predictors", "adapter.budget=70"
     ),
     "a budget of parameters and of megabytes": bad("", "adapter.budget='10k, 5MB'"),
     "a budget of a model's layers by gradients": bad("", BUDGET, GRADIENTS, change=many),

@@ -11,11 +11,12 @@ from glora_llm import recipe as recipes
 from glora_llm.compare.budget import Fit
 from glora_llm.compare.contenders import Contender, contenders
 from glora_llm.compare.course import Course, Setting
+from glora_llm.compare.outcome import Outcome
 from glora_llm.compare.progress import Progress
 from glora_llm.compare.race import Race, Racer, planned, require_rungs, rungs
 from glora_llm.compare.record import RECIPE, Record
-from glora_llm.compare.table import Contest, cells, notes, rows
-from glora_llm.compare.trial import Trial
+from glora_llm.compare.table import Contest, cells, notes, rows, steps_until
+from glora_llm.compare.trial import Result, Trial
 from glora_llm.errors import UserError
 from tests.compare.test_course import EVERY, STEPS, Loss, MadeUp, bowl
 
@@ -75,7 +76,9 @@ def test_one_that_diverges_is_out_and_the_rest_goes_on(tmp_path: Path) -> None:
         return math.nan if lr > 4e-3 else bowl(2e-3)(lr, seed, step)
 
     contests, *_ = race(tmp_path, loss, FIVE)
-    assert [one.why.partition(":")[0] for one in contests[3:]] == ["it diverged at every rate that was tried"] * 2
+    assert [one.why for one in contests[3:]] == [
+        f"it diverged at every rate that was tried: {rate}" for rate in ("5e-3", "1e-2")
+    ]
     assert {one.contender.name for one in contests if one.stopped_at} == {"lora", "rslora"}
     assert contests[1].outcome is not None and len(contests[1].outcome.finals) == 2
 
@@ -92,6 +95,22 @@ def test_the_table_says_who_was_stopped_when_and_what_all_of_it_took(tmp_path: P
     said = "\n".join(notes(content))
     assert "oft was stopped at step 2: validation loss 2.1094 at rate 1e-2." in said
     assert "lora 4, dora 24, rslora 6, ia3 2, oft 2; 38 in all." in said
+
+
+def test_rates_that_were_stopped_did_not_diverge() -> None:
+    found = Outcome(stopped={1e-3: 0.5, 2e-3: None})
+    assert found.diverged() == "it diverged at every rate that went on: 2e-3; stopped before: 1e-3"
+
+
+def test_steps_until_a_loss_are_those_of_the_selection_too(tmp_path: Path) -> None:
+    (tmp_path / "structure").mkdir()
+    (tmp_path / "structure" / "choice.json").write_text('{"samples": 17}')
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.load("tiny_cpu", ["training.global_batch=8"])))
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 2, "validation/loss": 0.9}\n{"step": 4, "validation/loss": 0.5}\n'
+    )
+    result = Result.of(tmp_path)
+    assert [steps_until(result, target) for target in (0.9, 0.6, 0.4)] == [2 + 3, 4 + 3, None]
 
 
 def test_rungs() -> None:

@@ -19,6 +19,7 @@ from glora_llm.search.budget import check_short_run, short_steps
 from glora_llm.search.predictors import PREDICTORS, LayerGradients
 from glora_llm.training.deepspeed_config import resolve_deepspeed_config
 from glora_llm.training.engine import Engine
+from glora_llm.training.loop import NonFinite
 from tests.in_process import alone, group, one_thread, train_in_process
 from tests.run.test_train import overrides, write_rows
 
@@ -51,8 +52,8 @@ class QuickAndSlow(nn.Module):
         return len(batch["x"])
 
 
-def seen(by: str) -> dict[str, LayerGradients]:
-    """Return the gradients of both layers by a predictor's way."""
+def seen(by: str, broken: int | None = None) -> dict[str, LayerGradients]:
+    """Return the gradients of both layers by a predictor's way; one micro batch may have an infinite input."""
     objective = QuickAndSlow()
     model = inject(objective, SECTION.model_copy(update={"budget": None}), 0, 100)
     objective.quick, objective.slow = model.base_model.model.quick, model.base_model.model.slow
@@ -63,6 +64,8 @@ def seen(by: str) -> dict[str, LayerGradients]:
     )  # fmt: skip
     probe = _probe(SECTION, layers, 0)
     inputs = [{"x": 1 + 0.1 * torch.randn(4, WIDE, generator=torch.Generator().manual_seed(n))} for n in range(16)]
+    if broken is not None:
+        inputs[broken]["x"][0, 0] = float("inf")
     if by == "short_run":
         recipe = SimpleNamespace(adapter=SECTION, training=TRAINING)
         plan: Any = SimpleNamespace(
@@ -87,6 +90,12 @@ def test_it_finds_the_layer_with_a_long_way_to_go(group: None) -> None:
     assert worth["first_step"]["quick"] > 3 * worth["first_step"]["slow"] > 0
     assert worth["short_run"]["slow"] > 2 * worth["short_run"]["quick"] > 0
     assert worth["first_step"]["slow"] / 64 == pytest.approx(worth["short_run"]["slow"], rel=1e-3), "sum and mean"
+
+
+def test_a_short_run_that_diverges_ends_as_a_run_that_does(group: None) -> None:
+    """So a comparison goes on with its other rates, as it does where a run itself diverges."""
+    with pytest.raises(NonFinite, match=r"Step 2 of 8 of .*short_run had a loss or gradient that is not finite"):
+        seen("short_run", broken=3)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from glora_llm import recipe as recipes
 from glora_llm.compare.command import _recipe_of
 from glora_llm.compare.request import read_request
 from scripts import bench_frontier
@@ -58,7 +59,7 @@ def test_the_best_targets_are_chosen_by_validation_rows(tmp_path: Path) -> None:
     one.folder.mkdir(parents=True)
     rows = []
     for name, validation, test, losses in (
-        ("glora:uniform", 0.2, 0.25, {2: 0.9, 4: 0.7, 5: 0.5}),
+        ("glora:agreement", 0.2, 0.25, {2: 0.9, 4: 0.7, 5: 0.5}),
         ("lora@k_proj+v_proj", 0.9, 0.1, {2: 0.95, 5: 0.7}),
         ("lora@o_proj", 0.2, 0.3, {2: 0.95, 5: 0.7}),
     ):
@@ -66,14 +67,18 @@ def test_the_best_targets_are_chosen_by_validation_rows(tmp_path: Path) -> None:
         trial.mkdir()
         lines = [json.dumps({"step": step, "validation/loss": loss}) for step, loss in losses.items()]
         (trial / "metrics.jsonl").write_text("\n".join(lines))
+        if name == "glora:agreement":
+            (trial / "structure").mkdir()
+            (trial / "structure" / "choice.json").write_text('{"samples": 20}')
+            (trial / "recipe.yaml").write_text(recipes.dump(recipes.load("tiny_cpu", ["training.global_batch=8"])))
         rates = {"1e-3": validation, "4e-3": 0.0}
         rows.append(row(name, 49_000, test, rates=rates, trials=[str(trial)]))
     (one.folder / "comparison.json").write_text(json.dumps({"methods": rows, "higher": True}))
     found = bench_frontier.points(comparisons, "banking77")
-    assert {one["name"] for one in found} == {"glora:uniform", "lora on k_proj, v_proj"}
+    assert {one["name"] for one in found} == {"glora:agreement", "lora on k_proj, v_proj"}
     text = bench_frontier.table("banking77", found)
     expected = (
-        "| 0.05M | glora:uniform | 49,000 | 0.001 | 0.250 (0.250 to 0.250, 1) | +0.150 (not tested) | 4 | +0.100 |"
+        "| 0.05M | glora:agreement | 49,000 | 0.001 | 0.250 (0.250 to 0.250, 1) | +0.150 (not tested) | 7 | +0.100 |"
     )
     assert expected in text
     bench_frontier.draw({"banking77": found}).savefig(tmp_path / "frontier.png")

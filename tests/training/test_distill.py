@@ -106,15 +106,18 @@ def test_a_model_learns_from_itself_in_another_state(is_teacher: bool, monkeypat
     """As from a frozen copy of that state, which it leaves again; from the labels alone where it is in it."""
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
     model, teacher = llama(0), llama(0).requires_grad_(False)
-    teacher.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    weight = model.model.layers[0].mlp.down_proj.weight
+    weights, others = ([one.model.layers[0].mlp.down_proj.weight, one.lm_head.weight] for one in (model, teacher))
+    for other in others:
+        other.mul_(1.5)
 
     @contextmanager
     def as_teacher() -> Iterator[bool]:
-        values = weight.data
-        weight.data = values * 1.5
+        values = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = 1.5 * weight.data
         yield is_teacher
-        weight.data = values
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
 
     settings, batch = DistillSection(teacher="x", weight=0.7), batch_of(5, 9, 7)
     objective = DistilledObjective(CausalLMObjective(model), None, settings, as_teacher).train()
