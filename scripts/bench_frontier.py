@@ -2,7 +2,8 @@
 
   GLORA_DATA=FOLDER python scripts/bench_frontier.py [--tasks sst2 rte banking77] [--seeds 1] [--jobs 2]
       [--budgets 1.22M 0.305M 0.1M 0.05M] [--methods lora glora:uniform glora:agreement]
-      [--rates 1e-3 2.5e-3 6e-3] [--steps 24] [--dtype bfloat16] [--figure frontier.svg] [--list] [--table-only]
+      [--rates 1e-3 2.5e-3 6e-3] [--slots "{B: lora}"] [--steps 24] [--dtype bfloat16] [--figure frontier.svg]
+      [--list] [--table-only]
 
 A thin layer over `glora-llm compare`: one comparison for each task and budget, in OUT/TASK-BUDGET, in which each
 method's rate is chosen on validation rows, the worse half of the rates is stopped after a third, and the test rows are
@@ -107,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="(default: those of the task)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--slots", default="null", help="that structures choose from; needs an own --out")
     parser.add_argument("--jobs", type=int, help="trials at once (default: one a core)")
     parser.add_argument("--forgetting", help="a text, as of `glora-llm compare` (default: the shipped one)")
     parser.add_argument("--figure", type=Path, help="draw score against parameters: .svg, .png or .pdf")
@@ -138,8 +140,8 @@ def command(one: Comparison, arguments: argparse.Namespace) -> list[str]:
     words += ["--forgetting", arguments.forgetting] if arguments.forgetting else []
     data = os.environ.get("GLORA_DATA", "GLORA_DATA")
     words += [text.replace("{data}", data) for text in changes]
-    words += [f"training.steps={arguments.steps or steps}", f"model.dtype={arguments.dtype}", "adapter.slots=null"]
-    words += ["adapter.scaling=even"]  # and so one alpha for all methods and ranks
+    words += [f"training.steps={arguments.steps or steps}", f"model.dtype={arguments.dtype}"]
+    words += [f"adapter.slots={arguments.slots}", "adapter.scaling=even"]  # even: one alpha for all methods and ranks
     return [*words, f"adapter.rank={LARGEST_RANK}", f"adapter.alpha={LARGEST_RANK}"]
 
 

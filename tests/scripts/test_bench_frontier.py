@@ -18,6 +18,7 @@ def options(out: Path, **more: Any) -> argparse.Namespace:
     values: dict[str, Any] = {
         "out": out, "tasks": ["banking77", "rte"], "budgets": ["0.305M", "0.05M"], "methods": bench_frontier.METHODS,
         "rates": ["1e-3", "4e-3"], "seeds": 1, "steps": 5, "dtype": "bfloat16", "jobs": 1, "forgetting": None,
+        "slots": "null",
     }  # fmt: skip
     return argparse.Namespace(**(values | more))
 
