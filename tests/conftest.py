@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("PYTHONUNBUFFERED", None)  # commands print as they do where nobody has set it
 os.environ.pop("GLORA_DATA", None)  # a folder of the user's own; tests use what the project ships
 # Sockets to other machines are refused, here and in every Python process that a test starts.
 NO_NETWORK = Path(__file__).parent / "no_network"

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +28,8 @@ from glora_llm.cli import (
 )
 from glora_llm.errors import CheckFailed, UserError
 from glora_llm.launch.complaint import print_error, print_once
-from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, drop_broken_output, ended_tidily
+from glora_llm.launch.outputs import drop_broken_output, drop_full_output, print_line_by_line
+from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, ended_tidily
 
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -69,14 +69,14 @@ a first run, from nothing to a merged and scored model:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `glora-llm` and return its exit code."""
-    print_any_text()
+    print_line_by_line()
     arguments = parsed(command_parser(), argv)
     return guarded(lambda: arguments.command(arguments))
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `train.py`, one process of a launch, and return its exit code."""
-    print_any_text()
+    print_line_by_line()
     parser = argparse.ArgumentParser("train.py", description=train.TRAIN, formatter_class=argparse.RawTextHelpFormatter)
     train.add_train_arguments(parser)
     arguments = parsed(parser, argv)
@@ -115,13 +115,6 @@ def _expand_homes(parser: argparse.ArgumentParser, arguments: argparse.Namespace
                 parser.error(str(error))
 
 
-def print_any_text() -> None:
-    """Write what the terminal's encoding has no sign for as an escape: a message must not end in a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook, or where standard output is closed
-            stream.reconfigure(errors="backslashreplace")
-
-
 def guarded(task: Callable[[], int]) -> int:
     """Run `task` and return its exit code; what a user may cause becomes one message instead of a traceback.
 
@@ -145,7 +138,7 @@ def guarded(task: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        drop_broken_output()
+        drop_full_output()
         print_error(f"{error.strerror}: {error.filename or 'standard output'}. Free some space, and start again.")
         return BAD_INPUT
     except KeyboardInterrupt:

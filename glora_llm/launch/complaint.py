@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from glora_llm.launch.outputs import drop_full_output
+
 PREFIX = "glora_llm-launch"
 
 
@@ -46,8 +48,10 @@ def print_once(text: str, key: str) -> None:
 
 def _print(text: str) -> None:
     """Print on standard error; where that is full, the exit code alone says that something is wrong."""
-    with contextlib.suppress(OSError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop_full_output()
 
 
 def was_said(key: str) -> bool:

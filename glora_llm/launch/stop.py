@@ -169,17 +169,3 @@ def ended_tidily() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def drop_broken_output() -> None:
-    """Send what is printed from here on to nowhere, if nobody reads it any more.
-
-    A closed terminal, or a `tee` that Ctrl-C ended too, must not keep a checkpoint from being written.
-    """
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

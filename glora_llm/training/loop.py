@@ -18,8 +18,9 @@ from torch import distributed as dist
 
 from glora_llm.errors import CheckFailed
 from glora_llm.failpoints import reach
+from glora_llm.launch.outputs import drop_broken_output
 from glora_llm.launch.ranks import broadcast
-from glora_llm.launch.stop import StopRequest, drop_broken_output
+from glora_llm.launch.stop import StopRequest
 from glora_llm.schema import EvaluationSection, Recipe
 from glora_llm.training.batch import Batch
 from glora_llm.training.best import Best

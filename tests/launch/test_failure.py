@@ -22,11 +22,13 @@ import psutil, torch
 from glora_llm.errors import UserError
 from glora_llm.launch import ranks
 from glora_llm.launch.failure import first_failure
+from glora_llm.launch.outputs import print_line_by_line
 
 def advice():
     other.wait()
     return "the other process is gone"
 
+print_line_by_line()
 processes = ranks.start()
 group = torch.distributed.group.WORLD
 print(f"timeout {group._get_backend(torch.device('cpu')).options._timeout}")

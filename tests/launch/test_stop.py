@@ -72,7 +72,7 @@ def test_another_thread_changes_nothing() -> None:
 PRINTS = """
 import sys
 import time
-from glora_llm.launch.stop import drop_broken_output
+from glora_llm.launch.outputs import drop_broken_output
 sys.stdin.readline()
 drop_broken_output()
 print("nobody reads this", flush=True)
