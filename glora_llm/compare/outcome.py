@@ -1,4 +1,4 @@
-"""What the trials of one method come to."""
+"""The result of the trials of one method."""
 
 import math
 from dataclasses import dataclass, field

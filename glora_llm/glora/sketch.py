@@ -44,7 +44,7 @@ class Directions(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Which sums are kept, beside Y, Z and that of dy."""
+    """The sums that are kept beside Y, Z and that of dy."""
 
     through: bool = True  # Z_A: slot A in product form
     gains: bool = False  # the gradient by gains of the outputs: slot A as a vector or scalar

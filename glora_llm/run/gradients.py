@@ -35,7 +35,7 @@ ROWS_STREAM = 43  # of the seeded choice of the samples
 
 
 class Measured(NamedTuple):
-    """What was seen.
+    """Gradients of some samples, and how they were taken.
 
     Args:
         layers: the gradients of each layer.

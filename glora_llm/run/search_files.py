@@ -1,4 +1,4 @@
-"""What a search leaves in RUN/search: a genome for each limit, the archive, figures, and a table of the limits."""
+"""The files of a search in RUN/search: a genome for each limit, the archive, figures, and a table of the limits."""
 
 import json
 from pathlib import Path

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Structure:
-    """What was chosen, and by what.
+    """A chosen structure, with the scores that it was chosen by.
 
     Args:
         genome: the slots of every layer.
@@ -132,7 +132,7 @@ def _by_main_process(work: Callable[[], T], processes: Processes) -> T:
 
 
 class _Start(NamedTuple):
-    """What is known before any gradient."""
+    """The space and its limits, known before any gradient."""
 
     limits: list[Limit]
     even: Code | None  # the structure of predictor uniform, where that or a short run of it is wanted
