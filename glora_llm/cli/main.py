@@ -31,6 +31,7 @@ from glora_llm.launch.complaint import print_error, print_once
 from glora_llm.launch.outputs import drop_broken_output, drop_full_output, print_line_by_line
 from glora_llm.launch.stop import EXIT_CODE, TOLD, ToldToEnd, ended_tidily
 
+PIPE_CLOSED = 128 + 13  # as a shell names SIGPIPE
 FAILED_CHECK, BAD_INPUT, TOLD_TO_END, INTERRUPTED = 1, 2, EXIT_CODE, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # in the order of the help text
@@ -119,7 +120,8 @@ def guarded(task: Callable[[], int]) -> int:
     """Run `task` and return its exit code; what a user may cause becomes one message instead of a traceback.
 
     2: bad input (UserError); 1: a result outside its bound (CheckFailed); 75: told to end, and the same command goes
-    on (ToldToEnd); 130: interrupted; 143: SIGTERM. All else is a defect and keeps its traceback.
+    on (ToldToEnd); 130: interrupted; 141: the reader of a pipe has gone; 143: SIGTERM. All else is a defect and keeps
+    its traceback.
     """
     try:
         with ended_tidily():
@@ -135,6 +137,9 @@ def guarded(task: Callable[[], int]) -> int:
         if end.message is not None:
             print_once(end.message, TOLD)
         return TOLD_TO_END
+    except BrokenPipeError:  # `glora-llm recipes | head -2`: nobody reads the rest
+        drop_broken_output()
+        return PIPE_CLOSED
     except OSError as error:
         if error.errno not in FULL:
             raise
