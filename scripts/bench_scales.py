@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from functools import cache, partial
@@ -37,9 +36,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the script is run by its path
 
-from glora_llm.compare.pool import Ending, Pool, in_parallel, slots  # noqa: E402
+from glora_llm.compare.pool import Ending, Pool  # noqa: E402
 from glora_llm.launch.stop import EXIT_CODE  # noqa: E402
 from scripts.scales.best_rates import Losses, best_rate, finer  # noqa: E402
+from scripts.scales.forked import DIVERGED, train_all  # noqa: E402
 
 EVEN = "method: glora, targets: all-linear, scaling: even, alpha: 16"
 SLOTS = {
@@ -64,7 +64,6 @@ TASKS: dict[str, tuple[int, list[str]]] = {  # steps, recipe and settings
     "banking77": (75, ["smollm2_glora"]),
 }
 Run = tuple[Path, list[str]]  # the folder of a run, and the arguments of `glora-llm` that train it
-DIVERGED = "had a loss or gradient that is not finite"  # what a run says that ends so
 
 
 def main() -> int:
@@ -111,15 +110,7 @@ def train(arguments: argparse.Namespace, out: Path, forms: dict[str, str], rates
         for rate in rates[form]
     ]
     waiting = [run for run in runs if loss_of(run[0]) is None]
-    if not waiting:
-        return []
-    pool = Pool(slots(arguments.jobs))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        with pool.ended_with_this():
-            in_parallel(partial(train_one, pool), waiting)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    train_all(train_one, waiting, arguments.jobs)
     return [run for run, _ in waiting if loss_of(run) is None]
 
 

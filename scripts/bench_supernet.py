@@ -26,10 +26,8 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -37,9 +35,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the script is run by its path
 
-from glora_llm.compare.pool import Ending, Pool, in_parallel, slots  # noqa: E402
+from glora_llm.compare.pool import Ending, Pool  # noqa: E402
 from glora_llm.launch.stop import EXIT_CODE  # noqa: E402
-from scripts.bench_scales import DIVERGED  # noqa: E402
+from scripts.scales.forked import DIVERGED, train_all  # noqa: E402
 
 RANKS = (8, 4, 2)
 LORA_OF_RANK_1 = 305_280  # parameters on all linears of SmolLM2-135M
@@ -173,16 +171,7 @@ def train(runs: list[Run], jobs: int | None) -> None:
     Raises:
         KeyboardInterrupt, Ending: told to end; the runs have written a checkpoint.
     """
-    waiting = [run for run in runs if not ended(run) and not diverged(run)]
-    if not waiting:
-        return
-    pool = Pool(slots(jobs))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        with pool.ended_with_this():
-            in_parallel(partial(train_one, pool), waiting)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    train_all(train_one, [run for run in runs if not ended(run) and not diverged(run)], jobs)
 
 
 def train_one(pool: Pool, run: Run) -> None:
