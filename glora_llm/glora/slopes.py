@@ -5,8 +5,7 @@ adds dW to the weight and db to the bias then adds <g' x, dW> + <sum of g, db> t
 the gradient passes by, so nothing of W0's size outlives a layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from glora_llm.glora.layer import GLoRALinear
 from glora_llm.glora.linear import Slots
 from glora_llm.glora.modes import slot_values
 from glora_llm.glora.path import slots_with
+from glora_llm.glora.shown import showing
 from glora_llm.schema.slots import BLOCK
 
 
@@ -29,25 +29,13 @@ def slopes(layers: Mapping[str, GLoRALinear], loss: Callable[[], Tensor]) -> Ten
     Returns:
         float64 on the CPU: the layers' choices one after the other, each slot's in their order; mode none is 0.
     """
-    probes: list[Tensor] = []
     found: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., Tensor]:
-        def hook(layer: Any, inputs: Sequence[Tensor], y: Tensor) -> Tensor:
-            probes.append(torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True))
-            y = y + probes[-1]  # has a gradient, whatever the path
-            y.register_hook(lambda dy: found.__setitem__(name, _layer_slopes(layer, inputs[0], dy)))
-            return y
+    def keep(name: str, x: Tensor, _: Tensor | None, dy: Tensor) -> None:
+        found[name] = _layer_slopes(layers[name], x, dy)
 
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name), prepend=True) for name, layer in layers.items()]
-    try:
-        with torch.enable_grad():
-            torch.autograd.grad(loss(), probes)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with showing(layers, keep) as anchor, torch.enable_grad():
+        torch.autograd.grad(loss(), anchor, allow_unused=True)  # the anchor itself gets none
     return -torch.cat([found[name] for name in layers]).cpu()
 
 
